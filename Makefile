@@ -1,0 +1,32 @@
+# Two commands on a fresh machine: `make demo` runs the main job, `make test` runs the tests.
+# Each sets up a virtual environment in .venv first; nothing outside this folder is touched.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.PHONY: demo test lint check clean help
+
+help:
+	@echo "make demo   the main job on bundled data and model: about 5 minutes on 2 CPU cores"
+	@echo "make test   the test suite"
+	@echo "make lint   ruff and mypy"
+	@echo "make clean  removes .venv and demo-run"
+
+$(VENV)/.installed-%: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off -e '.[$*]'
+	@touch $@
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/bertforge demo
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) demo-run

@@ -1,0 +1,119 @@
+"""Folders that describe themselves: `bertforge.json`, hashes, and writes that never leave a half-made file.
+
+Every folder bertforge writes (prepared data, a run, a merged model, later an engine) holds a `bertforge.json` with
+its `kind`, the versions that made it and the hash of its parent. A stage reads its parent's manifest first and
+refuses a wrong kind with the command that makes the right one. Everything is written beside its final name and
+renamed: a rename within one folder is atomic on POSIX, so a reader sees the old artifact or the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from bertforge.errors import ArtifactError
+
+MANIFEST = "bertforge.json"
+_LIBRARIES = ("bertforge", "torch", "numpy", "pandas", "pyarrow", "tokenizers", "safetensors")
+_MADE_BY = {
+    "data": "bertforge prepare TABLE --out DIR",
+    "run": "bertforge train --data DIR --out RUN",
+    "model": "bertforge merge RUN --out DIR",
+}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide a result."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # running from a source tree that was never installed
+            continue
+    return found
+
+
+def hash_file(path: Path) -> str:
+    """`sha256:<hex>` of a file's content, read in pieces."""
+    with path.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomic(path: Path, content: str | bytes) -> Path:
+    """Writes `content` beside `path`, then renames it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Atomically writes `value` as indented JSON; NaN and infinities are refused, for they are not JSON."""
+    return write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+@contextmanager
+def fresh_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yields an empty folder beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
+
+    An older `path` is moved aside, not deleted, until the new one stands in its place. Raises ArtifactError when `path`
+    is a file, or already holds something and `replace` is false.
+    """
+    if path.is_file() or (path.exists() and not replace and any(path.iterdir())):
+        raise ArtifactError(f"{path} already exists and is not empty; name another folder or remove it: rm -r {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    aside = beside.with_suffix(".old")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        yield beside
+        if path.exists():
+            os.replace(path, aside)
+        os.replace(beside, path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        elif aside.exists():
+            os.replace(aside, path)
+
+
+def write_manifest(directory: Path, kind: str, **fields: Any) -> Path:
+    """Writes `bertforge.json` into `directory`: its kind, the versions that made it, and `fields`."""
+    return write_json(directory / MANIFEST, {"kind": kind, "versions": versions(), **fields})
+
+
+def read_manifest(directory: Path, *kinds: str) -> dict[str, Any]:
+    """Reads `bertforge.json` and checks that its kind is one of `kinds`.
+
+    Raises ArtifactError naming the command that makes the right kind when the folder is missing, is something else,
+    or holds a damaged manifest.
+    """
+    hint = " or ".join(f"`{_MADE_BY[kind]}`" for kind in kinds if kind in _MADE_BY)
+    path = directory / MANIFEST
+    if not path.is_file():
+        what = "does not exist" if not directory.exists() else f"holds no {MANIFEST}"
+        raise ArtifactError(f"{directory} {what}; it should be a folder made by {hint}")
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        kind = manifest["kind"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} is damaged ({error!r}); make the folder again with {hint}") from error
+    if kind not in kinds:
+        raise ArtifactError(
+            f"{directory} is of kind {kind!r}, but {' or '.join(kinds)} is needed: make one with {hint}"
+        )
+    return manifest

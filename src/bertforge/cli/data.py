@@ -1,0 +1,110 @@
+"""`bertforge prepare`: a table -> a folder of prepared data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from bertforge.data.prepared import PreparedData
+
+
+def prepare(
+    table: Annotated[Path, typer.Argument(help="CSV, zipped CSV, Parquet or JSON lines.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder to write; an older prepared one is replaced.", show_default=False)
+    ],
+    model: Annotated[str, typer.Option(help="Whose tokenizer: minilm, a folder, or a Hub id.")] = "minilm",
+    split: Annotated[
+        str, typer.Option(help="random, time or random,time.", show_default="random, and time if there are dates")
+    ] = "",
+    text_columns: Annotated[
+        str,
+        typer.Option(
+            help="Of a table of your own: the columns that are the text, e.g. subject,message.", show_default=False
+        ),
+    ] = "",
+    label_column: Annotated[
+        str, typer.Option(help="Of a table of your own: the column to predict; two values or more.", show_default=False)
+    ] = "",
+    date_column: Annotated[
+        str, typer.Option(help="Of a table of your own: dates, for a split by time.", show_default=False)
+    ] = "",
+    seed: Annotated[int, typer.Option(help="Of the random split.")] = 42,
+) -> None:
+    """Check a table, derive its columns, split it 80/10/10 and tokenize it.
+
+    Kaggle's table of Stack Overflow questions is recognised by its columns:
+
+        bertforge prepare train-sample.csv --out data
+
+    Of any other table, say which columns to read:
+
+        bertforge prepare mails.csv --out data \\
+            --text-columns subject,message --label-column folder
+
+    Rows that can't be used are counted and written to set_aside.jsonl,
+    each with its line and the reason. Rows with the same text never stand
+    in two splits. Preparing the same table again returns at once.
+    """
+    from bertforge.data.prepare import PrepareOptions
+    from bertforge.data.prepare import prepare as run
+    from bertforge.data.tokens import Tokenizer
+    from bertforge.models import resolve
+
+    options = PrepareOptions(
+        splits=tuple(_names(split)),
+        text_columns=tuple(_names(text_columns)),
+        label_column=label_column or None,
+        date_column=date_column or None,
+        seed=seed,
+    )
+    tokenizer = Tokenizer.load(resolve(model))
+    data = run(table, out, tokenizer, options)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    if data.reused:
+        console.print(f"{out} already holds this table prepared in this way; nothing to do but read it.")
+    _print_summary(console, data, data.tokens(tokenizer).lengths)
+    chosen = "" if model == "minilm" else f" --model {model}"
+    console.print(f"\nwrote {out}\nnext: bertforge train --data {out} --out run{chosen}")
+
+
+def _names(joined: str) -> list[str]:
+    return [name.strip() for name in joined.split(",") if name.strip()]
+
+
+def _print_summary(console: Console, data: PreparedData, lengths: NDArray[np.int64]) -> None:
+    import numpy as np
+
+    from bertforge.data.prepared import SET_ASIDE_FILE
+    from bertforge.data.tokens import MAX_TOKENS
+
+    facts = data.manifest
+    set_aside = sum(reason["rows"] for reason in facts["set_aside"].values())
+    console.print(
+        f"{facts['rows']:,} rows kept, {set_aside:,} set aside" + (f" (see {SET_ASIDE_FILE})" if set_aside else "")
+    )
+    for reason, seen in sorted(facts["set_aside"].items(), key=lambda item: -item[1]["rows"]):
+        more = ", ..." if seen["rows"] > len(seen["lines"]) else ""
+        console.print(f"  {seen['rows']:,} {reason}: line {', '.join(map(str, seen['lines']))}{more}")
+    shares = [f"{name} {count:,} ({count / facts['rows']:.1%})" for name, count in facts["label_counts"].items()]
+    shown = ", ".join(shares[:8]) + (f", and {len(shares) - 8} more" if len(shares) > 8 else "")
+    console.print(f"labels: {shown}")
+    duplicates = facts["duplicates"]
+    console.print(
+        f"duplicates: {duplicates['rows']:,} rows repeat an earlier text and stay in its split; "
+        f"{duplicates['conflicting_texts']:,} texts carry more than one label"
+    )
+    for name, sizes in facts["splits"].items():
+        console.print(f"split {name}: " + ", ".join(f"{part} {count:,}" for part, count in sizes.items()))
+    at_limit = float(np.mean(lengths == MAX_TOKENS))
+    console.print(
+        f"tokens: median {np.median(lengths):.0f} a row, mean {lengths.mean():.0f}, "
+        f"{at_limit:.1%} of the rows at the limit of {MAX_TOKENS}"
+    )

@@ -1,0 +1,82 @@
+"""The table of subcommands, and the one place where an error becomes a line on stderr and an exit code.
+
+Every command lives in a module of this package and imports the heavy libraries inside its function, so `--help`
+answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from typer.core import TyperGroup
+
+from bertforge import __version__
+from bertforge.cli import data
+from bertforge.errors import BertforgeError
+
+
+class _Commands(TyperGroup):
+    """Runs a command and turns what it raises into one line and an exit code (listed in `bertforge.errors`)."""
+
+    def invoke(self, ctx: Any) -> Any:
+        stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+        debug: bool = ctx.params["debug"]
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            stderr.print("interrupted")
+            raise typer.Exit(130) from None
+        except BertforgeError as error:
+            if debug:
+                raise
+            stderr.print(f"[bold red]error:[/] {escape(str(error))}")
+            raise typer.Exit(error.exit_code) from None
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise
+        except Exception as error:
+            if debug or type(error).__module__.startswith(("click", "typer")):  # a usage error: typer prints it itself
+                raise
+            stderr.print(
+                f"[bold red]internal error:[/] {type(error).__name__}: {escape(str(error))}\n"
+                "This is a defect of bertforge; run `bertforge --debug ...` for the traceback."
+            )
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    name="bertforge",
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Labelled text and columns -> a fine-tuned BERT classifier -> fast inference.",
+    epilog="Start with `bertforge demo`, or `bertforge prepare TABLE --out DIR` on a table of your own.",
+)
+app.command("prepare")(data.prepare)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"bertforge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options that stand before the command."""
+
+
+def main() -> None:
+    """The console script; `--debug` is accepted after the command's name too."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    app(["--debug", *arguments] if len(arguments) < len(sys.argv) - 1 else arguments)

@@ -1,0 +1,113 @@
+"""`bertforge train`: a recipe and prepared data in, a run out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from bertforge.training.checkpoint import Progress as RunProgress
+    from bertforge.training.config import Recipe
+    from bertforge.training.finetune import Plan
+
+
+def train(
+    data: Annotated[Path, typer.Option(help="Folder made by `bertforge prepare`.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; made here.")],
+    variant: Annotated[
+        str | None, typer.Option(help="A recipe that comes with bertforge; `--variant list` names them. [lora-r8]")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A recipe of your own: a TOML file.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Pretrained model: minilm, a folder or a Hugging Face id. Overrides the recipe's.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE ...", help="Change settings: --set epochs=2 lr=1e-3 lora.r=4")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in OUT.")] = False,
+) -> None:
+    """Fine-tune a classifier on prepared data.
+
+    The epoch with the lowest validation loss is kept. Ctrl-C is safe: the same command with --resume goes on where it
+    stopped, and ends with the same weights, bit for bit, as an uninterrupted run on the same device.
+
+    Example: bertforge train --data data/ --out runs/first --variant lora-r8 --model minilm --set epochs=3
+    """
+    from bertforge.errors import UsageError
+    from bertforge.training.config import load_recipe, variants
+
+    console = Console(highlight=False)
+    if variant == "list":
+        for name in variants():
+            console.print(name)
+        return
+    if variant and recipe:
+        raise UsageError("--variant and --recipe both name a recipe; give one of them")
+    chosen = load_recipe(variant, recipe)
+    chosen = chosen.with_settings([*([f"model={model}"] if model else []), *(settings or [])])
+    manifest = run(data, out, chosen, resume=resume)
+    print_result(console, manifest, out)
+    console.print(f"next: bertforge evaluate {out} --data {data} --split test")
+
+
+def run(data: Path, out: Path, recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
+    """Trains with a progress bar; an interrupt says how to go on."""
+    from bertforge.training.finetune import finetune
+
+    console = Console(highlight=False, stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:,.0f} questions/s  left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    seen = {"rows": 0}
+
+    def started(plan: Plan) -> None:
+        console.print(
+            f"{plan.recipe.name} on {plan.recipe.model}: {plan.trainable_parameters:,} trainable parameters, "
+            f"{plan.train_rows:,} train and {plan.validation_rows:,} validation rows, {plan.hardware.name}, {plan.precision}"
+        )
+        if plan.resumed_step:
+            console.print(f"resuming after step {plan.resumed_step:,} of {plan.total_steps:,}")
+        bar.start()
+        bar.add_task("training", total=plan.total_steps, completed=plan.resumed_step, loss=float("nan"), rate=0.0)
+
+    def show(progress: RunProgress, sequences: int, loss: float) -> None:
+        task = bar.tasks[0]
+        seen["rows"] += sequences
+        rate = seen["rows"] / task.elapsed if task.elapsed else 0.0
+        bar.update(task.id, completed=progress.step, description=f"epoch {progress.epoch + 1}", loss=loss, rate=rate)
+
+    try:
+        return finetune(data, out, recipe, resume=resume, started=started, show=show)
+    except KeyboardInterrupt:
+        bar.stop()
+        console.print(f"stopped at a checkpoint in {out}; the same command with --resume goes on")
+        raise
+    finally:
+        bar.stop()
+
+
+def print_result(console: Console, manifest: dict[str, Any], out: Path) -> None:
+    """The epochs as a short table, and what was written."""
+    metrics = manifest["metrics"]
+    for point in manifest["history"]:
+        if "epoch" in point:
+            best = "  <- kept" if point["epoch"] == metrics["best_epoch"] else ""
+            console.print(
+                f"epoch {point['epoch']}: train loss {point['epoch/train_loss']:.4f}, "
+                f"validation loss {point['epoch/validation_loss']:.4f}, "
+                f"accuracy {point['epoch/validation_accuracy']:.2%}{best}"
+            )
+    console.print(
+        f"wrote {out} ({metrics['seconds']:.0f} s, {metrics['questions_per_s']:,.0f} questions/s; "
+        f"curves in {out / 'metrics.jsonl'} and {out / 'tensorboard'})"
+    )

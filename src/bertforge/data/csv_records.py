@@ -1,0 +1,131 @@
+"""CSV records that survive broken quoting: one bad quote costs one row, never the rest of the table.
+
+Python's csv module parses (strictly: a quote in the wrong place is an error), but a reader that meets an opening quote
+without its closing one swallows line after line until some later quote ends the field. So the lines of the record at
+hand are remembered. When the record turns out broken, or has a wrong number of fields, only its first line is set
+aside and the others are given back, to be parsed as records of their own.
+
+A field longer than `csv.field_size_limit()` (131,072 characters) counts as broken, which bounds what is read again.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import IO
+
+from bertforge.errors import DataError
+
+_BLANK, _UNPAIRED = "blank line", "broken quoting: unpaired quote"
+
+
+@dataclass
+class Record:
+    """One record, good (`fields`) or set aside (`problem`, `raw`); `line` is the 1-based line on which it starts."""
+
+    line: int
+    fields: list[str] = field(default_factory=list)
+    problem: str = ""
+    raw: str = ""
+    torn: bool = False
+    """Set aside in the middle: what follows may be the rest of it."""
+
+
+class _Lines:
+    """The file's lines, with those of the record at hand kept in `taken`."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        # surrogateescape keeps bytes that are no UTF-8 as lone surrogates, so a row can be set aside with its content;
+        # newline="\n" counts lines as editors do and leaves the \r of \r\n to the csv module.
+        self._text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
+        self._given_back: deque[str] = deque()
+        self.taken: list[str] = []
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._given_back.popleft() if self._given_back else next(self._text)
+        self.taken.append(line)
+        return line
+
+    def give_back_all_but_first(self) -> str:
+        self._given_back.extendleft(reversed(self.taken[1:]))
+        del self.taken[1:]
+        return self.taken[0]
+
+
+class CsvRecords:
+    """Iterates over the records below the header; blank lines are no records.
+
+    Raises DataError when there is no header, or a header that is no UTF-8 or names a column twice.
+    """
+
+    def __init__(self, stream: IO[bytes], name: str) -> None:
+        self._lines = _Lines(stream)
+        self._reader = csv.reader(self._lines, strict=True)
+        try:
+            self.header = [column.strip() for column in next(self._reader, [])]
+        except csv.Error as error:
+            raise DataError(f"{name} has a header line that is no CSV ({error})") from error
+        if not self.header:
+            raise DataError(f"{name} has no header: its first line is empty, but must name the columns")
+        if any("\udc80" <= character <= "\udcff" or character == "\0" for character in "".join(self.header)):
+            raise DataError(f"{name} is not UTF-8 text; convert it: iconv -f ENCODING -t UTF-8 {name}")
+        repeated = sorted({column for column in self.header if self.header.count(column) > 1})
+        if repeated:
+            raise DataError(f"{name} names a column twice in its header: {', '.join(repeated)}")
+
+    def __iter__(self) -> Iterator[Record]:
+        """A broken record and the pieces of it that follow are one set-aside record: the lines after a broken quote
+        join it until a record can be read again, unless a line has commas enough to be a row of its own.
+        """
+        width = len(self.header)
+        pending: Record | None = None  # set aside, and its further lines may follow
+        for record in self._attempts():
+            whole_row = record.raw.count(",") >= width - 1 and record.problem != _UNPAIRED
+            if pending and record.problem and not whole_row:
+                pending.raw += record.raw
+                continue
+            if pending:
+                yield pending
+                pending = None
+            if record.torn:
+                pending = record
+            elif record.problem != _BLANK:
+                yield record
+        if pending:
+            yield pending
+
+    def _attempts(self) -> Iterator[Record]:
+        """What starts on each line, after the last good record or the last broken line."""
+        line, lines = 1 + len(self._lines.taken), self._lines
+        searching = False  # for the next good record after a torn one
+        while True:
+            lines.taken.clear()
+            fields: list[str] = []
+            problem = ""
+            try:
+                fields = next(self._reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                problem = f"broken quoting: {error}"
+            spanned = len(lines.taken)
+            # The tail of a torn record can look like a row, say `end of text",x,y`, but not with its quotes in pairs.
+            if searching and not problem and sum(taken.count('"') for taken in lines.taken) % 2:
+                problem = _UNPAIRED
+            if not problem and len(fields) == len(self.header):
+                searching = False
+                yield Record(line, fields)
+                line += spanned
+                continue
+            torn = bool(problem) or spanned > 1
+            searching = searching or torn
+            first = lines.give_back_all_but_first()
+            problem = problem or (f"{len(fields)} fields instead of {len(self.header)}" if first.strip() else _BLANK)
+            yield Record(line, problem=problem, raw=first, torn=torn)
+            line += 1

@@ -1,0 +1,78 @@
+"""Rows of a token store -> packed batches on the device, prepared one step ahead of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bertforge.batch import PackedBatch, TabularBatch
+from bertforge.data.packing import packs
+from bertforge.data.streaming import ahead
+from bertforge.data.tabular import TabularArrays
+from bertforge.data.tokens import TokenStore
+from bertforge.determinism import generator
+
+@dataclass(frozen=True)
+class Examples:
+    """Everything a model reads and learns from, row by row."""
+
+    tokens: TokenStore
+    labels: np.ndarray
+    """[rows] int64; -1 where a row has none."""
+    sep_id: int
+    """The token that ends a sequence; it stays when a longer one is cut."""
+    max_length: int
+    """Tokens a sequence is cut to."""
+    tabular: TabularArrays | None = None
+
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens of each row after cutting, `[rows]` int64."""
+        return np.minimum(self.tokens.lengths[rows], self.max_length)
+
+    def pack(self, rows: np.ndarray) -> tuple[PackedBatch, Tensor]:
+        """The rows laid end to end, and their labels `[sequences]`."""
+        lengths = self.lengths(rows)
+        bounds = np.concatenate([[0], np.cumsum(lengths)])  # [sequences + 1]
+        positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)  # [tokens]
+        ids = self.tokens.ids[np.repeat(self.tokens.offsets[rows], lengths) + positions].astype(np.int64)  # [tokens]
+        ids[bounds[1:] - 1] = self.sep_id
+        batch = PackedBatch(
+            input_ids=torch.from_numpy(ids),
+            position_ids=torch.from_numpy(positions),
+            cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
+            max_seqlen=int(lengths.max()),
+            tabular=None if self.tabular is None else tabular_batch(self.tabular[rows]),
+        )
+        return batch, torch.from_numpy(self.labels[rows])
+
+
+def tabular_batch(arrays: TabularArrays) -> TabularBatch:
+    """The same numbers as tensors."""
+    return TabularBatch(*(torch.from_numpy(a) for a in (arrays.numeric, arrays.categorical, arrays.multi)))
+
+
+def epoch_plan(examples: Examples, rows: np.ndarray, budget: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """The steps of one epoch: `rows` in an order that depends on (seed, epoch) alone, cut into packs of `budget` tokens."""
+    order = generator(seed, "shuffle", epoch).permutation(rows)
+    return [order[part] for part in packs(examples.lengths(order), budget)]
+
+
+def sorted_plan(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
+    """Places in `lengths` cut into packs of like length, the longest first, so that a lack of memory shows at once."""
+    order = np.argsort(-lengths, kind="stable")
+    return [order[part] for part in packs(lengths[order], budget)]
+
+
+def load(examples: Examples, plan: Iterable[np.ndarray], device: torch.device) -> Iterator[tuple[PackedBatch, Tensor]]:
+    """Packs on `device`, in the order of `plan`; a thread prepares the next one, and its errors are raised here."""
+
+    def prepare(rows: np.ndarray) -> tuple[PackedBatch, Tensor]:
+        batch, labels = examples.pack(rows)
+        return (batch.pin_memory(), labels.pin_memory()) if device.type == "cuda" else (batch, labels)
+
+    for batch, labels in ahead(map(prepare, plan)):
+        yield batch.to(device), labels.to(device, non_blocking=True)

@@ -1,0 +1,30 @@
+"""Which rows go into which pack: every row once, in the order given, under a budget of tokens.
+
+With a budget of 8 and lengths 3, 4, 2, 8, 1 the packs are (3, 4), (2), (8), (1): a row that would not fit opens the
+next pack, and the last pack may be small. Training packs a shuffled order; evaluation packs by length, so that the rows
+of a pack cost the same.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bertforge.errors import UsageError
+
+
+def packs(lengths: np.ndarray, budget: int) -> list[slice]:
+    """Consecutive runs of `lengths` (tokens a row) whose sum stays within `budget` tokens.
+
+    Raises UsageError when a single row is longer than the budget.
+    """
+    if len(lengths) == 0:
+        return []
+    if (longest := int(lengths.max())) > budget:
+        raise UsageError(f"a row has {longest} tokens, but a pack holds {budget}; raise tokens_per_step to {longest} or more")
+    ends = np.cumsum(lengths, dtype=np.int64)
+    found, start, used = [], 0, 0
+    while start < len(lengths):
+        stop = int(np.searchsorted(ends, used + budget, side="right"))
+        found.append(slice(start, stop))
+        start, used = stop, int(ends[stop - 1])
+    return found

@@ -1,0 +1,167 @@
+"""Reading a folder that `bertforge prepare` wrote.
+
+bertforge.json          kind "data": schema, counts, fingerprint, options (artifact.py)
+table.parquet           the good rows: the source's columns as strings, then the derived columns
+labels.npy              int64 [rows], index into the schema's label names
+lines.npy               int64 [rows], where each row stands in the source
+dates.npy               datetime64[s] [rows], when the schema has a date column
+splits/random.npy       int8 [rows], 0 train, 1 validation, 2 test; splits/time.npy alike
+tokens/<tokenizer>/     ids.npy, offsets.npy, tokenizer.json (tokens.py), one folder per tokenizer
+set_aside.jsonl         the other rows: line, reason, raw
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from bertforge.artifact import fresh_directory, read_manifest
+from bertforge.data.schema import Schema
+from bertforge.data.splits import PARTS
+from bertforge.data.streaming import ahead, progress
+from bertforge.data.tokens import Tokenizer, TokenStore, TokenWriter
+from bertforge.errors import ArtifactError, DataError, UsageError
+
+TABLE_FILE, SET_ASIDE_FILE = "table.parquet", "set_aside.jsonl"
+SPLITS = ("random", "time")
+_STREAM_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A prepared table; arrays have one entry per good row, in the source's order."""
+
+    directory: Path
+    manifest: dict[str, Any]
+    reused: bool = False
+    """True when `prepare` found its work done already."""
+
+    @classmethod
+    def open(cls, directory: Path) -> PreparedData:
+        """Raises ArtifactError when the folder is not prepared data or a file of it is missing or cut short."""
+        manifest = read_manifest(directory, "data")
+        for name, size in manifest["files"].items():
+            path = directory / name
+            if not path.is_file() or path.stat().st_size != size:
+                what = "is missing" if not path.is_file() else f"has {path.stat().st_size} bytes instead of {size}"
+                raise ArtifactError(
+                    f"{path} {what}; prepare the data again: rm -r {directory}, then `bertforge prepare`"
+                )
+        return cls(directory, manifest)
+
+    def __len__(self) -> int:
+        return int(self.manifest["rows"])
+
+    @property
+    def schema(self) -> Schema:
+        return Schema.from_dict(self.manifest["schema"])
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return self.schema.label_names
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the source's bytes and the options: equal fingerprints, equal rows, labels and splits."""
+        return str(self.manifest["fingerprint"])
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """[rows] index into `label_names`."""
+        return self._array("labels.npy")
+
+    @property
+    def lines(self) -> NDArray[np.int64]:
+        """[rows] line (Parquet: row) of the source, from 1."""
+        return self._array("lines.npy")
+
+    @property
+    def dates(self) -> NDArray[np.datetime64] | None:
+        """[rows] datetime64[s], or None when the table has no date column."""
+        return self._array("dates.npy") if self.schema.date_column else None
+
+    def split(self, name: str = "random") -> NDArray[np.int8]:
+        """[rows] 0 train, 1 validation, 2 test."""
+        made = list(self.manifest["splits"])
+        if name not in made:
+            raise UsageError(
+                f"{self.directory} has no split {name!r}, but {', '.join(made)}; prepare with --split {name}"
+            )
+        return self._array(f"splits/{name}.npy")
+
+    def rows(self, split: str, part: str) -> NDArray[np.int64]:
+        """Row numbers of a part ("train", "validation" or "test") of a split, ascending."""
+        if part not in PARTS:
+            raise UsageError(f"unknown part {part!r} of a split; known: {', '.join(PARTS)}")
+        return np.flatnonzero(self.split(split) == PARTS.index(part))
+
+    def columns(self, names: Sequence[str]) -> pd.DataFrame:
+        """The named columns, one row per good row: source columns as strings ("" where absent), derived ones as float64
+        or strings (NaN where missing).
+        """
+        there: dict[str, str] = self.manifest["columns"]
+        missing = [name for name in names if name not in there]
+        if missing:
+            raise DataError(f"no column {', '.join(missing)} in {self.directory}; there are: {', '.join(there)}")
+        frame: pd.DataFrame = pq.read_table(self.directory / TABLE_FILE, columns=list(names)).to_pandas()
+        return frame
+
+    def texts(self, rows: Sequence[int] | NDArray[np.int64]) -> list[str]:
+        """The texts of some rows, in the order asked for; reads only the parts of the table that hold them."""
+        wanted = np.asarray(rows, dtype=np.int64)
+        found: dict[int, str] = {}
+        with pq.ParquetFile(self.directory / TABLE_FILE) as file:
+            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            starts = np.cumsum([0, *sizes])
+            group_of = np.searchsorted(starts, wanted, side="right") - 1
+            for group in np.unique(group_of):
+                here = np.unique(wanted[group_of == group])
+                table = file.read_row_group(int(group), columns=list(self.schema.text_columns))
+                found.update(zip(here.tolist(), join_texts(table.take(here - starts[group]), self.schema), strict=True))
+        return [found[row] for row in wanted.tolist()]
+
+    def tokens(self, tokenizer: Tokenizer) -> TokenStore:
+        """The ids of all rows under `tokenizer`; tokenizes the table first when that was not done before."""
+        directory = self.directory / "tokens" / tokens_key(tokenizer)
+        if not directory.is_dir():
+            with (
+                fresh_directory(directory) as beside,
+                TokenWriter(beside, tokenizer) as writer,
+                pq.ParquetFile(self.directory / TABLE_FILE) as file,
+                progress("tokenizing") as report,
+            ):
+                batches = file.iter_batches(_STREAM_ROWS, columns=list(self.schema.text_columns))
+                for texts in ahead(join_texts(pa.Table.from_batches([batch]), self.schema) for batch in batches):
+                    writer.append(texts)
+                    report(writer.rows, writer.rows / len(self))
+        store = TokenStore.open(directory)
+        if len(store) != len(self):
+            raise ArtifactError(
+                f"{directory} holds {len(store)} rows instead of {len(self)}; remove it: rm -r {directory}"
+            )
+        return store
+
+    def _array(self, name: str) -> NDArray[Any]:
+        stored: NDArray[Any] = np.load(self.directory / name, mmap_mode="r", allow_pickle=False)
+        return stored
+
+
+def join_texts(table: pa.Table, schema: Schema) -> list[str]:
+    """The text columns of each row joined by one space: what the tokenizer reads."""
+    columns = [table[name] for name in schema.text_columns]
+    texts: list[str] = pc.binary_join_element_wise(*columns, pa.scalar(" ", columns[0].type)).to_pylist()
+    return texts
+
+
+def tokens_key(tokenizer: Tokenizer) -> str:
+    """The name of a tokenizer's folder under `tokens/`."""
+    return tokenizer.fingerprint.removeprefix("sha256:")[:12]

@@ -1,0 +1,74 @@
+"""Reading a raw table for `evaluate` and `predict`: every row in the file's order, bad ones with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from bertforge.data.clean import find_problems
+from bertforge.data.features import derive
+from bertforge.data.prepared import join_texts
+from bertforge.data.rows import Rows
+from bertforge.data.schema import Schema, require_columns
+from bertforge.data.tables import STRING, Chunk, read_chunks
+
+
+@dataclass(frozen=True)
+class RawRows:
+    """Consecutive rows of a raw table, nothing dropped."""
+
+    frame: pd.DataFrame
+    """Source columns as strings, then the derived columns whose sources the table has; a row that could not be read
+    (broken quoting, wrong encoding) is all "" here."""
+    texts: list[str]
+    """What the tokenizer reads."""
+    labels: NDArray[np.int64] | None
+    """[rows] index into the schema's label names, -1 where there is none or an unknown one; None when not asked for."""
+    problems: list[str]
+    """[rows] why `prepare` would set the row aside; "" for a good row."""
+    lines: NDArray[np.int64]
+    """[rows] line (Parquet, frames: row number) of the source, from 1."""
+    done: float
+    """Share of the source read so far."""
+
+
+def read_raw(table: Path | pd.DataFrame, schema: Schema, *, require_labels: bool) -> Iterator[RawRows]:
+    """Yields the whole table in order, in chunks.
+
+    Raises DataError when a text column is missing, or the label column with `require_labels`. Other columns may be
+    missing: the derived columns that need them are then not in `frame`.
+    """
+    for number, chunk in enumerate(read_chunks(table)):
+        if number == 0:
+            labels = (schema.label_column,) if require_labels else ()
+            require_columns((*schema.text_columns, *labels), chunk.table.column_names, "the model needs")
+        yield _with_problems(chunk, schema, require_labels)
+
+
+def _with_problems(chunk: Chunk, schema: Schema, require_labels: bool) -> RawRows:
+    lines = np.concatenate([chunk.line, np.array([bad.line for bad in chunk.bad], dtype=np.int64)])
+    order = np.argsort(lines, kind="stable")
+    unreadable = np.array([""] * len(chunk.line) + [bad.reason for bad in chunk.bad], dtype=object)[order]
+    table = chunk.table
+    if chunk.bad:
+        blank = pa.array([""] * len(chunk.bad), STRING)
+        blanks = pa.table([blank] * table.num_columns, names=table.column_names)
+        table = pa.concat_tables([table, blanks]).take(order).combine_chunks()
+    rows = Rows(table)
+    problems = np.where(unreadable != "", unreadable, find_problems(rows, schema, labelled=require_labels))
+    derived = derive(rows, schema)
+    joined = pa.table([*table.columns, *derived.columns], names=[*table.column_names, *derived.column_names])
+    return RawRows(
+        frame=joined.to_pandas(),
+        texts=join_texts(table, schema),
+        labels=schema.encode_labels(rows) if require_labels else None,
+        problems=problems.tolist(),
+        lines=lines[order],
+        done=chunk.done,
+    )

@@ -1,0 +1,165 @@
+"""Where the rows of `prepare` go: good ones to `table.parquet`, the others, with the reason, to `set_aside.jsonl`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from bertforge.data.clean import find_problems
+from bertforge.data.features import derive
+from bertforge.data.prepared import SET_ASIDE_FILE, TABLE_FILE, join_texts
+from bertforge.data.rows import Rows
+from bertforge.data.schema import MAX_LABELS, Schema, sort_labels
+from bertforge.data.splits import hash_texts
+from bertforge.data.tables import BadRow, Chunk
+from bertforge.errors import DataError
+
+_LINES_SHOWN = 5  # line numbers kept per reason in the manifest; set_aside.jsonl has them all
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """What the splits need to know of the good rows, [rows] each."""
+
+    labels: NDArray[np.int64]
+    hashes: NDArray[np.uint64]
+    dates: NDArray[np.datetime64]
+    """Empty when there is no date column."""
+
+
+class RowWriter:
+    """Takes chunks one by one; memory holds a line, a label, a date and a hash per row."""
+
+    def __init__(self, folder: Path, schema: Schema) -> None:
+        self.schema = schema
+        self._folder = folder
+        self._parquet: pq.ParquetWriter | None = None
+        self._set_aside = (folder / SET_ASIDE_FILE).open("w", encoding="utf-8")
+        self._reasons: dict[str, dict[str, Any]] = {}
+        self._codes = {name: code for code, name in enumerate(schema.label_names)}  # in order of appearance
+        self._lines: list[NDArray[np.int64]] = []
+        self._labels: list[NDArray[np.int64]] = []
+        self._hashes: list[NDArray[np.uint64]] = []
+        self._dates: list[NDArray[np.datetime64]] = []
+
+    def take(self, chunk: Chunk) -> list[str]:
+        """Writes a chunk and returns the texts of its good rows."""
+        rows = Rows(chunk.table)
+        problems = find_problems(rows, self.schema, labelled=True)
+        good = problems == ""
+        keep = pa.array(good)
+        derived = derive(rows, self.schema)
+        table = pa.table(
+            [*chunk.table.columns, *derived.columns], names=[*chunk.table.column_names, *derived.column_names]
+        )
+        table = table.filter(keep)
+        self._write(table)
+        for bad in sorted([*chunk.bad, *_problem_rows(chunk, problems)], key=lambda row: row.line):
+            self._put_aside(bad)
+        texts = join_texts(table, self.schema)
+        self._lines.append(chunk.line[good])
+        self._labels.append(self._encode(self.schema.label_values(rows).filter(keep)))
+        self._hashes.append(hash_texts(texts))
+        if self.schema.date_column:
+            self._dates.append(rows.date(self.schema.date_column)[good])
+        return texts
+
+    def finish(self) -> tuple[KeptRows, dict[str, Any]]:
+        """Writes the arrays; returns what the splits need, and what the manifest says.
+
+        Raises DataError when no row is good, or the labels cannot be learnt from.
+        """
+        self._set_aside.close()
+        assert self._parquet is not None, "finish() before the first chunk"
+        columns = {field.name: str(field.type).removeprefix("large_") for field in self._parquet.schema}
+        labels = np.concatenate(self._labels)
+        if not len(labels):
+            raise DataError("no row of the table is good: " + (self._describe_reasons() or "it holds only a header"))
+        self._check_labels()
+        names = self.schema.label_names or sort_labels(self._codes)
+        rank = np.array([names.index(name) for name in self._codes])
+        labels = rank[labels]
+        counts = np.bincount(labels, minlength=len(names))
+        if np.count_nonzero(counts) < 2:
+            only = names[int(labels[0])]
+            raise DataError(
+                f"all {len(labels)} good rows have the label {only!r}; a classifier needs two labels or more"
+            )
+        np.save(self._folder / "labels.npy", labels)
+        np.save(self._folder / "lines.npy", np.concatenate(self._lines))
+        dates = np.concatenate(self._dates) if self._dates else np.array([], dtype="datetime64[s]")
+        if self._dates:
+            np.save(self._folder / "dates.npy", dates)
+        facts = {
+            "schema": replace(self.schema, label_names=names).to_dict(),
+            "rows": len(labels),
+            "label_counts": dict(zip(names, counts.tolist(), strict=True)),
+            "set_aside": self._reasons,
+            "columns": columns,
+        }
+        return KeptRows(labels, np.concatenate(self._hashes), dates), facts
+
+    def __enter__(self) -> RowWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._parquet:
+            self._parquet.close()
+        self._set_aside.close()
+
+    def _write(self, table: pa.Table) -> None:
+        if self._parquet is None:
+            texts = set(self.schema.text_columns)  # no two alike, so a dictionary of them only costs
+            repeating = [name for name in table.column_names if name not in texts]
+            self._parquet = pq.ParquetWriter(
+                self._folder / TABLE_FILE, table.schema, compression="zstd", use_dictionary=repeating
+            )
+        if len(table):
+            self._parquet.write_table(table)
+
+    def _put_aside(self, bad: BadRow) -> None:
+        self._set_aside.write(json.dumps({"line": bad.line, "reason": bad.reason, "raw": bad.raw}) + "\n")
+        kind = bad.reason.split(":")[0]  # "broken quoting: <detail>" counts under "broken quoting"
+        seen = self._reasons.setdefault(kind, {"rows": 0, "lines": []})
+        seen["rows"] += 1
+        if len(seen["lines"]) < _LINES_SHOWN:
+            seen["lines"].append(bad.line)
+
+    def _encode(self, values: pa.Array) -> NDArray[np.int64]:
+        """[rows] codes in order of appearance."""
+        encoded = values.dictionary_encode()
+        codes = np.array(
+            [self._codes.setdefault(v, len(self._codes)) for v in encoded.dictionary.to_pylist()], dtype=np.int64
+        )
+        self._check_labels()
+        found: NDArray[np.int64] = codes[encoded.indices.to_numpy(zero_copy_only=False)]
+        return found
+
+    def _check_labels(self) -> None:
+        if len(self._codes) > MAX_LABELS:
+            shown = ", ".join(list(self._codes)[:3])
+            raise DataError(
+                f"label column {self.schema.label_column} holds more than {MAX_LABELS:,} different values "
+                f"({shown}, ...); name a column of classes with --label-column"
+            )
+
+    def _describe_reasons(self) -> str:
+        return "; ".join(
+            f"{reason}: {seen['rows']} rows, first line {seen['lines'][0]}" for reason, seen in self._reasons.items()
+        )
+
+
+def _problem_rows(chunk: Chunk, problems: NDArray[np.object_]) -> list[BadRow]:
+    where = np.flatnonzero(problems != "")
+    raw = chunk.table.take(where).to_pylist() if len(where) else []
+    return [BadRow(int(chunk.line[i]), problems[i], row) for i, row in zip(where, raw, strict=True)]

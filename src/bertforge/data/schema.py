@@ -1,0 +1,129 @@
+"""What a table's columns mean: which hold the text, the label and the date.
+
+The Stack Overflow questions table is recognised by its columns. Any other table is described by naming its text and
+label columns. The schema is saved in `bertforge.json`, so a run knows what it may expect of a table to predict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from bertforge.data.rows import Rows
+from bertforge.errors import DataError, UsageError
+
+STACK_OVERFLOW = "stackoverflow"
+TABLE = "table"
+STATUSES = ("open", "not a real question", "off topic", "not constructive", "too localized")
+OWNER_DATE, CLOSED_DATE = "OwnerCreationDate", "PostClosedDate"
+NUMBERS = ("ReputationAtPostCreation", "OwnerUndeletedAnswerCountAtPostTime")
+TAGS = ("Tag1", "Tag2", "Tag3", "Tag4", "Tag5")
+MAX_LABELS = 1000  # more distinct values than this and the column is no label
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The meaning of a table's columns."""
+
+    kind: str
+    """"stackoverflow" or "table"."""
+    text_columns: tuple[str, ...]
+    """Joined by one space, in this order, they are the text the model reads."""
+    label_column: str
+    """Absent from tables that are only to be predicted."""
+    label_names: tuple[str, ...] = ()
+    """Class 0, 1, ...; of a "table" they are known once all its rows were read."""
+    date_column: str | None = None
+    """Orders the rows for the split by time."""
+
+    @property
+    def required_columns(self) -> tuple[str, ...]:
+        """The columns that `prepare` needs."""
+        named = (*self.text_columns, self.label_column, *([self.date_column] if self.date_column else []))
+        return (*named, OWNER_DATE, *NUMBERS, *TAGS) if self.kind == STACK_OVERFLOW else named
+
+    def label_values(self, rows: Rows) -> pa.Array:
+        """The label column's values as compared with `label_names`; for Stack Overflow "open", "closed" or ""."""
+        text = rows.text(self.label_column)
+        if self.kind != STACK_OVERFLOW:
+            return text
+        known = pc.is_in(pc.utf8_lower(text), value_set=pa.array(STATUSES, text.type))
+        name = pc.if_else(pc.equal(pc.utf8_lower(text), "open"), "open", "closed")
+        return pc.if_else(known, name, "").cast(text.type)
+
+    def encode_labels(self, rows: Rows) -> NDArray[np.int64]:
+        """[rows] index into `label_names`, -1 where the value is none of them."""
+        values = self.label_values(rows)
+        found = pc.index_in(values, value_set=pa.array(self.label_names, values.type))
+        codes: NDArray[np.int64] = pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+        return codes
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "text_columns": list(self.text_columns),
+            "label_column": self.label_column,
+            "label_names": list(self.label_names),
+            "date_column": self.date_column,
+        }
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> Schema:
+        return cls(
+            kind=saved["kind"],
+            text_columns=tuple(saved["text_columns"]),
+            label_column=saved["label_column"],
+            label_names=tuple(saved["label_names"]),
+            date_column=saved["date_column"],
+        )
+
+
+QUESTIONS = Schema(STACK_OVERFLOW, ("Title", "BodyMarkdown"), "OpenStatus", ("open", "closed"), "PostCreationDate")
+
+
+def choose_schema(
+    columns: Sequence[str], text_columns: tuple[str, ...], label_column: str | None, date_column: str | None
+) -> Schema:
+    """The schema of a table with these columns: the one named by the caller, else that of Stack Overflow's questions.
+
+    Raises UsageError when the naming is incomplete, DataError when a column is missing.
+    """
+    if not text_columns and not label_column and not date_column:
+        hint = (
+            ""
+            if set(QUESTIONS.text_columns) <= set(columns)
+            else "; for another table: --text-columns a,b --label-column y"
+        )
+        require_columns(QUESTIONS.required_columns, columns, "the Stack Overflow questions table needs", hint)
+        return QUESTIONS
+    if not text_columns or not label_column:
+        raise UsageError(
+            "name both --text-columns and --label-column (columns of the table: " + ", ".join(columns) + ")"
+        )
+    schema = Schema(TABLE, text_columns, label_column, (), date_column)
+    require_columns(schema.required_columns, columns, "the named columns must exist:")
+    if label_column in text_columns:
+        raise UsageError(f"--label-column {label_column} is also a text column, so the text would give the answer away")
+    return schema
+
+
+def require_columns(needed: Iterable[str], found: Sequence[str], why: str, hint: str = "") -> None:
+    """Raises DataError naming what is missing and what is there."""
+    missing = [column for column in needed if column not in found]
+    if missing:
+        plural = "columns" if len(missing) > 1 else "column"
+        raise DataError(f"missing {plural} {', '.join(missing)} ({why} it); columns found: {', '.join(found)}{hint}")
+
+
+def sort_labels(values: Iterable[str]) -> tuple[str, ...]:
+    """Label names in order: by value when all are whole numbers, else alphabetically."""
+    names = list(values)
+    if all(name.lstrip("-").isdecimal() for name in names):
+        return tuple(sorted(names, key=int))
+    return tuple(sorted(names))

@@ -1,0 +1,53 @@
+"""Two helpers of everything that streams: work one step ahead in a thread, and a progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+_END = object()
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items in the same order, the next one made in a thread while the caller works on the last.
+
+    An exception of the producer is raised here. Leaving the loop early waits for the item under way.
+    """
+    iterator = iter(items)
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead") as pool:
+        coming = pool.submit(next, iterator, _END)
+        while (item := coming.result()) is not _END:
+            coming = pool.submit(next, iterator, _END)
+            yield item  # type: ignore[misc]  # not the sentinel
+
+
+@contextmanager
+def progress(doing: str) -> Iterator[Callable[[int, float], None]]:
+    """A bar on stderr with rows/s and the time left; yields `report(rows_so_far, share_done)`.
+
+    It draws on a terminal only, so a log file is not filled with it.
+    """
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rows]:,} rows, {task.fields[rate]:,.0f} rows/s"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(doing, total=1.0, rows=0, rate=0.0)
+
+        def report(rows: int, share_done: float) -> None:
+            elapsed = bar.tasks[0].elapsed or 0.0
+            bar.update(task, completed=share_done, rows=rows, rate=rows / elapsed if elapsed else 0.0)
+
+        yield report

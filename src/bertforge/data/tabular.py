@@ -1,0 +1,195 @@
+"""Columns beside the text -> the numbers a model reads, by what was learnt from the train rows alone.
+
+Numeric columns: an optional signed log, then (value - mean) / standard deviation; a missing value becomes the mean, and
+a column that had one in the train rows gets a second column that says where. Categorical columns: each value seen often
+enough gets a number, all others and missing ones share 0. One column may hold several values, separated by spaces.
+The fitted transform is saved as JSON with the model, so prediction prepares columns exactly as training did.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import numpy as np
+import pandas as pd
+
+from bertforge.errors import DataError, UsageError
+
+
+@dataclass(frozen=True)
+class TabularSpec:
+    """The `[tabular]` section of a recipe: which columns to read, and how the model joins them to the text."""
+
+    numeric: tuple[str, ...] = ()
+    """Columns of numbers."""
+    log: tuple[str, ...] = ()
+    """Those of `numeric` with a long tail: sign(x) log(1 + |x|) before scaling."""
+    categorical: tuple[str, ...] = ()
+    """Columns of names; numbers are taken as names too."""
+    multi: str = ""
+    """One column of several names, separated by spaces."""
+    min_count: int = 5
+    """Train rows a name must occur in to be told apart from unseen ones."""
+    bins: int = 0
+    """Bins of the piecewise-linear encoding of numbers; 0 for none."""
+    embedding_size: int = 16
+    """Width of an embedded column."""
+    hidden_size: int = 0
+    """Width of the columns' hidden layers; 0 joins the scaled numbers to the text's vector directly."""
+    dropout: float = 0.1
+    """Dropout between the columns' hidden layers."""
+
+    def __post_init__(self) -> None:
+        if not (self.numeric or self.categorical or self.multi):
+            raise UsageError("[tabular] names no column; set numeric, categorical or multi, or remove the section")
+        if extra := set(self.log) - set(self.numeric):
+            raise UsageError(f"[tabular] log names {sorted(extra)}, which are not among numeric")
+
+    @property
+    def columns(self) -> list[str]:
+        """All columns read, each once."""
+        return list(dict.fromkeys([*self.numeric, *self.categorical, *([self.multi] if self.multi else [])]))
+
+
+@dataclass(frozen=True)
+class TabularArrays:
+    """A table's columns as arrays, one row a question; `batch.TabularBatch` is a slice of it."""
+
+    numeric: np.ndarray
+    """[rows, numeric] float32."""
+    categorical: np.ndarray
+    """[rows, categorical] int64."""
+    multi: np.ndarray
+    """[rows, most values in a row] int64, 0 fills the end."""
+
+    def __getitem__(self, rows: np.ndarray) -> TabularArrays:
+        return TabularArrays(self.numeric[rows], self.categorical[rows], self.multi[rows])
+
+
+@dataclass(frozen=True)
+class TabularTransform:
+    """What the train rows taught: means, deviations, quantiles and vocabularies."""
+
+    spec: TabularSpec
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    indicators: tuple[str, ...]
+    """Numeric columns that had missing values, each with an indicator column after the numbers."""
+    edges: tuple[tuple[float, ...], ...]
+    """Per numeric input, `bins + 1` ascending quantiles of its scaled train values; empty without bins."""
+    vocabularies: tuple[tuple[str, ...], ...]
+    """Known names of each categorical column; a name's number is its place + 1."""
+    multi_vocabulary: tuple[str, ...]
+
+    @classmethod
+    def fit(cls, train: pd.DataFrame, spec: TabularSpec) -> Self:
+        """Learns from the train rows; raises DataError for a column without a single number."""
+        raw = [_numbers(train[name], log=name in spec.log) for name in spec.numeric]
+        for name, values in zip(spec.numeric, raw, strict=True):
+            if np.isnan(values).all():
+                example = train[name].iloc[0] if len(train) else "nothing"
+                raise DataError(f"column {name!r} holds no number, but {example!r}; declare it under categorical")
+        mean = [float(np.nanmean(values)) for values in raw]
+        std = [float(np.nanstd(values)) or 1.0 for values in raw]  # a constant column becomes all zeros
+        indicators = tuple(n for n, values in zip(spec.numeric, raw, strict=True) if np.isnan(values).any())
+        partial = cls(
+            spec=spec,
+            mean=tuple(mean),
+            std=tuple(std),
+            indicators=indicators,
+            edges=(),
+            vocabularies=tuple(_vocabulary(_names(train[name]), spec.min_count) for name in spec.categorical),
+            multi_vocabulary=(
+                _vocabulary([value for row in _names(train[spec.multi]) for value in row.split()], spec.min_count)
+                if spec.multi
+                else ()
+            ),
+        )
+        if not spec.bins:
+            return partial
+        scaled = partial._numeric(train)
+        quantiles = np.quantile(scaled, np.linspace(0, 1, spec.bins + 1), axis=0).T  # [numeric, bins + 1]
+        return cls(**{**vars(partial), "edges": tuple(tuple(map(float, row)) for row in quantiles)})
+
+    def __call__(self, frame: pd.DataFrame) -> TabularArrays:
+        """Transforms any rows; raises DataError naming a column that is not there."""
+        if absent := [name for name in self.spec.columns if name not in frame.columns]:
+            raise DataError(f"the model reads column {absent[0]!r}, but the table has {', '.join(frame.columns)}")
+        numbers = [
+            _numbered(_names(frame[name]), vocabulary)
+            for name, vocabulary in zip(self.spec.categorical, self.vocabularies, strict=True)
+        ]
+        return TabularArrays(
+            numeric=self._numeric(frame),
+            categorical=np.stack(numbers, axis=1) if numbers else np.zeros((len(frame), 0), np.int64),
+            multi=self._multi(frame),
+        )
+
+    @property
+    def numeric_inputs(self) -> int:
+        """Numeric columns with their indicators."""
+        return len(self.spec.numeric) + len(self.indicators)
+
+    @property
+    def category_sizes(self) -> tuple[int, ...]:
+        """Numbers each categorical column can take, 0 included."""
+        return tuple(len(vocabulary) + 1 for vocabulary in self.vocabularies)
+
+    @property
+    def multi_size(self) -> int:
+        """Numbers the multi-valued column can take, 0 included; 0 when there is no such column."""
+        return len(self.multi_vocabulary) + 1 if self.spec.multi else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`."""
+        spec = TabularSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in values["spec"].items()})
+        rows = {name: tuple(tuple(row) for row in values[name]) for name in ("edges", "vocabularies")}
+        flat = {name: tuple(values[name]) for name in ("mean", "std", "indicators", "multi_vocabulary")}
+        return cls(spec=spec, **rows, **flat)
+
+    def _numeric(self, frame: pd.DataFrame) -> np.ndarray:
+        scaled = np.zeros((len(frame), self.numeric_inputs), np.float32)
+        for column, name in enumerate(self.spec.numeric):
+            values = (_numbers(frame[name], log=name in self.spec.log) - self.mean[column]) / self.std[column]
+            scaled[:, column] = np.nan_to_num(values, nan=0.0)
+            if name in self.indicators:
+                scaled[:, len(self.spec.numeric) + self.indicators.index(name)] = np.isnan(values)
+        return scaled
+
+    def _multi(self, frame: pd.DataFrame) -> np.ndarray:
+        if not self.spec.multi:
+            return np.zeros((len(frame), 0), np.int64)
+        number = {name: index + 1 for index, name in enumerate(self.multi_vocabulary)}
+        rows = [[number[v] for v in row.split() if v in number] for row in _names(frame[self.spec.multi])]
+        filled = np.zeros((len(rows), max([1, *map(len, rows)])), np.int64)
+        for index, row in enumerate(rows):
+            filled[index, : len(row)] = row
+        return filled
+
+
+def _numbers(column: pd.Series[Any], *, log: bool) -> np.ndarray:
+    """float64, NaN where there is no finite number."""
+    values = pd.to_numeric(column, errors="coerce").to_numpy(np.float64, na_value=np.nan)
+    values = np.where(np.isfinite(values), values, np.nan)
+    return np.sign(values) * np.log1p(np.abs(values)) if log else values
+
+
+def _names(column: pd.Series[Any]) -> list[str]:
+    return ["" if value is None or value != value else str(value) for value in column.tolist()]  # NaN != NaN
+
+
+def _vocabulary(names: list[str], min_count: int) -> tuple[str, ...]:
+    counts = Counter(name for name in names if name)
+    return tuple(sorted(name for name, count in counts.items() if count >= min_count))
+
+
+def _numbered(names: list[str], vocabulary: tuple[str, ...]) -> np.ndarray:
+    number = {name: index + 1 for index, name in enumerate(vocabulary)}
+    return np.array([number.get(name, 0) for name in names], np.int64)

@@ -1,0 +1,219 @@
+"""Text -> token ids, through Hugging Face `tokenizers`, and the ids of a whole table as two flat files.
+
+A row's text is its text columns joined by one space. Its ids are [CLS] + WordPiece ids + [SEP], cut so that they are at
+most MAX_TOKENS: what is cut is the end of the text, and [CLS] and [SEP] stay.
+
+On disk: `ids.npy`, all rows' ids one after another (uint16 while the vocabulary fits, else uint32), and `offsets.npy`,
+int64 [rows + 1], so row i is ids[offsets[i]:offsets[i + 1]]. Both are memory-mapped when read: nothing is padded,
+nothing is pickled, and a table of any size opens at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.processors import BertProcessing
+
+from bertforge.artifact import write_atomic
+from bertforge.data.streaming import ahead
+from bertforge.errors import ArtifactError
+
+MAX_TOKENS = 512  # [CLS] and [SEP] included; BERT has this many positions
+_HEAD_CHARACTERS = 2560  # of a long text, tokenized first: 4% of the real questions are longer, 0.1% need their rest
+_BATCH = 1024  # texts given to `tokenizers` at once: its result takes some 30 KB a text until the ids are taken out
+
+Ids = NDArray[np.unsignedinteger[Any]]
+
+
+class Tokenizer:
+    """A BERT tokenizer that truncates to MAX_TOKENS and never pads."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        """`backend` is taken over: its truncation and padding are set here."""
+        backend.enable_truncation(MAX_TOKENS)
+        backend.no_padding()
+        self._backend = backend
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.cls_id, self.sep_id, self.pad_id = (self._special(token) for token in ("[CLS]", "[SEP]", "[PAD]"))
+        self._serialised: str = backend.to_str()
+        self.fingerprint = "sha256:" + hashlib.sha256(self._serialised.encode()).hexdigest()
+
+    @classmethod
+    def load(cls, directory: Path) -> Tokenizer:
+        """Reads `tokenizer.json`, or else `vocab.txt` with `tokenizer_config.json` beside it.
+
+        Raises ArtifactError when there is neither, or the file is damaged.
+        """
+        whole, vocabulary = directory / "tokenizer.json", directory / "vocab.txt"
+        if whole.is_file():
+            try:
+                return cls(tokenizers.Tokenizer.from_file(str(whole)))
+            except ArtifactError:
+                raise
+            except Exception as error:  # tokenizers raises bare Exception
+                raise ArtifactError(f"{whole} is not a readable tokenizer ({error})") from error
+        if vocabulary.is_file():
+            return cls(_from_vocabulary(vocabulary))
+        raise ArtifactError(
+            f"{directory} holds neither tokenizer.json nor vocab.txt; name a folder with a BERT tokenizer"
+        )
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The smallest unsigned type that holds every id."""
+        return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+
+    def encode(self, texts: Sequence[str]) -> tuple[Ids, NDArray[np.int64]]:
+        """Flat ids and offsets [texts + 1]; uses all cores (RAYON_NUM_THREADS sets how many)."""
+        ids = array("H" if self.dtype.itemsize == 2 else "I")
+        lengths = np.zeros(len(texts) + 1, dtype=np.int64)
+        row = 0
+        for encodings in self._encodings(texts):
+            for encoding in encodings:
+                row += 1
+                found = encoding.ids
+                lengths[row] = len(found)
+                ids.extend(found)
+        return np.frombuffer(ids, dtype=self.dtype), np.cumsum(lengths)
+
+    def save(self, directory: Path) -> Path:
+        """Writes `tokenizer.json`; loading it gives a tokenizer of the same fingerprint."""
+        return write_atomic(directory / "tokenizer.json", self._serialised)
+
+    def _encodings(self, texts: Sequence[str]) -> Iterator[list[tokenizers.Encoding]]:
+        batches = (self._encode_batch(texts[start : start + _BATCH]) for start in range(0, len(texts), _BATCH))
+        # The next batch is tokenized, without the interpreter lock, while this one's ids are taken out.
+        return ahead(batches) if len(texts) > _BATCH else batches
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
+        """The encodings of `texts`, without reading the part of a long text that truncation throws away.
+
+        BERT splits at white space before anything else, so the ids of a text's head, cut at a space, are the first ids
+        of the whole text. A head that fills MAX_TOKENS is all that is needed; else the whole text is tokenized.
+        """
+        encode = self._backend.encode_batch_fast
+        if not isinstance(self._backend.pre_tokenizer, BertPreTokenizer):
+            return encode(texts)
+        heads = [text if len(text) <= _HEAD_CHARACTERS else _head(text) for text in texts]
+        encodings = encode(heads)
+        rest = [
+            row
+            for row, encoding in enumerate(encodings)
+            if len(heads[row]) < len(texts[row]) and len(encoding) < MAX_TOKENS
+        ]
+        if rest:
+            for row, encoding in zip(rest, encode([texts[row] for row in rest]), strict=True):
+                encodings[row] = encoding
+        return encodings
+
+    def _special(self, token: str) -> int:
+        found = self._backend.token_to_id(token)
+        if found is None:
+            raise ArtifactError(f"the tokenizer has no {token} token, so it is not BERT's; name a BERT model")
+        return int(found)
+
+
+def _head(text: str) -> str:
+    end = text.rfind(" ", 0, _HEAD_CHARACTERS)
+    return text[:end] if end > 0 else text
+
+
+def _from_vocabulary(path: Path) -> tokenizers.Tokenizer:
+    """BERT's own tokenizer around a vocabulary; a missing setting has the value it has in transformers."""
+    beside = path.with_name("tokenizer_config.json")
+    settings: dict[str, Any] = json.loads(beside.read_text()) if beside.is_file() else {}
+    vocabulary = {token: i for i, token in enumerate(path.read_text(encoding="utf-8").splitlines())}
+    missing = [token for token in ("[UNK]", "[CLS]", "[SEP]", "[PAD]") if token not in vocabulary]
+    if missing:
+        raise ArtifactError(f"{path} lacks {', '.join(missing)}, so it is not a BERT vocabulary")
+    backend = tokenizers.Tokenizer(WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
+    backend.add_special_tokens([t for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if t in vocabulary])
+    backend.normalizer = BertNormalizer(
+        lowercase=settings.get("do_lower_case", True),
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+        strip_accents=settings.get("strip_accents"),
+    )
+    backend.pre_tokenizer = BertPreTokenizer()
+    backend.post_processor = BertProcessing(("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
+    return backend
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """The ids of every row of a table, memory-mapped."""
+
+    ids: Ids
+    """[tokens], all rows one after another."""
+    offsets: NDArray[np.int64]
+    """[rows + 1]."""
+
+    @classmethod
+    def open(cls, directory: Path) -> TokenStore:
+        return cls(np.load(directory / "ids.npy", mmap_mode="r"), np.load(directory / "offsets.npy", mmap_mode="r"))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> Ids:
+        """[length] the ids of one row."""
+        return self.ids[self.offsets[row] : self.offsets[row + 1]]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """[rows] tokens in each row."""
+        return np.diff(self.offsets)
+
+
+class TokenWriter:
+    """Appends ids to `ids.npy`, and on leaving writes `offsets.npy` and `tokenizer.json` beside it."""
+
+    def __init__(self, directory: Path, tokenizer: Tokenizer) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory, self._tokenizer = directory, tokenizer
+        self._file: IO[bytes] = (directory / "ids.npy").open("wb")
+        self._lengths: list[NDArray[np.int64]] = [np.zeros(1, dtype=np.int64)]
+        self._count = 0  # tokens
+        self.rows = 0
+        self._write_header()
+
+    def append(self, texts: Sequence[str]) -> None:
+        ids, offsets = self._tokenizer.encode(texts)
+        self._file.write(ids.data)
+        self._count += len(ids)
+        self._lengths.append(np.diff(offsets))
+        self.rows += len(texts)
+
+    def __enter__(self) -> TokenWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._file.seek(0)
+            self._write_header()
+            np.save(self._directory / "offsets.npy", np.cumsum(np.concatenate(self._lengths)))
+            self._tokenizer.save(self._directory)
+        self._file.close()
+
+    def _write_header(self) -> None:
+        """A 1-d .npy header; numpy leaves it room to grow, so the final count fits where the first one stood."""
+        header = {
+            "descr": np.lib.format.dtype_to_descr(self._tokenizer.dtype),
+            "fortran_order": False,
+            "shape": (self._count,),
+        }
+        np.lib.format.write_array_header_1_0(self._file, header)

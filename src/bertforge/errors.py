@@ -1,0 +1,36 @@
+"""The exceptions a user can meet. Each message is one line: what is wrong, with which value, and what to type instead.
+
+The library raises; only `cli` turns an error into an exit code. Exit codes: 0 done, 1 a defect of ours
+(traceback kept for `--debug`), 2 the command line itself, 3 the user's data, 4 the user's files and artifacts,
+5 something the machine lacks, 130 interrupted.
+"""
+
+
+class BertforgeError(Exception):
+    """Base of every expected error; `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class UsageError(BertforgeError):
+    """An option or argument has a value that cannot work."""
+
+    exit_code = 2
+
+
+class DataError(BertforgeError):
+    """A table, a column or a row is not what the command needs."""
+
+    exit_code = 3
+
+
+class ArtifactError(BertforgeError):
+    """A checkpoint, adapter, prepared-data folder or run is missing, damaged or of the wrong kind."""
+
+    exit_code = 4
+
+
+class MachineError(BertforgeError):
+    """This machine lacks a library, a device or a precision; the message names the command that installs it."""
+
+    exit_code = 5

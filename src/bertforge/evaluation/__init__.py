@@ -1,0 +1,12 @@
+"""Evaluation: how good are these logits, how sure are we, and where do they go wrong? Knows nothing of BERT.
+
+Everything takes logits `[rows, labels]` and integer labels `[rows]` as NumPy arrays.
+
+- `metrics`: loss, accuracy, precision, recall, F1, ROC-AUC, calibration error and confusion matrix, with intervals.
+- `compare`: a paired test between two runs on the same rows.
+- `groups`: accuracy by text length and by month; the most confident mistakes.
+- `curves`: the points of the ROC curve and of the reliability diagram.
+- `report`: all of it as one HTML file (`figures` draws, `report.html.j2` lays out), or as Markdown.
+- `bootstrap`, `scores`: what the above share: estimates with intervals, checked logits.
+- `evaluate`: runs a model over a split and calls the above.
+"""

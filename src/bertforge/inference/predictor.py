@@ -1,0 +1,134 @@
+"""A run or a merged model, loaded whole: text and columns in, labels and probabilities out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pandas as pd
+import torch
+
+from bertforge.artifact import hash_file, read_manifest
+from bertforge.data.loader import Examples
+from bertforge.data.schema import Schema
+from bertforge.data.tabular import TabularArrays, TabularTransform
+from bertforge.data.tokens import Tokenizer, TokenStore
+from bertforge.errors import ArtifactError, DataError
+from bertforge.evaluation.golden import TOLERANCE, GoldenRows
+from bertforge.evaluation.logits import predict_logits
+from bertforge.hardware import choose_precision, detect
+from bertforge.lora.adapter_io import ADAPTER_CONFIG, load_adapter
+from bertforge.model.classifier import BertForSequenceClassification
+from bertforge.model.config import BertConfig
+from bertforge.models import resolve, weights_file
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """`Predictor.load("runs/closed").predict(["How do I ...?"])`."""
+
+    model: BertForSequenceClassification
+    tokenizer: Tokenizer
+    schema: Schema
+    transform: TabularTransform | None
+    manifest: dict[str, Any]
+    precision: str
+    """fp32 or bf16, what the model computes in."""
+
+    @classmethod
+    def load(cls, directory: str | Path, precision: str = "auto") -> Self:
+        """Loads a folder made by `bertforge train` or `bertforge merge` on the best device here.
+
+        Raises ArtifactError when a file is missing or damaged, when an adapter's base model is not the one it was
+        trained on, or when the golden rows do not give the logits they gave when the model was saved.
+        """
+        directory = Path(directory)
+        manifest = read_manifest(directory, "run", "model")
+        hardware = detect()
+        model = load_model(directory, manifest).to(hardware.device).eval()
+        difference = GoldenRows.from_dict(manifest["golden"]).difference(model)
+        if not difference <= TOLERANCE:  # NaN is refused too
+            raise ArtifactError(
+                f"{directory} does not compute what it did when it was saved: logits differ by {difference:.3g} on its "
+                "golden rows; its weights were changed or damaged, so make it again"
+            )
+        return cls(
+            model=model,
+            tokenizer=Tokenizer.load(directory),
+            schema=Schema.from_dict(manifest["schema"]),
+            transform=None if manifest["tabular"] is None else TabularTransform.from_dict(manifest["tabular"]),
+            manifest=manifest,
+            precision=choose_precision(hardware, precision),
+        )
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Names in the order of the logits."""
+        return self.model.config.labels
+
+    @property
+    def max_length(self) -> int:
+        """Tokens a text is cut to."""
+        return int(self.manifest["recipe"]["max_length"])
+
+    def predict(self, texts: Sequence[str], columns: pd.DataFrame | None = None) -> pd.DataFrame:
+        """`label`, `probability` (of that label) and one column of probability a label, a row for each text.
+
+        `columns` holds the columns the model reads beside the text, if it reads any.
+        """
+        probabilities = torch.from_numpy(self.logits(texts, columns)).softmax(dim=1).numpy()  # [rows, labels]
+        best = probabilities.argmax(axis=1) if len(texts) else np.zeros(0, np.int64)
+        return pd.DataFrame(
+            {
+                "label": [self.label_names[index] for index in best],
+                "probability": probabilities[np.arange(len(best)), best],
+                **{f"p_{name}": probabilities[:, index] for index, name in enumerate(self.label_names)},
+            }
+        )
+
+    def logits(
+        self,
+        texts: Sequence[str],
+        columns: pd.DataFrame | None = None,
+        advance: Callable[[int], None] = lambda rows: None,
+    ) -> np.ndarray:
+        """Logits `[rows, labels]` float32, in the order of `texts`."""
+        if len(texts) == 0:
+            return np.zeros((0, len(self.label_names)), np.float32)
+        store = TokenStore(*self.tokenizer.encode(list(texts)))
+        arrays: TabularArrays | None = None
+        if self.transform is not None:
+            if columns is None:
+                raise DataError(f"this model reads columns beside the text: {', '.join(self.transform.spec.columns)}")
+            arrays = self.transform(columns)
+        return self.token_logits(store, np.arange(len(texts)), arrays, advance)
+
+    def token_logits(
+        self,
+        store: TokenStore,
+        rows: np.ndarray,
+        tabular: TabularArrays | None,
+        advance: Callable[[int], None] = lambda rows: None,
+    ) -> np.ndarray:
+        """Logits `[rows, labels]` of tokenised rows."""
+        examples = Examples(store, np.full(len(store), -1), self.tokenizer.sep_id, self.max_length, tabular)
+        return predict_logits(self.model, examples, rows, self.precision, advance)
+
+
+def load_model(directory: Path, manifest: dict[str, Any]) -> BertForSequenceClassification:
+    """The model of a run or merged folder, with its adapter where it has one."""
+    if not (directory / ADAPTER_CONFIG).is_file():
+        return BertForSequenceClassification.from_pretrained(directory)
+    config = BertConfig.load(directory)
+    base = resolve(manifest["base"]["model"])
+    if (found := hash_file(weights_file(base))) != manifest["base"]["weights"]:
+        raise ArtifactError(
+            f"the adapter in {directory} was trained on {manifest['base']['model']} with weights {manifest['base']['weights']}, "
+            f"but {base} holds {found}"
+        )
+    model = BertForSequenceClassification.from_pretrained(base, labels=config.labels, tabular=config.tabular)
+    load_adapter(model, directory)
+    return model

@@ -1,0 +1,3 @@
+"""Evaluation and prediction over whole tables: prepared folders and raw files alike."""
+
+from __future__ import annotations

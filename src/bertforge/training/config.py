@@ -1,0 +1,187 @@
+"""A recipe: everything that decides a fine-tuning run except the data. TOML files hold the variants."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from types import UnionType
+from typing import Any, Self, get_args, get_type_hints
+
+from bertforge.data.tabular import TabularSpec
+from bertforge.errors import UsageError
+from bertforge.hardware import PRECISIONS
+from bertforge.lora.config import LoraConfig
+
+
+@dataclass(frozen=True)
+class LoraRecipe:
+    """The `[lora]` section: `lora.config.LoraConfig` with layers counted from the top, whatever the model's depth."""
+
+    r: int = 8
+    """Rank of the update."""
+    lora_alpha: float = 16
+    """The update is scaled by lora_alpha / r."""
+    lora_dropout: float = 0.0
+    """Dropout of the adapters' input."""
+    target_modules: tuple[str, ...] = ("query", "value")
+    """Linear layers to adapt, by the end of their names."""
+    last_layers: int = 0
+    """Adapt only this many layers, the ones nearest the head; 0 for all."""
+
+    def config(self, num_layers: int, modules_to_save: tuple[str, ...]) -> LoraConfig:
+        """For a model of `num_layers`; raises UsageError when it has fewer than `last_layers`."""
+        if self.last_layers > num_layers:
+            raise UsageError(f"lora.last_layers={self.last_layers}, but the model has {num_layers} layers")
+        layers = tuple(range(num_layers - self.last_layers, num_layers)) if self.last_layers else None
+        return LoraConfig(self.r, self.lora_alpha, self.lora_dropout, self.target_modules, layers, modules_to_save)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of one run; each can be changed with `--set name=value`, those of a section as `--set lora.r=4`."""
+
+    name: str = "custom"
+    """What the run is called in reports."""
+    model: str = "minilm"
+    """Pretrained checkpoint: `minilm`, a folder or a Hugging Face id."""
+    split: str = "random"
+    """Which of the prepared splits to train and validate on: random or time."""
+    max_length: int = 512
+    """Tokens a text is cut to, [CLS] and [SEP] included."""
+    epochs: int = 5
+    """Passes over the train rows, fewer when `patience` runs out."""
+    patience: int = 2
+    """Epochs without a lower validation loss before training stops."""
+    lr: float = 5e-5
+    """Peak learning rate (AdamW)."""
+    head_lr: float = 0.0
+    """Peak learning rate of the classifier and the columns' branch; 0 means `lr`."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices; biases and LayerNorms have none."""
+    warmup: float = 0.06
+    """Share of all steps in which the learning rate rises; it then falls linearly to 0."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    tokens_per_step: int = 8192
+    """Tokens in a step's pack: about 45 questions of the flagship data."""
+    attention_dropout: float = 0.0
+    """Dropout of attention weights. The packed CUDA kernel has none, so it is off everywhere by default."""
+    class_weights: str = "none"
+    """`balanced` weighs each class by rows / (classes * rows of the class); none leaves them alone."""
+    label_smoothing: float = 0.0
+    """Probability taken from the true class and spread over all (Szegedy et al. 2015, section 7)."""
+    precision: str = "auto"
+    """fp32, bf16 (autocast; weights stay fp32), or auto: bf16 where the hardware is faster at it."""
+    seed: int = 42
+    """Seeds new weights, dropout and the order of rows."""
+    checkpoint_seconds: float = 60
+    """The most work, in seconds, that a crash can lose."""
+    lora: LoraRecipe | None = None
+    """None trains every weight."""
+    tabular: TabularSpec | None = None
+    """None reads the text alone."""
+
+    def __post_init__(self) -> None:
+        choices = {
+            "class_weights": ("none", "balanced"),
+            "precision": PRECISIONS,
+            "split": ("random", "time"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        if not 0 <= self.label_smoothing < 1 or not 0 <= self.warmup <= 1 or not 0 <= self.attention_dropout < 1:
+            raise UsageError("label_smoothing, warmup and attention_dropout are shares between 0 and 1")
+        for name in ("epochs", "patience", "lr", "max_grad_norm", "tokens_per_step"):
+            if getattr(self, name) <= 0:
+                raise UsageError(f"{name}={getattr(self, name)} must be above 0")
+        if self.max_length < 3:
+            raise UsageError(f"max_length={self.max_length} leaves no token between [CLS] and [SEP]; use 3 or more")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """From parsed TOML or JSON; raises UsageError naming an unknown or wrongly typed setting."""
+        return _build(cls, values, "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, sections nested."""
+        return asdict(self)
+
+    def with_settings(self, settings: list[str]) -> Self:
+        """A copy with `name=value` strings applied; values are TOML, and a bare word is a string."""
+        values = self.to_dict()
+        for setting in settings:
+            name, equals, text = setting.partition("=")
+            if not equals:
+                raise UsageError(f"--set {setting!r} is not name=value; write for example --set epochs=2")
+            section, _, key = name.strip().rpartition(".")
+            if section not in ("", "lora", "tabular"):
+                raise UsageError(f"--set {name}: there is no section {section!r}; sections are lora and tabular")
+            target = values if not section else (values.get(section) or {})
+            if section:
+                values[section] = target
+            target[key] = _toml_value(text)
+        return self.from_dict(values)
+
+
+def variants() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.name.removesuffix(".toml") for path in _recipes().iterdir() if path.name.endswith(".toml"))
+
+
+def load_recipe(variant: str | None = None, path: Path | None = None) -> Recipe:
+    """The recipe of a variant, or of a TOML file of one's own; raises UsageError listing the variants."""
+    if path is not None:
+        try:
+            text = path.read_text()
+        except OSError as error:
+            raise UsageError(f"recipe {path} cannot be read ({error.strerror})") from error
+        name = path.stem
+    else:
+        name = variant or "lora-r8"
+        if name not in variants():
+            raise UsageError(f"variant {name!r} does not exist; choose one of {', '.join(variants())}")
+        text = (_recipes() / f"{name}.toml").read_text()
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"recipe {path or name} is not TOML ({error})") from error
+    return Recipe.from_dict({"name": name, **values})
+
+
+def _recipes() -> Any:
+    return resources.files("bertforge") / "recipes"
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text.strip()
+
+
+def _build(cls: Any, values: dict[str, Any], prefix: str) -> Any:
+    hints = get_type_hints(cls)
+    if unknown := set(values) - set(hints):
+        raise UsageError(f"{prefix}{sorted(unknown)[0]} is not a setting; known: {', '.join(prefix + n for n in hints)}")
+    return cls(**{name: _coerced(hints[name], value, prefix + name) for name, value in values.items()})
+
+
+def _coerced(hint: Any, value: Any, name: str) -> Any:
+    if isinstance(hint, UnionType):
+        if value is None:
+            return None
+        hint = next(option for option in get_args(hint) if option is not type(None))
+    if isinstance(value, dict) and hasattr(hint, "__dataclass_fields__"):
+        return _build(hint, value, f"{name}.")
+    if get_args(hint):  # tuple[str, ...]
+        listed = value.split(",") if isinstance(value, str) else value
+        if isinstance(listed, list | tuple) and all(isinstance(item, get_args(hint)[0]) for item in listed):
+            return tuple(listed)
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(hint, type) and type(value) is hint:
+        return value
+    raise UsageError(f"{name}={value!r} should be {getattr(hint, '__name__', hint)}")

@@ -1,0 +1,223 @@
+"""One fine-tuning run from prepared data to a saved model; the six variants differ only in their recipe.
+
+The run's folder ends as a Hugging Face folder (`config.json` and `model.safetensors`) or a PEFT one
+(`adapter_config.json` and `adapter_model.safetensors`), with tokenizer files and `bertforge.json` beside them. While
+training goes on it holds `checkpoint.safetensors` and `best.safetensors` instead.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bertforge.artifact import MANIFEST, hash_file, write_json, write_manifest
+from bertforge.data.loader import Examples
+from bertforge.data.prepared import PreparedData
+from bertforge.data.tabular import TabularTransform
+from bertforge.data.tokens import Tokenizer
+from bertforge.determinism import seed_everything
+from bertforge.errors import ArtifactError, DataError
+from bertforge.hardware import Hardware, choose_precision, detect
+from bertforge.evaluation.golden import GoldenRows
+from bertforge.lora.adapter_io import save_adapter
+from bertforge.lora.config import LoraConfig
+from bertforge.lora.inject import inject_lora
+from bertforge.model.classifier import BertForSequenceClassification
+from bertforge.model.config import TabularConfig
+from bertforge.models import resolve, weights_file
+from bertforge.training.checkpoint import Progress, trainable
+from bertforge.training.config import Recipe
+from bertforge.training.loop import BEST, CHECKPOINT, Split, Trainer
+
+RUNNING = "running.json"  # the recipe and data of a run that has not ended
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is about to do, for the caller to show before it starts."""
+
+    recipe: Recipe
+    hardware: Hardware
+    precision: str
+    trainable_parameters: int
+    train_rows: int
+    validation_rows: int
+    total_steps: int
+    resumed_step: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model put together from a recipe and data, ready to train."""
+
+    model: BertForSequenceClassification
+    split: Split
+    tokenizer: Tokenizer
+    transform: TabularTransform | None
+    lora: LoraConfig | None
+    base: Path
+
+
+def finetune(
+    data: Path,
+    out: Path,
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    started: Callable[[Plan], None] = lambda plan: None,
+    show: Callable[[Progress, int, float], None] = lambda progress, sequences, loss: None,
+) -> dict[str, Any]:
+    """Trains and saves a run in `out`; returns its manifest.
+
+    Raises ArtifactError when `out` holds a run already and `resume` is false, or when the run to resume was started
+    with another recipe or other data.
+    """
+    prepared = PreparedData.open(data)
+    hardware = detect()
+    recipe_dict = {**recipe.to_dict(), "precision": choose_precision(hardware, recipe.precision)}
+    identity = {"recipe": recipe_dict, "data": prepared.fingerprint, "device": hardware.device.type}
+    _claim(out, identity, resume)
+    seed_everything(recipe.seed)
+    run = assemble(prepared, recipe, hardware.device)
+    trainer = Trainer(run.model, run.split, recipe, out, recipe_dict["precision"])
+    if resume:
+        trainer.resume()
+    parameters = sum(parameter.numel() for parameter in trainable(run.model).values())
+    started(
+        Plan(
+            recipe=recipe,
+            hardware=hardware,
+            precision=recipe_dict["precision"],
+            trainable_parameters=parameters,
+            train_rows=len(run.split.train),
+            validation_rows=len(run.split.validation),
+            total_steps=trainer.total_steps,
+            resumed_step=trainer.progress.step,
+        )
+    )
+    progress = trainer.fit(show)
+    _save(run, recipe, out)
+    manifest = {
+        **describe(run, prepared, recipe_dict),
+        "precision": recipe_dict["precision"],
+        "device": hardware.name,
+        "trainable_parameters": parameters,
+        "metrics": _summary(progress, len(run.split.train)),
+        "history": progress.history,
+        "golden": GoldenRows.record(run.model, run.split.examples, run.split.validation).to_dict(),
+    }
+    write_manifest(out, "run", **manifest)
+    for temporary in (CHECKPOINT, BEST, RUNNING):
+        (out / temporary).unlink()
+    return manifest
+
+
+def assemble(prepared: PreparedData, recipe: Recipe, device: torch.device) -> Run:
+    """Loads the model, injects adapters, fits the columns' transform on train rows and joins the data to it."""
+    base = resolve(recipe.model)
+    tokenizer = Tokenizer.load(base)
+    train, validation = (prepared.rows(recipe.split, part) for part in ("train", "validation"))
+    labels = prepared.labels
+    present = np.unique(labels[train])
+    if len(present) < len(prepared.label_names):
+        absent = sorted(set(range(len(prepared.label_names))) - set(present.tolist()))
+        raise DataError(f"the train rows hold no {prepared.label_names[absent[0]]!r}; prepare more rows of it")
+    transform, arrays = None, None
+    if recipe.tabular:
+        columns = prepared.columns(recipe.tabular.columns)
+        transform = TabularTransform.fit(columns.iloc[train], recipe.tabular)
+        arrays = transform(columns)
+    model = BertForSequenceClassification.from_pretrained(
+        base,
+        labels=tuple(prepared.label_names),
+        tabular=None if transform is None else tabular_config(transform),
+        attention_dropout=recipe.attention_dropout,
+    )
+    if recipe.max_length > model.config.max_position_embeddings:
+        raise DataError(
+            f"max_length={recipe.max_length}, but {recipe.model} holds {model.config.max_position_embeddings} positions; "
+            f"--set max_length={model.config.max_position_embeddings}"
+        )
+    if transform is not None and model.tabular is not None and model.tabular.numeric is not None:
+        model.tabular.numeric.edges.copy_(torch.tensor(transform.edges))
+    lora = None
+    if recipe.lora:
+        heads = ("classifier", "tabular") if transform else ("classifier",)
+        lora = recipe.lora.config(model.config.num_hidden_layers, heads)
+        inject_lora(model, lora)
+    examples = Examples(prepared.tokens(tokenizer), labels, tokenizer.sep_id, recipe.max_length, arrays)
+    return Run(model.to(device), Split(examples, train, validation), tokenizer, transform, lora, base)
+
+
+def tabular_config(transform: TabularTransform) -> TabularConfig:
+    """The shape of the model's branch for these columns."""
+    spec = transform.spec
+    return TabularConfig(
+        numeric=transform.numeric_inputs,
+        categorical=transform.category_sizes,
+        multi=transform.multi_size,
+        bins=spec.bins,
+        embedding_size=spec.embedding_size,
+        hidden_size=spec.hidden_size,
+        dropout=spec.dropout,
+    )
+
+
+def describe(run: Run, prepared: PreparedData, recipe: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest says of a model so that raw rows can be put to it."""
+    return {
+        "recipe": recipe,
+        "labels": list(prepared.label_names),
+        "schema": prepared.schema.to_dict(),
+        "tabular": None if run.transform is None else run.transform.to_dict(),
+        "data": {"fingerprint": prepared.fingerprint, "made_up": bool(prepared.manifest.get("made_up"))},
+        "base": {"model": recipe["model"], "weights": hash_file(weights_file(run.base))},
+    }
+
+
+def _claim(out: Path, identity: dict[str, Any], resume: bool) -> None:
+    """Makes `out` this run's folder, or checks that it is."""
+    running = out / RUNNING
+    if (out / MANIFEST).is_file():
+        raise ArtifactError(f"{out} holds a finished run; name another folder with --out")
+    if running.is_file():
+        if not resume:
+            raise ArtifactError(f"{out} holds a run that has not ended; go on with --resume, or remove it: rm -r {out}")
+        if (before := json.loads(running.read_text())) != identity:
+            changed = [name for name in identity if before.get(name) != identity[name]]
+            raise ArtifactError(f"{out} was started with another {' and '.join(changed)}; resume with the same, or start anew")
+        return
+    if resume:
+        raise ArtifactError(f"{out} holds no run to resume; start one without --resume")
+    if out.exists() and any(out.iterdir()):
+        raise ArtifactError(f"{out} is not empty; name another folder with --out")
+    write_json(running, identity)
+
+
+def _save(run: Run, recipe: Recipe, out: Path) -> None:
+    run.tokenizer.save(out)
+    run.model.config.save(out)
+    if run.lora is None:
+        run.model.save_pretrained(out)
+    else:
+        save_adapter(run.model, run.lora, out, recipe.model)
+
+
+def _summary(progress: Progress, train_rows: int) -> dict[str, Any]:
+    epochs = [point for point in progress.history if "epoch" in point]
+    best = epochs[progress.best_epoch - 1]
+    return {
+        "best_epoch": progress.best_epoch,
+        "epochs": progress.epoch,
+        "train_loss": best["epoch/train_loss"],
+        "validation_loss": best["epoch/validation_loss"],
+        "validation_accuracy": best["epoch/validation_accuracy"],
+        "seconds": progress.seconds,
+        "questions_per_s": progress.epoch * train_rows / progress.seconds,
+    }

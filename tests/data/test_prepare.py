@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from bertforge.artifact import write_manifest
+from bertforge.data import prepare as prepare_module
+from bertforge.data.features import FEATURES
+from bertforge.data.prepare import PrepareOptions, prepare
+from bertforge.data.prepared import PreparedData
+from bertforge.data.tokens import Tokenizer
+from bertforge.errors import ArtifactError, DataError, UsageError
+
+from .tables import COLUMNS, question, questions, write_csv, write_every_format
+
+
+def folders_and_files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_every_format_is_prepared_alike(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    made = [
+        prepare(path, tmp_path / f"out{number}", tokenizer)
+        for number, path in enumerate(write_every_format(tmp_path, questions(200)))
+    ]
+    first = made[0]
+    for data in made[1:]:
+        assert data.labels.tolist() == first.labels.tolist()
+        assert data.split("random").tolist() == first.split("random").tolist()
+        assert data.split("time").tolist() == first.split("time").tolist()
+        assert data.tokens(tokenizer).ids.tolist() == first.tokens(tokenizer).ids.tolist()
+        pd.testing.assert_frame_equal(data.columns(list(FEATURES)), first.columns(list(FEATURES)))
+        assert data.fingerprint != first.fingerprint, "the fingerprint is of the file's bytes"
+
+
+def test_what_was_prepared_is_what_stood_in_the_table(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    frame = questions(100)
+    data = prepare(write_csv(tmp_path / "t.csv", frame), tmp_path / "out", tokenizer)
+    assert len(data) == 100
+    assert data.label_names == ("open", "closed")
+    assert data.labels.tolist() == (frame["OpenStatus"] != "open").astype(int).tolist()
+    assert data.columns(COLUMNS).astype(object).values.tolist() == frame.values.tolist()
+    texts = (frame["Title"] + " " + frame["BodyMarkdown"]).tolist()
+    assert data.texts([99, 0, 50, 0]) == [texts[99], texts[0], texts[50], texts[0]]
+    ids, offsets = tokenizer.encode(texts)
+    store = data.tokens(tokenizer)
+    assert (store.ids == ids).all()
+    assert (store.offsets == offsets).all()
+    assert data.dates is not None
+    assert data.dates[3] == np.datetime64("2010-01-04T10:30:00")
+    assert data.lines[:2].tolist() == [2, 7]
+    for split in ("random", "time"):
+        parts = [data.rows(split, part).tolist() for part in ("train", "validation", "test")]
+        assert [len(part) for part in parts] == [80, 10, 10]
+        assert sorted(row for part in parts for row in part) == list(range(100))
+
+
+def test_chunks_leave_no_trace(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    frame = questions(100).drop(index=[5]).reset_index(drop=True)
+    frame.loc[40, "Title"] = ""
+    table = write_csv(tmp_path / "t.csv", frame)
+    whole = prepare(table, tmp_path / "whole", tokenizer)
+    read = prepare_module.read_chunks
+    monkeypatch.setattr(prepare_module, "read_chunks", lambda path: read(path, 7))
+    pieces = prepare(table, tmp_path / "pieces", tokenizer)
+    assert pq.ParquetFile(pieces.directory / "table.parquet").num_row_groups > 10
+    for name in ("labels.npy", "lines.npy", "dates.npy", "splits/random.npy", "splits/time.npy", "set_aside.jsonl"):
+        assert (pieces.directory / name).read_bytes() == (whole.directory / name).read_bytes(), name
+    assert pieces.tokens(tokenizer).ids.tolist() == whole.tokens(tokenizer).ids.tolist()
+    assert pieces.texts([60, 3]) == whole.texts([60, 3])
+
+
+def test_bad_rows_are_counted_with_their_lines_and_kept_in_a_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows = [question(i, BodyMarkdown=f"one line {i}") for i in range(100)]
+    rows[10]["Title"] = ""
+    rows[20]["PostCreationDate"] = "99/99/2010 00:00:00"
+    rows[30]["OpenStatus"] = "deleted"
+    rows[31]["OpenStatus"] = "deleted"
+    table = write_csv(tmp_path / "t.csv", pd.DataFrame(rows, columns=COLUMNS))
+    lines = table.read_bytes().split(b"\n")
+    lines[41] = lines[41].replace(b"one line", b'"one" line')  # line 42: quotes in an unquoted field are fine
+    lines[51] = lines[51].replace(b"one line 50", b'"one" line 50')  # line 52: but not after a closing quote
+    lines[61] = lines[61].replace(b"one line", b"one l\xefne")
+    table.write_bytes(b"\n".join(lines))
+    data = prepare(table, tmp_path / "out", tokenizer)
+    assert data.manifest["set_aside"] == {
+        "missing Title": {"rows": 1, "lines": [12]},
+        "unparsable date in PostCreationDate": {"rows": 1, "lines": [22]},
+        "unknown OpenStatus": {"rows": 2, "lines": [32, 33]},
+        "broken quoting": {"rows": 2, "lines": [42, 52]},
+        "not UTF-8": {"rows": 1, "lines": [62]},
+    }
+    assert len(data) == 93
+    kept = [json.loads(line) for line in (data.directory / "set_aside.jsonl").read_text().splitlines()]
+    assert [row["line"] for row in kept] == [12, 22, 32, 33, 42, 52, 62]
+    assert kept[0]["raw"] == rows[10]
+    assert kept[4]["reason"].startswith("broken quoting: ")
+    assert kept[4]["raw"] == (lines[41] + b"\n").decode()
+    assert not set(data.lines.tolist()) & {row["line"] for row in kept}
+
+
+def test_duplicates_stay_together_and_are_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows = [question(i) for i in range(100)]
+    for i in range(50, 100):  # the second half repeats the first, in other case and spacing
+        rows[i] |= {"Title": rows[i - 50]["Title"].upper() + "  ", "BodyMarkdown": rows[i - 50]["BodyMarkdown"]}
+    data = prepare(write_csv(tmp_path / "t.csv", pd.DataFrame(rows)), tmp_path / "out", tokenizer)
+    closed = [row["OpenStatus"] != "open" for row in rows]
+    conflicts = sum(closed[i] != closed[i + 50] for i in range(50))
+    assert data.manifest["duplicates"] == {"rows": 50, "conflicting_texts": conflicts}
+    for name in ("random", "time"):
+        part = data.split(name)
+        assert (part[:50] == part[50:]).all()
+
+
+def test_a_table_of_ones_own_with_many_classes(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    frame = pd.DataFrame(
+        {
+            "subject": [f"list {i}" for i in range(90)],
+            "message": ["sort" if i % 2 else "" for i in range(90)],
+            "folder": [("10", "9", "2")[i % 3] for i in range(90)],
+            "size": range(90),
+        }
+    )
+    table = tmp_path / "t.parquet"
+    frame.to_parquet(table)
+    options = PrepareOptions(text_columns=("subject", "message"), label_column="folder")
+    data = prepare(table, tmp_path / "out", tokenizer, options)
+    assert data.label_names == ("2", "9", "10")
+    assert [data.label_names[label] for label in data.labels] == frame["folder"].tolist()
+    assert data.texts([1, 2]) == ["list 1 sort", "list 2 "]
+    assert data.columns(["size"])["size"].tolist() == [str(i) for i in range(90)]
+    assert list(data.manifest["splits"]) == ["random"]
+    assert data.dates is None
+    with pytest.raises(UsageError, match="has no split 'time'"):
+        data.split("time")
+    with pytest.raises(DataError, match=r"no column sizes .* there are: subject, message, folder, size"):
+        data.columns(["sizes"])
+
+
+def test_preparing_again_returns_at_once_and_another_table_replaces(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    table = write_csv(tmp_path / "t.csv", questions(60))
+    first = prepare(table, tmp_path / "out", tokenizer)
+    stamp = (first.directory / "table.parquet").stat().st_mtime_ns
+    again = prepare(table, tmp_path / "out", tokenizer)
+    assert (again.reused, first.reused) == (True, False)
+    assert (again.directory / "table.parquet").stat().st_mtime_ns == stamp
+    seeded = prepare(table, tmp_path / "out", tokenizer, PrepareOptions(seed=7))
+    assert not seeded.reused
+    assert seeded.fingerprint != first.fingerprint
+    write_csv(table, questions(61))
+    assert len(prepare(table, tmp_path / "out", tokenizer, PrepareOptions(seed=7))) == 61
+
+
+def test_another_tokenizer_is_added_to_the_folder(tmp_path: Path, tokenizer: Tokenizer, vocabulary: Path) -> None:
+    table = write_csv(tmp_path / "t.csv", questions(60))
+    prepare(table, tmp_path / "out", tokenizer)
+    (vocabulary / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    cased = Tokenizer.load(vocabulary)
+    data = prepare(table, tmp_path / "out", cased)
+    assert data.reused
+    assert len(folders_and_files(data.directory / "tokens")) == 2
+    texts = data.texts(range(60))
+    assert data.tokens(cased).ids.tolist() == cased.encode(texts)[0].tolist()
+    assert data.tokens(tokenizer).ids.tolist() == tokenizer.encode(texts)[0].tolist()
+
+
+def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    table = write_csv(tmp_path / "t.csv", questions(60))
+    thesis = tmp_path / "out" / "thesis.txt"
+    thesis.parent.mkdir()
+    thesis.write_text("years of work")
+    with pytest.raises(ArtifactError, match="not empty"):
+        prepare(table, tmp_path / "out", tokenizer)
+    write_manifest(tmp_path / "out", "run")
+    with pytest.raises(ArtifactError, match="kind 'run'"):
+        prepare(table, tmp_path / "out", tokenizer)
+    assert thesis.read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("frame", "options", "error", "message"),
+    [
+        (questions(60).drop(columns="Title"), {}, DataError, "missing column Title"),
+        (questions(60).iloc[:0], {}, DataError, "only a header"),
+        (questions(60).assign(Title=""), {}, DataError, "no row of the table is good: missing Title: 60 rows"),
+        (questions(60).assign(OpenStatus="open"), {}, DataError, "all 60 good rows have the label 'open'"),
+        (questions(4), {}, DataError, "too few"),
+        (questions(60), {"splits": ("month",)}, UsageError, "unknown split 'month'"),
+        (questions(60), {"text_columns": ("Title",)}, UsageError, "--label-column"),
+        (
+            questions(60),
+            {"splits": ("time",), "text_columns": ("Title",), "label_column": "OpenStatus"},
+            UsageError,
+            "--date-column",
+        ),
+        (
+            pd.DataFrame({"a": map(str, range(2000)), "b": map(str, range(2000))}),
+            {"text_columns": ("a",), "label_column": "b"},
+            DataError,
+            "more than 1,000 different values",
+        ),
+    ],
+)
+def test_a_failed_prepare_leaves_nothing(
+    tmp_path: Path, tokenizer: Tokenizer, frame: pd.DataFrame, options: dict[str, object], error: type, message: str
+) -> None:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    table = write_csv(folder / "t.csv", frame)
+    with pytest.raises(error, match=message) as caught:
+        prepare(table, folder / "out", tokenizer, PrepareOptions(**options))
+    assert "\n" not in str(caught.value)
+    assert folders_and_files(folder) == {"t.csv"}
+
+
+def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path, vocabulary: Path) -> None:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    table = folder / "t.parquet"
+    pd.concat([questions(5000)] * 40).to_parquet(table)
+    program = (
+        "import sys; from pathlib import Path; from bertforge.data.prepare import prepare;"
+        "from bertforge.data.tokens import Tokenizer;"
+        "prepare(Path(sys.argv[1]), Path(sys.argv[2]), Tokenizer.load(Path(sys.argv[3])))"
+    )
+    command = [sys.executable, "-c", program, str(table), str(folder / "out"), str(vocabulary)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=dict(os.environ)) as process:
+        deadline = time.monotonic() + 60
+        while not any(path.stat().st_size > 10_000 for path in folder.glob(".out*/tokens/*/ids.npy")):
+            assert process.poll() is None, "it was done before it could be interrupted"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) != 0
+    assert folders_and_files(folder) == {"t.parquet"}
+
+
+def test_a_damaged_folder_is_noticed(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    data = prepare(write_csv(tmp_path / "t.csv", questions(60)), tmp_path / "out", tokenizer)
+    labels = data.directory / "labels.npy"
+    labels.write_bytes(labels.read_bytes()[:-8])
+    with pytest.raises(ArtifactError, match=r"labels.npy has \d+ bytes instead of"):
+        PreparedData.open(data.directory)
+    labels.unlink()
+    with pytest.raises(ArtifactError, match=r"labels.npy is missing"):
+        PreparedData.open(data.directory)
+    with pytest.raises(ArtifactError, match="bertforge prepare"):
+        PreparedData.open(tmp_path / "nowhere")

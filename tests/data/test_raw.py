@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from bertforge.data.features import FEATURES
+from bertforge.data.prepare import prepare
+from bertforge.data.raw import read_raw
+from bertforge.data.schema import QUESTIONS, Schema
+from bertforge.data.tokens import Tokenizer
+from bertforge.errors import DataError
+
+from .tables import COLUMNS, question, questions, write_csv
+
+
+def test_good_rows_are_read_as_prepare_reads_them(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    table = write_csv(tmp_path / "t.csv", questions(60))
+    data = prepare(table, tmp_path / "out", tokenizer)
+    (rows,) = read_raw(table, data.schema, require_labels=True)
+    assert rows.labels is not None
+    assert rows.labels.tolist() == data.labels.tolist()
+    assert rows.texts == data.texts(range(60))
+    assert rows.problems == [""] * 60
+    columns = [*COLUMNS, *FEATURES]
+    pd.testing.assert_frame_equal(rows.frame[columns], data.columns(columns))
+
+
+def test_no_row_is_dropped_and_the_order_is_the_files(tmp_path: Path) -> None:
+    table = write_csv(tmp_path / "t.csv", pd.DataFrame([question(i, BodyMarkdown=f"b {i}") for i in range(5)]))
+    lines = table.read_bytes().split(b"\n")
+    lines[2] = b'1,"torn "row"'
+    lines[4] = lines[4].replace(b"b 3", b"\xff")
+    table.write_bytes(b"\n".join(lines))
+    (rows,) = read_raw(table, QUESTIONS, require_labels=False)
+    assert rows.frame["PostId"].tolist() == ["0", "", "2", "", "4"]
+    assert rows.lines.tolist() == [2, 3, 4, 5, 6]
+    assert [problem.split(":")[0] for problem in rows.problems] == ["", "broken quoting", "", "not UTF-8", ""]
+    assert [text.strip() == "" for text in rows.texts] == [False, True, False, True, False]
+    assert rows.labels is None
+
+
+def test_problems_and_unknown_labels_come_along(tmp_path: Path) -> None:
+    frame = pd.DataFrame([question(0, Title=""), question(1, OpenStatus="?"), question(2)], columns=COLUMNS)
+    (rows,) = read_raw(frame, QUESTIONS, require_labels=True)
+    assert rows.problems == ["missing Title", "unknown OpenStatus", ""]
+    assert rows.labels is not None
+    assert rows.labels.tolist() == [1 if question(0)["OpenStatus"] != "open" else 0, -1, 0]
+
+
+def test_text_alone_is_enough_to_predict_from(tmp_path: Path) -> None:
+    (rows,) = read_raw(pd.DataFrame({"Title": ["a"], "BodyMarkdown": ["b c"]}), QUESTIONS, require_labels=False)
+    assert rows.texts == ["a b c"]
+    assert rows.frame["body_words"].tolist() == [2.0]
+    assert "reputation" not in rows.frame
+
+
+def test_a_missing_text_or_label_column_is_named(tmp_path: Path) -> None:
+    schema = Schema("table", ("a", "b"), "y", ("0", "1"))
+    frame = pd.DataFrame({"a": ["x"], "c": ["z"]})
+    with pytest.raises(DataError, match=r"missing column b .*columns found: a, c"):
+        list(read_raw(frame, schema, require_labels=False))
+    with pytest.raises(DataError, match="missing column y"):
+        list(read_raw(frame.assign(b="w"), schema, require_labels=True))

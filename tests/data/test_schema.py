@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+
+from bertforge.data.rows import Rows
+from bertforge.data.schema import QUESTIONS, STATUSES, Schema, choose_schema, sort_labels
+from bertforge.errors import DataError, UsageError
+
+from .tables import COLUMNS
+
+
+def test_the_questions_table_is_recognised_by_its_columns() -> None:
+    assert choose_schema(COLUMNS, (), None, None) == QUESTIONS
+
+
+def test_a_missing_column_is_named_with_those_found() -> None:
+    with pytest.raises(DataError, match=r"missing column BodyMarkdown .* columns found: PostId, .*OpenStatus"):
+        choose_schema([column for column in COLUMNS if column != "BodyMarkdown"], (), None, None)
+    with pytest.raises(DataError, match=r"missing column txt .* columns found: text, y"):
+        choose_schema(["text", "y"], ("txt",), "y", None)
+
+
+def test_a_table_of_another_kind_is_told_which_options_to_type() -> None:
+    with pytest.raises(DataError, match="--text-columns a,b --label-column y"):
+        choose_schema(["text", "y"], (), None, None)
+    with pytest.raises(UsageError, match="both --text-columns and --label-column"):
+        choose_schema(["text", "y"], ("text",), None, None)
+    with pytest.raises(UsageError, match="give the answer away"):
+        choose_schema(["text", "y"], ("text", "y"), "y", None)
+
+
+def test_closed_is_every_status_but_open() -> None:
+    rows = Rows(pa.table({"OpenStatus": pa.array([*STATUSES, "", "reopened"], pa.large_string())}))
+    assert QUESTIONS.encode_labels(rows).tolist() == [0, 1, 1, 1, 1, -1, -1]
+
+
+def test_other_labels_are_matched_by_name() -> None:
+    schema = Schema("table", ("t",), "y", ("no", "yes"))
+    rows = Rows(pa.table({"y": pa.array(["yes", " no ", "maybe", ""], pa.large_string())}))
+    assert schema.encode_labels(rows).tolist() == [1, 0, -1, -1]
+
+
+def test_numbers_sort_as_numbers() -> None:
+    assert sort_labels(["10", "9", "-1"]) == ("-1", "9", "10")
+    assert sort_labels(["b", "10", "9"]) == ("10", "9", "b")
+
+
+def test_saved_and_read_back() -> None:
+    for schema in (QUESTIONS, Schema("table", ("a", "b"), "y", ("0", "1"), "d")):
+        assert Schema.from_dict(schema.to_dict()) == schema

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bertforge.data.tables import BadRow, Chunk, read_chunks
+from bertforge.errors import DataError
+
+from .tables import questions, write_every_format
+
+
+def read_all(source: Path | pd.DataFrame, chunk_rows: int = 3) -> tuple[pd.DataFrame, list[int], list[BadRow]]:
+    chunks: list[Chunk] = list(read_chunks(source, chunk_rows))
+    frame = pa.concat_tables([chunk.table for chunk in chunks]).to_pandas()
+    return frame, np.concatenate([c.line for c in chunks]).tolist(), [bad for c in chunks for bad in c.bad]
+
+
+def read_csv(folder: Path, content: str | bytes) -> tuple[pd.DataFrame, list[int], list[BadRow]]:
+    path = folder / "t.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_all(path)
+
+
+def test_every_format_gives_the_same_strings(tmp_path: Path) -> None:
+    expected = questions(10)
+    for source in [*write_every_format(tmp_path, expected), expected]:
+        frame, lines, bad = read_all(source)
+        assert frame.astype(object).values.tolist() == expected.values.tolist(), source
+        assert not bad
+        assert lines == sorted(lines)
+
+
+def test_lines_are_those_of_an_editor(tmp_path: Path) -> None:
+    _, lines, _ = read_csv(tmp_path, 'a,b\n1,"x\ny\r\nz"\n\n2,w\n')
+    assert lines == [2, 6]
+
+
+def test_the_last_chunk_says_it_is_done(tmp_path: Path) -> None:
+    for path in write_every_format(tmp_path, questions(10)):
+        shares = [chunk.done for chunk in read_chunks(path, 4)]
+        assert shares == sorted(shares)
+        assert shares[-1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("broken", "kept", "reasons"),
+    [
+        pytest.param('2,"say "hi" now",z\n', ["1", "3"], ["broken quoting"], id="quote inside quotes"),
+        pytest.param('2,"never closed,z\n', ["1", "3"], ["broken quoting"], id="unclosed, later quotes"),
+        pytest.param("2,too few\n", ["1", "3"], ["2 fields instead of 3"], id="too few"),
+        pytest.param("2,a,b,c\n", ["1", "3"], ["4 fields instead of 3"], id="too many"),
+        pytest.param("2\n4\n", ["1", "3"], ["1 fields instead of 3"] * 2, id="two short rows are two"),
+        pytest.param('2,"a"b,c\n4,"a"b,c\n', ["1", "3"], ["broken quoting"] * 2, id="two broken rows are two"),
+        pytest.param('2,"a,c\n4,"a,c\n', ["1", "3"], ["broken quoting"] * 2, id="two unclosed rows are two"),
+        pytest.param('2,"a\nb"c\nd\n\ne",f\n', ["1", "3"], ["broken quoting"], id="all lines of a torn row are one"),
+        pytest.param('2,"a\nb",c,d\n', ["1", "3"], ["4 fields instead of 3"], id="long record with a field too many"),
+    ],
+)
+def test_a_broken_csv_row_costs_itself_only(tmp_path: Path, broken: str, kept: list[str], reasons: list[str]) -> None:
+    frame, lines, bad = read_csv(tmp_path, f'id,text,tag\n1,"good",x\n{broken}3,"also ""good""",y\n')
+    assert frame["id"].tolist() == kept
+    assert frame["text"].tolist() == ["good", 'also "good"']
+    assert [row.reason.split(":")[0] for row in bad] == reasons
+    assert bad[0].line == 3
+    assert "".join(str(row.raw) for row in bad) == broken
+    assert lines == [2, 3 + broken.count("\n")]
+
+
+def test_an_unclosed_quote_at_the_end_of_the_file_costs_one_row(tmp_path: Path) -> None:
+    rows = "".join(f"{i},text {i},x\n" for i in range(2000))
+    frame, _, bad = read_csv(tmp_path, f'id,text,tag\n-1,"open,x\n{rows}')
+    assert len(frame) == 2000
+    assert [row.line for row in bad] == [2]
+
+
+def test_wrong_encoding_is_set_aside_with_its_line(tmp_path: Path) -> None:
+    frame, _, bad = read_csv(tmp_path, b"id,text\n1,fine\n2,caf\xe9\n3,caf\xc3\xa9\n")
+    assert frame["text"].tolist() == ["fine", "café"]
+    assert [(row.line, row.reason) for row in bad] == [(3, "not UTF-8")]
+    assert bad[0].raw == {"id": "2", "text": "caf\udce9"}
+
+
+def test_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
+    frame, _, _ = read_csv(tmp_path, b"\xef\xbb\xbfid,text\r\n1,a\r\n")
+    assert list(frame.columns) == ["id", "text"]
+    assert frame["text"].tolist() == ["a"]
+
+
+def test_json_lines_set_aside_what_is_no_row(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(b'{"a": 1, "b": null}\n{"a": \n[1]\n{"a": 2.0, "b": "x"}\n\n{"a": "\xff"}\n{"a": true, "c": 1}\n')
+    frame, lines, bad = read_all(path, chunk_rows=4)
+    assert frame.values.tolist() == [["1", ""], ["2", "x"]]
+    assert lines == [1, 4]
+    assert [(row.line, row.reason) for row in bad] == [
+        (2, "broken JSON"),
+        (3, "not a JSON object"),
+        (6, "not UTF-8"),
+        (7, "unexpected column c"),
+    ]
+
+
+def test_parquet_types_become_the_strings_of_a_csv(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    table = pa.table(
+        {
+            "whole": pa.array([1.0, None]),
+            "real": [1.5, float("nan")],
+            "flag": [True, False],
+            "when": pa.array([0, None], pa.timestamp("ms", tz="America/New_York")),
+            "name": pa.array(["x", None]).dictionary_encode(),
+            "list": [["a", "b"], None],
+        }
+    )
+    pq.write_table(table, path)
+    frame, lines, _ = read_all(path)
+    assert frame.values.tolist()[0] == ["1", "1.5", "true", "1970-01-01 00:00:00.000", "x", '["a", "b"]']
+    assert frame.values.tolist()[1] == ["", "", "false", "", "", ""]
+    assert lines == [1, 2]
+
+
+def test_parquet_text_that_is_no_utf8_is_set_aside(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"id": [1, 2], "text": pa.array([b"ok", b"\xff"])}), path)
+    frame, _, bad = read_all(path)
+    assert frame.values.tolist() == [["1", "ok"]]
+    assert [(row.line, row.reason) for row in bad] == [(2, "not UTF-8")]
+
+
+def test_a_header_alone_is_an_empty_chunk(tmp_path: Path) -> None:
+    for path in write_every_format(tmp_path, questions(1).iloc[:0])[:3]:
+        frame, _, _ = read_all(path)
+        assert len(frame) == 0
+        assert list(frame.columns) == list(questions(1).columns)
+
+
+def _zip_of(path: Path, *names: str) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, "a,b\n1,2\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.xlsx", b"x", "unknown format '.xlsx'"),
+        ("t.csv", b"", "is empty"),
+        ("t.csv", b"\na,b\n", "no header"),
+        ("t.csv", b"a,a\n1,2\n", "names a column twice"),
+        ("t.csv", "a,b\n1,2\n".encode("utf-16"), "not UTF-8"),
+        ("t.zip", b"PK", "not a readable zip"),
+        ("t.parquet", b"PAR1", "not a readable Parquet"),
+        ("t.json", b'[{"a": 1}]', "one JSON array"),
+        ("t.jsonl", b"hello\n", "no JSON object"),
+    ],
+)
+def test_unreadable_files_are_one_line_errors(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        read_all(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_folder_and_ambiguous_zip_are_errors(tmp_path: Path) -> None:
+    _zip_of(tmp_path / "two.zip", "a.csv", "b.csv")
+    _zip_of(tmp_path / "mac.zip", "a.csv", "__MACOSX/a.csv")
+    with pytest.raises(DataError, match="does not exist"):
+        read_all(tmp_path / "none.csv")
+    with pytest.raises(DataError, match="is a folder"):
+        read_all(tmp_path)
+    with pytest.raises(DataError, match="exactly one"):
+        read_all(tmp_path / "two.zip")
+    assert len(read_all(tmp_path / "mac.zip")[0]) == 1
