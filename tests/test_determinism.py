@@ -11,9 +11,10 @@ from bertforge.determinism import generator, seed_everything
 
 @pytest.fixture(autouse=True)
 def _torch_as_it_was():
-    before = torch.are_deterministic_algorithms_enabled()
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     yield
-    torch.use_deterministic_algorithms(before)
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 def draws():
@@ -35,6 +36,7 @@ def test_algorithms_that_differ_between_runs_are_refused_from_then_on():
     torch.use_deterministic_algorithms(False)
     seed_everything(1)
     assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.utils.deterministic.fill_uninitialized_memory, "a debugging aid that costs time"
 
 
 def test_a_generator_depends_on_its_names_alone():

@@ -25,20 +25,27 @@ class _TensorFields:
 
     def to(self, device: torch.device | str) -> Self:
         """A copy on `device`, made asynchronously where the memory is pinned."""
-        return self._map(lambda value: value.to(device, non_blocking=True))
+        return self.map(lambda value: value.to(device, non_blocking=True))
 
     def pin_memory(self) -> Self:
         """A copy in pinned host memory, from which a GPU can fetch while the CPU goes on."""
-        return self._map(Tensor.pin_memory)
+        return self.map(Tensor.pin_memory)
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+    def tensors(self) -> list[Tensor]:
+        """Every tensor, nested ones too, in a fixed order."""
+        found: list[Tensor] = []
+        self.map(lambda value: found.append(value) or value)  # type: ignore[func-returns-value]
+        return found
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """A copy with `function` applied to every tensor."""
         mapped = {}
         for field in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
                 value = function(value)
             elif isinstance(value, _TensorFields):
-                value = value._map(function)
+                value = value.map(function)
             mapped[field.name] = value
         return type(self)(**mapped)
 

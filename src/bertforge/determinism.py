@@ -21,7 +21,7 @@ def seed_everything(seed: int) -> None:
     torch.use_deterministic_algorithms(True)
     # That mode also fills every fresh tensor with NaN, to expose reads of what was never written: a debugging aid that
     # costs a pass over all activations.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # made at run time
 
 
 def generator(*names: int | str) -> np.random.Generator:

@@ -31,7 +31,7 @@ def test_prepare_says_what_it_kept_what_it_set_aside_and_what_comes_next(tmp_pat
     assert "1 missing Title: line 52" in said
     assert "3 unknown OpenStatus: line 102, 107, 112" in said
     assert "labels: open 47 (49.0%), closed 49 (51.0%)" in said
-    assert "split random: train 76, validation 10, test 10" in said
+    assert "split random: train 77, validation 9, test 10" in said
     assert "split time: train 77" in said
     assert "tokens: median" in said
     assert f"wrote {out}" in said

@@ -18,6 +18,7 @@ from bertforge.data import prepare as prepare_module
 from bertforge.data.features import FEATURES
 from bertforge.data.prepare import PrepareOptions, prepare
 from bertforge.data.prepared import PreparedData
+from bertforge.data.sample import MADE_UP_FIRST_POST_ID
 from bertforge.data.tokens import Tokenizer
 from bertforge.errors import ArtifactError, DataError, UsageError
 
@@ -107,6 +108,14 @@ def test_bad_rows_are_counted_with_their_lines_and_kept_in_a_file(tmp_path: Path
     assert kept[4]["reason"].startswith("broken quoting: ")
     assert kept[4]["raw"] == (lines[41] + b"\n").decode()
     assert not set(data.lines.tolist()) & {row["line"] for row in kept}
+
+
+def test_made_up_rows_are_labelled_so(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    frame = questions(60)
+    real = prepare(write_csv(tmp_path / "real.csv", frame), tmp_path / "real", tokenizer)
+    frame.loc[30, "PostId"] = str(MADE_UP_FIRST_POST_ID)
+    mixed = prepare(write_csv(tmp_path / "mixed.csv", frame), tmp_path / "mixed", tokenizer)
+    assert (real.made_up, mixed.made_up) == (False, True)
 
 
 def test_duplicates_stay_together_and_are_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:

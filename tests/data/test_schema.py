@@ -31,8 +31,8 @@ def test_a_table_of_another_kind_is_told_which_options_to_type() -> None:
 
 
 def test_closed_is_every_status_but_open() -> None:
-    rows = Rows(pa.table({"OpenStatus": pa.array([*STATUSES, "", "reopened"], pa.large_string())}))
-    assert QUESTIONS.encode_labels(rows).tolist() == [0, 1, 1, 1, 1, -1, -1]
+    rows = Rows(pa.table({"OpenStatus": pa.array([*STATUSES, "", "reopened", " OPEN "], pa.large_string())}))
+    assert QUESTIONS.encode_labels(rows).tolist() == [0, 1, 1, 1, 1, -1, -1, 0]
 
 
 def test_other_labels_are_matched_by_name() -> None:

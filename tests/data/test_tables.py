@@ -79,6 +79,12 @@ def test_an_unclosed_quote_at_the_end_of_the_file_costs_one_row(tmp_path: Path) 
     assert [row.line for row in bad] == [2]
 
 
+def test_a_table_of_nothing_but_bad_rows_comes_in_chunks_too(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("a,b\n" + "lonely\n" * 10)
+    assert [len(chunk.bad) for chunk in read_chunks(path, 4)] == [4, 4, 2]
+
+
 def test_wrong_encoding_is_set_aside_with_its_line(tmp_path: Path) -> None:
     frame, _, bad = read_csv(tmp_path, b"id,text\n1,fine\n2,caf\xe9\n3,caf\xc3\xa9\n")
     assert frame["text"].tolist() == ["fine", "café"]
@@ -104,6 +110,7 @@ def test_json_lines_set_aside_what_is_no_row(tmp_path: Path) -> None:
         (6, "not UTF-8"),
         (7, "unexpected column c"),
     ]
+    assert bad[2].raw == '{"a": "\udcff"}'
 
 
 def test_parquet_types_become_the_strings_of_a_csv(tmp_path: Path) -> None:
@@ -125,9 +132,13 @@ def test_parquet_types_become_the_strings_of_a_csv(tmp_path: Path) -> None:
     assert lines == [1, 2]
 
 
-def test_parquet_text_that_is_no_utf8_is_set_aside(tmp_path: Path) -> None:
+@pytest.mark.parametrize("declared", ["binary", "string"])
+def test_parquet_text_that_is_no_utf8_is_set_aside(tmp_path: Path, declared: str) -> None:
     path = tmp_path / "t.parquet"
-    pq.write_table(pa.table({"id": [1, 2], "text": pa.array([b"ok", b"\xff"])}), path)
+    column = pa.array([b"ok", b"\xff"])
+    if declared == "string":  # Parquet writers may store any bytes under the name of text
+        column = pa.Array.from_buffers(pa.string(), 2, column.buffers())
+    pq.write_table(pa.table({"id": [1, 2], "text": column}), path)
     frame, _, bad = read_all(path)
     assert frame.values.tolist() == [["1", "ok"]]
     assert [(row.line, row.reason) for row in bad] == [(2, "not UTF-8")]
@@ -166,6 +177,15 @@ def test_unreadable_files_are_one_line_errors(tmp_path: Path, name: str, content
     with pytest.raises(DataError, match=message) as caught:
         read_all(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_zip_damaged_inside_is_an_error(tmp_path: Path) -> None:
+    path = write_every_format(tmp_path, questions(2000))[1]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 100] = bytes(100)
+    path.write_bytes(bytes(content))
+    with pytest.raises(DataError, match="not a readable zip"):
+        read_all(path, chunk_rows=100)
 
 
 def test_missing_file_folder_and_ambiguous_zip_are_errors(tmp_path: Path) -> None:

@@ -40,7 +40,9 @@ def test_many_texts_take_the_overlapped_path_to_the_same_ids(tokenizer: Tokenize
     assert split(*tokenizer.encode(texts)) == one_by_one(tokenizer, texts)
 
 
-@pytest.mark.parametrize("word", ["sort ", "unknownunknown ", "s", "a\u0301 ", "  ", "\n", "99999999 ", "how\t"])
+@pytest.mark.parametrize(
+    "word", ["sort ", "sort  ", "sort   ", "unknownunknown ", "s", "a\u0301 ", "  ", "\n", "99999999 ", "how\t"]
+)
 def test_long_texts_lose_nothing_but_their_end(tokenizer: Tokenizer, word: str) -> None:
     texts = [word * (length // len(word)) + " list" for length in (2550, 2560, 2561, 2570, 5000, 20_000)]
     assert split(*tokenizer.encode(texts)) == one_by_one(tokenizer, texts)

@@ -68,11 +68,10 @@ def prepare(
     tokenizer = Tokenizer.load(resolve(model))
     data = run(table, out, tokenizer, options)
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    if data.reused:
-        console.print(f"{out} already holds this table prepared in this way; nothing to do but read it.")
     _print_summary(console, data, data.tokens(tokenizer).lengths)
     chosen = "" if model == "minilm" else f" --model {model}"
-    console.print(f"\nwrote {out}\nnext: bertforge train --data {out} --out run{chosen}")
+    done = f"{out} held this table prepared already: nothing to do" if data.reused else f"wrote {out}"
+    console.print(f"\n{done}\nnext: bertforge train --data {out} --out run{chosen}")
 
 
 def _names(joined: str) -> list[str]:
@@ -87,6 +86,8 @@ def _print_summary(console: Console, data: PreparedData, lengths: NDArray[np.int
 
     facts = data.manifest
     set_aside = sum(reason["rows"] for reason in facts["set_aside"].values())
+    if data.made_up:
+        console.print("made-up data: the rows come from `bertforge sample-data` and say nothing about Stack Overflow")
     console.print(
         f"{facts['rows']:,} rows kept, {set_aside:,} set aside" + (f" (see {SET_ASIDE_FILE})" if set_aside else "")
     )

@@ -14,12 +14,13 @@ import csv
 import io
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import IO
 
 from bertforge.errors import DataError
 
 _BLANK, _UNPAIRED = "blank line", "broken quoting: unpaired quote"
+_LONGEST = 10_000  # lines of one set-aside record, so that a file that is no CSV at all does not become one record
 
 
 @dataclass
@@ -84,21 +85,17 @@ class CsvRecords:
         join it until a record can be read again, unless a line has commas enough to be a row of its own.
         """
         width = len(self.header)
-        pending: Record | None = None  # set aside, and its further lines may follow
+        pending: list[Record] = []  # a set-aside record and what may be the rest of it
         for record in self._attempts():
             whole_row = record.raw.count(",") >= width - 1 and record.problem != _UNPAIRED
-            if pending and record.problem and not whole_row:
-                pending.raw += record.raw
+            if pending and record.problem and not whole_row and len(pending) < _LONGEST:
+                pending.append(record)
                 continue
-            if pending:
-                yield pending
-                pending = None
-            if record.torn:
-                pending = record
-            elif record.problem != _BLANK:
+            yield from _joined(pending)
+            pending = [record] if record.torn else []
+            if not record.torn and record.problem != _BLANK:
                 yield record
-        if pending:
-            yield pending
+        yield from _joined(pending)
 
     def _attempts(self) -> Iterator[Record]:
         """What starts on each line, after the last good record or the last broken line."""
@@ -129,3 +126,9 @@ class CsvRecords:
             problem = problem or (f"{len(fields)} fields instead of {len(self.header)}" if first.strip() else _BLANK)
             yield Record(line, problem=problem, raw=first, torn=torn)
             line += 1
+
+
+def _joined(pieces: list[Record]) -> Iterator[Record]:
+    """The pieces of one set-aside record as one; nothing for none."""
+    if pieces:
+        yield replace(pieces[0], raw="".join(piece.raw for piece in pieces))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from bertforge.data.streaming import ahead
 from bertforge.data.tabular import TabularArrays
 from bertforge.data.tokens import TokenStore
 from bertforge.determinism import generator
+
+IGNORED = -100  # the label of a sequence that only fills a pack; torch's cross_entropy leaves it out
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -33,8 +37,8 @@ class Examples:
         """Tokens of each row after cutting, `[rows]` int64."""
         return np.minimum(self.tokens.lengths[rows], self.max_length)
 
-    def pack(self, rows: np.ndarray) -> tuple[PackedBatch, Tensor]:
-        """The rows laid end to end, and their labels `[sequences]`."""
+    def pack(self, rows: np.ndarray, shape: PackShape | None = None) -> tuple[PackedBatch, Tensor]:
+        """The rows laid end to end, and their labels `[sequences]`, filled up to `shape` when there is one."""
         lengths = self.lengths(rows)
         bounds = np.concatenate([[0], np.cumsum(lengths)])  # [sequences + 1]
         positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)  # [tokens]
@@ -47,7 +51,45 @@ class Examples:
             max_seqlen=int(lengths.max()),
             tabular=None if self.tabular is None else tabular_batch(self.tabular[rows]),
         )
-        return batch, torch.from_numpy(self.labels[rows])
+        labels = torch.from_numpy(self.labels[rows])
+        return (batch, labels) if shape is None else shape.fill(batch, labels, self.max_length)
+
+
+@dataclass(frozen=True)
+class PackShape:
+    """One shape for all packs, so that a GPU can replay one recorded graph.
+
+    The rest of the tokens becomes sequences of [PAD] no longer than a text may be, the rest of the sequences is empty;
+    both have the label -100, which the loss leaves out.
+    """
+
+    tokens: int
+    sequences: int
+
+    @classmethod
+    def of(cls, plans: Iterable[list[np.ndarray]], budget: int, max_length: int) -> Self:
+        """The shape that holds every pack of `plans`."""
+        fill = -(-budget // max_length)  # sequences it takes to fill an empty pack
+        return cls(budget, max(len(rows) for plan in plans for rows in plan) + fill)
+
+    def fill(self, batch: PackedBatch, labels: Tensor, max_length: int) -> tuple[PackedBatch, Tensor]:
+        """`batch` and `labels` `[self.sequences]` filled up; `max_seqlen` becomes `max_length`."""
+        used, spare = batch.input_ids.numel(), self.sequences - len(batch)
+        bounds = torch.arange(1, spare + 1) * max_length + used
+        positions = torch.arange(self.tokens - used) % max_length
+        tabular = batch.tabular
+        filled = PackedBatch(
+            input_ids=torch.nn.functional.pad(batch.input_ids, (0, self.tokens - used)),
+            position_ids=torch.cat([batch.position_ids, positions]),
+            cu_seqlens=torch.cat([batch.cu_seqlens, bounds.clamp(max=self.tokens).int()]),
+            max_seqlen=max_length,
+            tabular=None if tabular is None else tabular.map(lambda column: _with_rows(column, spare)),
+        )
+        return filled, torch.nn.functional.pad(labels, (0, spare), value=IGNORED)
+
+
+def _with_rows(column: Tensor, rows: int) -> Tensor:
+    return torch.cat([column, column.new_zeros(rows, column.shape[1])])
 
 
 def tabular_batch(arrays: TabularArrays) -> TabularBatch:
@@ -67,11 +109,13 @@ def sorted_plan(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
     return [order[part] for part in packs(lengths[order], budget)]
 
 
-def load(examples: Examples, plan: Iterable[np.ndarray], device: torch.device) -> Iterator[tuple[PackedBatch, Tensor]]:
+def load(
+    examples: Examples, plan: Iterable[np.ndarray], device: torch.device, shape: PackShape | None = None
+) -> Iterator[tuple[PackedBatch, Tensor]]:
     """Packs on `device`, in the order of `plan`; a thread prepares the next one, and its errors are raised here."""
 
     def prepare(rows: np.ndarray) -> tuple[PackedBatch, Tensor]:
-        batch, labels = examples.pack(rows)
+        batch, labels = examples.pack(rows, shape)
         return (batch.pin_memory(), labels.pin_memory()) if device.type == "cuda" else (batch, labels)
 
     for batch, labels in ahead(map(prepare, plan)):

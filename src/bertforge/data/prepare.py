@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from bertforge.artifact import MANIFEST, fresh_directory, hash_file, read_manifest, write_manifest
+from bertforge.data.features import FEATURES
 from bertforge.data.prepared import SPLITS, PreparedData, tokens_key
 from bertforge.data.row_writer import KeptRows, RowWriter
 from bertforge.data.schema import choose_schema
@@ -62,7 +64,7 @@ def prepare(table: Path, out: Path, tokenizer: Tokenizer, options: PrepareOption
     options = options or PrepareOptions()
     chunks = read_chunks(table)  # refuses a missing or unknown file before anything is hashed
     source_hash = hash_file(table)
-    settled = json.dumps([FORMAT_VERSION, source_hash, asdict(options)], sort_keys=True)
+    settled = json.dumps([FORMAT_VERSION, list(FEATURES), source_hash, asdict(options)], sort_keys=True)
     fingerprint = "sha256:" + hashlib.sha256(settled.encode()).hexdigest()
     ours = (out / MANIFEST).is_file()
     if ours and read_manifest(out, "data")["fingerprint"] == fingerprint:
@@ -72,7 +74,7 @@ def prepare(table: Path, out: Path, tokenizer: Tokenizer, options: PrepareOption
     with fresh_directory(out, replace=ours) as folder:
         source = {"name": table.name, "bytes": table.stat().st_size, "hash": source_hash}
         facts = _build(chunks, folder, tokenizer, options)
-        files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _core_files(folder)}
+        files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(_core_files(folder))}
         write_manifest(
             folder, "data", fingerprint=fingerprint, source=source, options=asdict(options), **facts, files=files
         )
@@ -80,9 +82,8 @@ def prepare(table: Path, out: Path, tokenizer: Tokenizer, options: PrepareOption
 
 
 def _core_files(folder: Path) -> list[Path]:
-    return sorted(
-        path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST and "tokens" not in path.parts
-    )
+    """The files without which the folder is damaged; tokens can be made again from them."""
+    return [path for path in (*folder.iterdir(), *(folder / "splits").iterdir()) if path.is_file()]
 
 
 def _build(chunks: Iterator[Chunk], folder: Path, tokenizer: Tokenizer, options: PrepareOptions) -> dict[str, Any]:
@@ -97,9 +98,11 @@ def _build(chunks: Iterator[Chunk], folder: Path, tokenizer: Tokenizer, options:
         TokenWriter(folder / "tokens" / tokens_key(tokenizer), tokenizer) as tokens,
         progress("preparing") as report,
     ):
-        for texts, done in ahead((rows.take(chunk), chunk.done) for chunk in chain([first], chunks)):
-            tokens.append(texts)
-            report(tokens.rows, done)
+        taken = ((rows.take(chunk), chunk.done) for chunk in chain([first], chunks))
+        with closing(ahead(taken)) as batches:
+            for texts, done in batches:
+                tokens.append(texts)
+                report(tokens.rows, done)
     kept, facts = rows.finish()
     return {**facts, **_write_splits(folder, kept, splits, options.seed)}
 

@@ -13,6 +13,7 @@ set_aside.jsonl         the other rows: line, reason, raw
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,11 @@ class PreparedData:
         """[rows] datetime64[s], or None when the table has no date column."""
         return self._array("dates.npy") if self.schema.date_column else None
 
+    @property
+    def made_up(self) -> bool:
+        """Whether any row comes from `bertforge sample-data`: whatever shows this data has to say so."""
+        return bool(self.manifest["made_up"])
+
     def split(self, name: str = "random") -> NDArray[np.int8]:
         """[rows] 0 train, 1 validation, 2 test."""
         made = list(self.manifest["splits"])
@@ -140,9 +146,11 @@ class PreparedData:
                 progress("tokenizing") as report,
             ):
                 batches = file.iter_batches(_STREAM_ROWS, columns=list(self.schema.text_columns))
-                for texts in ahead(join_texts(pa.Table.from_batches([batch]), self.schema) for batch in batches):
-                    writer.append(texts)
-                    report(writer.rows, writer.rows / len(self))
+                read = (join_texts(pa.Table.from_batches([batch]), self.schema) for batch in batches)
+                with closing(ahead(read)) as chunks:
+                    for texts in chunks:
+                        writer.append(texts)
+                        report(writer.rows, writer.rows / len(self))
         store = TokenStore.open(directory)
         if len(store) != len(self):
             raise ArtifactError(

@@ -17,7 +17,8 @@ from bertforge.data.clean import find_problems
 from bertforge.data.features import derive
 from bertforge.data.prepared import SET_ASIDE_FILE, TABLE_FILE, join_texts
 from bertforge.data.rows import Rows
-from bertforge.data.schema import MAX_LABELS, Schema, sort_labels
+from bertforge.data.sample import is_made_up
+from bertforge.data.schema import MAX_LABELS, QUESTIONS, Schema, sort_labels
 from bertforge.data.splits import hash_texts
 from bertforge.data.tables import BadRow, Chunk
 from bertforge.errors import DataError
@@ -45,6 +46,7 @@ class RowWriter:
         self._set_aside = (folder / SET_ASIDE_FILE).open("w", encoding="utf-8")
         self._reasons: dict[str, dict[str, Any]] = {}
         self._codes = {name: code for code, name in enumerate(schema.label_names)}  # in order of appearance
+        self._made_up = False
         self._lines: list[NDArray[np.int64]] = []
         self._labels: list[NDArray[np.int64]] = []
         self._hashes: list[NDArray[np.uint64]] = []
@@ -64,6 +66,8 @@ class RowWriter:
         self._write(table)
         for bad in sorted([*chunk.bad, *_problem_rows(chunk, problems)], key=lambda row: row.line):
             self._put_aside(bad)
+        if set(QUESTIONS.required_columns) <= set(rows.names):  # in any other table a PostId is something else
+            self._made_up |= is_made_up(chunk.table.select(["PostId"] if "PostId" in rows.names else []).to_pandas())
         texts = join_texts(table, self.schema)
         self._lines.append(chunk.line[good])
         self._labels.append(self._encode(self.schema.label_values(rows).filter(keep)))
@@ -83,7 +87,6 @@ class RowWriter:
         labels = np.concatenate(self._labels)
         if not len(labels):
             raise DataError("no row of the table is good: " + (self._describe_reasons() or "it holds only a header"))
-        self._check_labels()
         names = self.schema.label_names or sort_labels(self._codes)
         rank = np.array([names.index(name) for name in self._codes])
         labels = rank[labels]
@@ -103,6 +106,7 @@ class RowWriter:
             "rows": len(labels),
             "label_counts": dict(zip(names, counts.tolist(), strict=True)),
             "set_aside": self._reasons,
+            "made_up": self._made_up,
             "columns": columns,
         }
         return KeptRows(labels, np.concatenate(self._hashes), dates), facts

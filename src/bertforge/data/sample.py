@@ -4,11 +4,14 @@ Nobody wrote these questions: `sample_topics.toml` says what they are about, `sa
 worded, and a generator seeded by (seed, row number) draws each row alone. So row 7 is the same in a table of 10 rows
 and of a million, and a table's bytes depend on (rows, seed) only.
 
-What is learnt from them. A question's class is decided by what it asks. A plain question (`1 - HARD`) asks it among
-facts of its own class; a hard one also names something of the other class and sets it aside ("I am not asking which
-editor is best, but how to ..."), in sentences that both classes use. Words alone therefore tell much less than
-meaning. `LABEL_NOISE` of the statuses then contradict the text, which puts the ceiling of any text model at 92%; the
-author's columns (reputation, answers, age of the account, hour) were drawn from the noisy status and add a little.
+What there is to learn. A question's class is decided by what it asks, in one of three styles (`STYLES`). A plain
+question asks one thing, among facts of its own class. Another also names something of the other class and sets it
+aside ("I am not asking which editors are best, but how to ..."), in sentences that both classes use. A third lists two
+things and then points at one ("Please answer the latter."). Words alone solve the first style and stay at chance in
+the other two; a language model learns the second soon and the third slowly, so that its learning curve is long.
+`LABEL_NOISE` of the statuses contradict the text, which puts the ceiling of any text model at 92%. The author's
+columns (reputation, answers, age of the account, hour) and the number of tags are drawn from the noisy status: they
+reach about 70% alone and add a little to the text.
 
 Marking: post numbers start at `MADE_UP_FIRST_POST_ID`, far above every real one, and `is_made_up` looks for that.
 """
@@ -34,7 +37,8 @@ from bertforge.errors import UsageError
 
 MADE_UP_FIRST_POST_ID = 900_000_001  # real posts of the competition stop below 12 million
 LABEL_NOISE = 0.08
-HARD = 0.42
+# How many questions name what they ask only, set something else aside, or list two things and point at one.
+STYLES = {"plain": 0.45, "set_aside": 0.38, "listed": 0.17}
 
 COLUMNS = (
     "PostId",
@@ -125,10 +129,10 @@ def sample_row(index: int, seed: int) -> Row:
     _, topics = _material()
     elapsed = rng.random() ** 0.4  # share of the site's four years gone by: there are ever more questions
     is_open = rng.random() < 0.70 - 0.26 * elapsed
-    status = "open" if is_open else _closed_status(rng)
+    status = "open" if is_open else _draw(CLOSED_SHARES, rng)
     asked = status
     if rng.random() < LABEL_NOISE:
-        asked = _closed_status(rng) if is_open else "open"
+        asked = _draw(CLOSED_SHARES, rng) if is_open else "open"
     topic = rng.choice(topics)
     title, body = _text(topic, asked, rng)
     posted = _SITE_START + elapsed * (_LAST_DAY - _SITE_START)
@@ -151,8 +155,8 @@ def sample_row(index: int, seed: int) -> Row:
     )
 
 
-def _closed_status(rng: Random) -> str:
-    return rng.choices(list(CLOSED_SHARES), list(CLOSED_SHARES.values()))[0]
+def _draw(shares: Mapping[str, float], rng: Random) -> str:
+    return rng.choices(list(shares), list(shares.values()))[0]
 
 
 def _text(topic: Topic, asked: str, rng: Random) -> tuple[str, str]:
@@ -162,14 +166,18 @@ def _text(topic: Topic, asked: str, rng: Random) -> tuple[str, str]:
     bound = {"tool": tool, "tool2": tool2, "error": rng.choice(topic.errors), "call": rng.choice(topic.calls)}
     bound["task"] = grammar.fill(rng.choice(topic.tasks), bound, rng)
     bound["code"] = grammar.expand(topic.code, bound, rng)
-    other = "open" if asked != "open" else _closed_status(rng)
+    other = "open" if asked != "open" else _draw(CLOSED_SHARES, rng)
     for role, status in (("focus", asked), ("aside", other)):
         bound[role] = grammar.expand(status, bound, rng) + grammar.expand("rider", bound, rng)
-    if rng.random() < HARD:
-        return grammar.expand("hard_title", bound, rng), _tidy(grammar.expand("hard", bound, rng))
-    facts = "open_facts" if asked == "open" else "closed_facts"
-    bound["facts"], bound["facts2"] = grammar.expand(facts, bound, rng), grammar.expand(facts, bound, rng)
-    return grammar.expand("plain_title", bound, rng), _tidy(grammar.expand("plain", bound, rng))
+    for facts in ("facts", "facts2"):
+        bound[facts] = grammar.expand("open_facts" if asked == "open" else "closed_facts", bound, rng)
+    order = [("focus", "wanted"), ("aside", "unwanted")]
+    rng.shuffle(order)
+    for place, (role, pointer) in zip(("first", "second"), order, strict=True):
+        bound[place] = bound[role]
+        bound[pointer] = grammar.expand(f"said_{place}", bound, rng)
+    style = _draw(STYLES, rng)
+    return grammar.expand(f"{style}_title", bound, rng), _tidy(grammar.expand(style, bound, rng))
 
 
 def _tidy(text: str) -> str:

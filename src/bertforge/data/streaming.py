@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -14,10 +14,11 @@ T = TypeVar("T")
 _END = object()
 
 
-def ahead(items: Iterable[T]) -> Iterator[T]:
+def ahead(items: Iterable[T]) -> Generator[T, None, None]:
     """The same items in the same order, the next one made in a thread while the caller works on the last.
 
-    An exception of the producer is raised here. Leaving the loop early waits for the item under way.
+    An exception of the producer is raised here. `close()` waits for the item under way, so what the producer writes to
+    can be closed after it: `with closing(ahead(...)) as items`.
     """
     iterator = iter(items)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead") as pool:

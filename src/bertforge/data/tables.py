@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -94,7 +95,7 @@ def _zipped_csv(path: Path, chunk_rows: int) -> Iterator[Chunk]:
                 raise DataError(f"{path} must hold exactly one .csv file, but holds {len(names)}: {', '.join(names)}")
             with archive.open(names[0]) as member:
                 yield from _csv_stream(member, path, chunk_rows, file)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise DataError(f"{path} is not a readable zip file ({error})") from error
 
 
@@ -108,10 +109,10 @@ def _csv_stream(stream: IO[bytes], path: Path, chunk_rows: int, file: IO[bytes])
     for record in records:
         if record.problem:
             bad.append(BadRow(record.line, record.problem, record.raw))
-            continue
-        rows.append(record.fields)
-        lines.append(record.line)
-        if len(rows) == chunk_rows:
+        else:
+            rows.append(record.fields)
+            lines.append(record.line)
+        if len(rows) + len(bad) >= chunk_rows:
             yield _chunk(records.header, rows, lines, bad, min(1.0, file.tell() / size))
             rows, lines, bad = [], [], []
     yield _chunk(records.header, rows, lines, bad, 1.0)

@@ -210,10 +210,9 @@ class TokenWriter:
         self._file.close()
 
     def _write_header(self) -> None:
-        """A 1-d .npy header; numpy leaves it room to grow, so the final count fits where the first one stood."""
-        header = {
-            "descr": np.lib.format.dtype_to_descr(self._tokenizer.dtype),
-            "fortran_order": False,
-            "shape": (self._count,),
-        }
-        np.lib.format.write_array_header_1_0(self._file, header)
+        """A .npy header of 128 bytes whatever the count, so that the final one fits where the first one stood.
+
+        https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html#format-version-1-0
+        """
+        header = repr({"descr": self._tokenizer.dtype.str, "fortran_order": False, "shape": (self._count,)})
+        self._file.write(b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + f"{header:<117}\n".encode())

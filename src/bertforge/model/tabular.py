@@ -47,7 +47,7 @@ class TabularEncoder(nn.Module):
         self.out_features = config.hidden_size or config.numeric
         self.numeric = PiecewiseLinear(config) if config.bins else None
         self.categorical = nn.ModuleList(nn.Embedding(values, config.embedding_size) for values in config.categorical)
-        self.multi = nn.EmbeddingBag(config.multi, config.embedding_size, padding_idx=0) if config.multi else None
+        self.multi = nn.Embedding(config.multi, config.embedding_size, padding_idx=0) if config.multi else None
         embedded = len(config.categorical) + bool(config.multi) + (config.numeric if config.bins else 0)
         width = embedded * config.embedding_size + (0 if config.bins else config.numeric)
         self.mix = (
@@ -68,6 +68,8 @@ class TabularEncoder(nn.Module):
         parts = [batch.numeric if self.numeric is None else self.numeric(batch.numeric)]
         parts += [embed(batch.categorical[:, column]) for column, embed in enumerate(self.categorical)]
         if self.multi is not None:
-            parts.append(self.multi(batch.multi))  # the mean of the values present, zeros when there are none
+            present = (batch.multi > 0).sum(1, keepdim=True).clamp_min(1)  # [sequences, 1]
+            # Number 0 embeds to zeros: the mean of the values present, zeros when there are none.
+            parts.append(self.multi(batch.multi).sum(1) / present)  # [sequences, embedding]
         mixed: Tensor = self.mix(torch.cat(parts, dim=1))
         return mixed

@@ -23,15 +23,15 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from bertforge.artifact import write_atomic
-from bertforge.data.loader import Examples, epoch_plan, load
+from bertforge.data.loader import Examples, PackShape, epoch_plan, load
 from bertforge.errors import DataError
 from bertforge.evaluation.logits import predict_logits
-from bertforge.hardware import autocast
 from bertforge.training import checkpoint
 from bertforge.training.checkpoint import Progress
 from bertforge.training.config import Recipe
 from bertforge.training.history import History
 from bertforge.training.optim import lr_scale, make_optimizer
+from bertforge.training.step import EagerStep, GraphedStep
 
 CHECKPOINT = "checkpoint.safetensors"
 BEST = "best.safetensors"
@@ -61,13 +61,22 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.optimizer = make_optimizer(model, recipe)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
-        self.class_weights = _class_weights(split, recipe).to(self.device)
         self.progress = Progress()
         self.plans = [
             epoch_plan(split.examples, split.train, recipe.tokens_per_step, recipe.seed, epoch)
             for epoch in range(recipe.epochs)
         ]
         self.total_steps = sum(map(len, self.plans))
+        eager = EagerStep(
+            model,
+            _class_weights(split, recipe).to(self.device),
+            recipe.label_smoothing,
+            recipe.max_grad_norm,
+            precision,
+        )
+        on_gpu = self.device.type == "cuda"
+        self.step = GraphedStep(eager) if on_gpu else eager
+        self.shape = PackShape.of(self.plans, recipe.tokens_per_step, recipe.max_length) if on_gpu else None
 
     def resume(self) -> None:
         """Goes on from the folder's checkpoint; without one, the run starts from its beginning."""
@@ -99,23 +108,16 @@ class Trainer:
         self.model.train()
         losses: list[Tensor] = []  # read together, so that the GPU is not waited for at every step
         loss_value = progress.history[-1].get("train/loss", float("nan")) if progress.history else float("nan")
-        for batch, labels in load(self.split.examples, plan[progress.step_in_epoch :], self.device):
+        todo = plan[progress.step_in_epoch :]
+        for rows, (batch, labels) in zip(todo, load(self.split.examples, todo, self.device, self.shape), strict=True):
             scale = lr_scale(progress.step, self.total_steps, self.recipe.warmup)
             for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
                 group["lr"] = peak * scale
-            with autocast(self.device, self.precision):
-                logits = self.model(batch)
-            loss = F.cross_entropy(
-                logits.float(), labels, weight=self.class_weights, label_smoothing=self.recipe.label_smoothing
-            )
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
+            losses.append(self.step(batch, labels) * len(rows))
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.detach() * len(batch))
             progress.step += 1
             progress.step_in_epoch += 1
-            progress.sequences += len(batch)
+            progress.sequences += len(rows)
             due = progress.step_in_epoch % _POINT_STEPS == 0 or progress.step_in_epoch == len(plan)
             if due or interrupted.is_set() or self._checkpoint_due():
                 loss_value = self._read_losses(losses)
@@ -125,7 +127,7 @@ class Trainer:
                     self._save()
             if interrupted.is_set():
                 raise KeyboardInterrupt
-            show(progress, len(batch), loss_value)
+            show(progress, len(rows), loss_value)
 
     def _read_losses(self, losses: list[Tensor]) -> float:
         """Adds the waiting losses to the epoch's sum and returns the mean of the epoch so far."""

@@ -1,0 +1,81 @@
+"""One training step: a pack in, the loss and every gradient out; eager on a CPU, one replayed CUDA graph on a GPU.
+
+A step of a small BERT is some 700 kernels of a few microseconds each, while launching one from Python takes ten times as
+long: run eagerly, an H100 idles nine tenths of the time on all-MiniLM-L6-v2. Packs of one shape let the whole step be recorded
+once and replayed with a single launch. Dropout stays random: a graph draws its seeds from torch's generator at replay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bertforge.batch import PackedBatch
+from bertforge.data.loader import IGNORED
+from bertforge.hardware import autocast
+
+_WARM_UP = 3  # eager steps before recording, in which libraries choose and allocate what a graph may not
+
+
+@dataclass(frozen=True)
+class EagerStep:
+    """Computes the mean loss over a pack's sequences and leaves its gradients in the model's parameters."""
+
+    model: nn.Module
+    class_weights: Tensor
+    """[labels]."""
+    label_smoothing: float
+    max_grad_norm: float
+    precision: str
+
+    def __call__(self, batch: PackedBatch, labels: Tensor) -> Tensor:
+        """The loss, a detached scalar on the device; gradients are clipped to `max_grad_norm`."""
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        with autocast(labels.device, self.precision):
+            logits = self.model(batch)
+        loss = F.cross_entropy(
+            logits.float(),
+            labels,
+            weight=self.class_weights,
+            ignore_index=IGNORED,
+            label_smoothing=self.label_smoothing,
+        )
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm, foreach=True)
+        return loss.detach()
+
+
+class GraphedStep:
+    """`EagerStep` recorded at its first pack; every later pack must have that one's shape."""
+
+    def __init__(self, eager: EagerStep) -> None:
+        self.eager = eager
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, batch: PackedBatch, labels: Tensor) -> Tensor:
+        """As `EagerStep`; the loss is a copy, for the next replay overwrites the graph's own."""
+        if self.graph is None:
+            self._record(batch, labels)
+        for static, value in zip([*self.batch.tensors(), self.labels], [*batch.tensors(), labels], strict=True):
+            static.copy_(value)
+        assert self.graph is not None
+        self.graph.replay()
+        return self.loss.clone()
+
+    def _record(self, batch: PackedBatch, labels: Tensor) -> None:
+        self.batch, self.labels = batch.map(Tensor.clone), labels.clone()
+        random_state = torch.cuda.get_rng_state()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):
+                self.eager(self.batch, self.labels)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = self.eager(self.batch, self.labels)
+        torch.cuda.set_rng_state(random_state)  # as if the warm-up had not been
