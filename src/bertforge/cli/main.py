@@ -6,6 +6,7 @@ answers at once.
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from bertforge import __version__
-from bertforge.cli import data
+from bertforge.cli import data, demo, doctor, infer, sample, train
 from bertforge.errors import BertforgeError
 
 
@@ -57,7 +58,15 @@ app = typer.Typer(
     help="Labelled text and columns -> a fine-tuned BERT classifier -> fast inference.",
     epilog="Start with `bertforge demo`, or `bertforge prepare TABLE --out DIR` on a table of your own.",
 )
+# In the order in which a user meets them.
+app.command("demo")(demo.demo)
+app.command("doctor")(doctor.doctor)
+app.command("sample-data")(sample.sample_data)
 app.command("prepare")(data.prepare)
+app.command("train")(train.train)
+app.command("evaluate")(infer.evaluate)
+app.command("predict")(infer.predict)
+app.command("merge")(infer.merge)
 
 
 def _print_version(asked: bool) -> None:
@@ -77,6 +86,19 @@ def _root(
 
 
 def main() -> None:
-    """The console script; `--debug` is accepted after the command's name too."""
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    app(["--debug", *arguments] if len(arguments) < len(sys.argv) - 1 else arguments)
+    """The console script."""
+    logging.basicConfig(format="%(message)s")
+    app(_normalised(sys.argv[1:]))
+
+
+def _normalised(arguments: list[str]) -> list[str]:
+    """`--debug` is accepted after the command's name too, and `--set a=1 b=2` means `--set a=1 --set b=2`."""
+    given = [argument for argument in arguments if argument != "--debug"]
+    normalised = ["--debug"] if len(given) < len(arguments) else []
+    setting = False
+    for argument in given:
+        if setting and "=" in argument and not argument.startswith("-") and normalised[-1] != "--set":
+            normalised.append("--set")
+        setting = argument == "--set" or (setting and "=" in argument)
+        normalised.append(argument)
+    return normalised

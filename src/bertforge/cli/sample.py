@@ -23,8 +23,8 @@ def sample_data(
     """
     from bertforge.data.sample import MADE_UP_FIRST_POST_ID, sample_rows, write_sample
 
-    drawn = track(sample_rows(rows, seed), total=rows, description="making up questions", transient=True)
-    write_sample(out, drawn)
+    stderr = Console(stderr=True)
+    write_sample(out, track(sample_rows(rows, seed), "making up questions", rows, console=stderr, transient=True))
     console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(
         f"wrote {out}: {rows:,} made-up questions, seed {seed} (PostId from {MADE_UP_FIRST_POST_ID} marks them)\n"

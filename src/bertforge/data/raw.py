@@ -32,6 +32,8 @@ class RawRows:
     """[rows] index into the schema's label names, -1 where there is none or an unknown one; None when not asked for."""
     problems: list[str]
     """[rows] why `prepare` would set the row aside; "" for a good row."""
+    dates: NDArray[np.datetime64] | None
+    """[rows] of the schema's date column, NaT where it can't be read; None when there is no such column."""
     lines: NDArray[np.int64]
     """[rows] line (Parquet, frames: row number) of the source, from 1."""
     done: float
@@ -69,6 +71,7 @@ def _with_problems(chunk: Chunk, schema: Schema, require_labels: bool) -> RawRow
         texts=join_texts(table, schema),
         labels=schema.encode_labels(rows) if require_labels else None,
         problems=problems.tolist(),
+        dates=rows.date(schema.date_column) if schema.date_column in rows.names else None,
         lines=lines[order],
         done=chunk.done,
     )

@@ -8,7 +8,7 @@ What there is to learn. A question's class is decided by what it asks, in one of
 question asks one thing, among facts of its own class. Another also names something of the other class and sets it
 aside ("I am not asking which editors are best, but how to ..."), in sentences that both classes use. A third lists two
 things and then points at one ("Please answer the latter."). Words alone solve the first style and stay at chance in
-the other two; a language model learns the second soon and the third slowly, so that its learning curve is long.
+the other two. all-MiniLM-L6-v2, fine-tuned on 5,000 rows, solves the first two and is at chance in the third.
 `LABEL_NOISE` of the statuses contradict the text, which puts the ceiling of any text model at 92%. The author's
 columns (reputation, answers, age of the account, hour) and the number of tags are drawn from the noisy status: they
 reach about 70% alone and add a little to the text.

@@ -81,6 +81,7 @@ def finetune(
     prepared = PreparedData.open(data)
     hardware = detect()
     recipe_dict = {**recipe.to_dict(), "precision": choose_precision(hardware, recipe.precision)}
+    recipe_dict = json.loads(json.dumps(recipe_dict))  # lists for tuples, as they come back from a file
     identity = {"recipe": recipe_dict, "data": prepared.fingerprint, "device": hardware.device.type}
     _claim(out, identity, resume)
     seed_everything(recipe.seed)

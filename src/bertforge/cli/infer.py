@@ -1,0 +1,92 @@
+"""`bertforge evaluate`, `predict` and `merge`: what is done with a finished run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+RunFolder = Annotated[Path, typer.Argument(help="Folder made by `bertforge train` or `bertforge merge`.")]
+
+
+def evaluate(
+    run: RunFolder,
+    data: Annotated[Path, typer.Option(help="Folder made by `bertforge prepare`, or a raw table with labels.")],
+    split: Annotated[str, typer.Option(help="Part of the prepared data: train, validation or test.")] = "test",
+    against: Annotated[Path | None, typer.Option(help="Another run, compared on the same rows by a paired test.")] = None,
+    report: Annotated[Path | None, typer.Option(help="HTML report to write. [RUN/report-SPLIT.html]")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the metrics as JSON too.")] = None,
+) -> None:
+    """Measure a run: loss, accuracy, precision, recall, F1, ROC-AUC, calibration, each with a 95% interval.
+
+    Writes a self-contained HTML report. Choose settings on validation; read test once, for the final number.
+
+    Example: bertforge evaluate runs/first --data data/ --split test --against runs/second
+    """
+    from bertforge.artifact import write_json
+    from bertforge.errors import MachineError
+    from bertforge.evaluation.report import metrics_markdown
+    from bertforge.inference.evaluate import evaluate_run
+
+    console = Console(highlight=False)
+    found = evaluate_run(run, data, split, against)
+    console.print(f"{run} on {found.scored.source}: {len(found.scored.labels):,} rows")
+    if found.scored.left_out:
+        console.print(f"left out: {found.scored.left_out:,} rows without a usable text and label")
+    console.print(metrics_markdown(found.metrics), markup=False)
+    if found.comparison:
+        console.print(found.comparison.verdict)
+    if json_file:
+        console.print(f"wrote {write_json(json_file, found.to_dict())}")
+    path = report or run / f"report-{split if (data / 'bertforge.json').is_file() else data.stem}.html"
+    try:
+        console.print(f"wrote {found.write_report(path)}")
+    except MachineError as error:
+        if report:
+            raise
+        console.print(f"no report written: {error}", markup=False)
+
+
+def predict(
+    run: RunFolder,
+    table: Annotated[Path, typer.Argument(help="CSV, zipped CSV, Parquet or JSON lines; labels are not needed.")],
+    out: Annotated[Path, typer.Option(help="File to write: .csv, .parquet or .jsonl.")],
+) -> None:
+    """Predict every row of a table: line, label, probability, one probability a label, and what was wrong with the row.
+
+    Rows come out in the table's order and none is dropped.
+
+    Example: bertforge predict runs/first questions.csv --out predictions.csv
+    """
+    from bertforge.inference.predict import predict_table
+    from bertforge.inference.predictor import Predictor
+
+    rows, unlabelled = predict_table(Predictor.load(run), table, out)
+    console = Console(highlight=False)
+    if unlabelled:
+        console.print(f"{unlabelled:,} rows have no readable text and so no label; see their column `problem`")
+    console.print(f"wrote {out}: {rows:,} rows")
+
+
+def merge(
+    run: RunFolder,
+    out: Annotated[Path, typer.Option(help="Folder of the merged model; made here.")],
+) -> None:
+    """Merge a LoRA run into a plain Hugging Face folder, and measure what that changes.
+
+    transformers.AutoModelForSequenceClassification.from_pretrained(OUT) loads the result.
+
+    Example: bertforge merge runs/first --out models/first
+    """
+    from bertforge.inference.merge import merge_run
+
+    measured = merge_run(run, out)
+    console = Console(highlight=False)
+    console.print(
+        f"largest logit difference {measured['max_logit_difference']:.2g}, "
+        f"{measured['changed_labels']} of {measured['rows']} labels changed on the run's golden rows"
+    )
+    console.print(f"wrote {out}")
+    console.print(f"next: bertforge predict {out} TABLE --out predictions.csv")

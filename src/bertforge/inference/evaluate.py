@@ -1,0 +1,97 @@
+"""Metrics, a paired comparison and a report of a run on labelled rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bertforge.artifact import versions
+from bertforge.evaluation.compare import Comparison, compare
+from bertforge.evaluation.curves import reliability, roc_curves
+from bertforge.evaluation.groups import by_length, by_month, confident_mistakes
+from bertforge.evaluation.metrics import Metrics, classification_metrics
+from bertforge.evaluation.report import Report, write_report
+from bertforge.inference.predictor import Predictor
+from bertforge.inference.scoring import Scored, score
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A run's metrics on one set of rows, and what they were computed from."""
+
+    run: Path
+    manifest: dict[str, Any]
+    scored: Scored
+    metrics: Metrics
+    comparison: Comparison | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: the metrics, with what was measured on what."""
+        return {
+            "run": str(self.run),
+            "data": {"source": self.scored.source, "fingerprint": self.scored.fingerprint, "made_up": self.scored.made_up},
+            "rows_left_out": self.scored.left_out,
+            "metrics": self.metrics.to_dict(),
+            "comparison": self.comparison.to_dict() if self.comparison else None,
+            "versions": versions(),
+        }
+
+    def write_report(self, path: Path) -> Path:
+        """The HTML report; raises MachineError when the `report` extra is not installed."""
+        scored, names = self.scored, self.metrics.label_names
+        history = self.manifest.get("history")
+        recipe = self.manifest["recipe"]
+        report = Report(
+            title=f"{recipe['name']} on {recipe['model']}",
+            subtitle=f"{self.run.name}, evaluated on {scored.source}",
+            made_up=scored.made_up,
+            metrics=self.metrics,
+            comparisons=(self.comparison,) if self.comparison else None,
+            steps=_steps(history) if history else None,
+            epochs=_epochs(history) if history else None,
+            roc=roc_curves(scored.logits, scored.labels, names),
+            reliability=reliability(scored.logits, scored.labels),
+            by_length=by_length(scored.logits, scored.labels, scored.lengths),
+            by_month=None if scored.dates is None else by_month(scored.logits, scored.labels, scored.dates),
+            mistakes=confident_mistakes(
+                scored.logits, scored.labels, names, texts=scored.texts, row_ids=scored.lines.tolist()
+            ),
+            recipe=recipe,
+            fingerprint=scored.fingerprint or self.manifest["data"],
+            versions=self.manifest["versions"],
+        )
+        return write_report(path, report)
+
+
+def evaluate_run(run: Path, data: Path, part: str = "test", against: Path | None = None) -> Evaluation:
+    """Scores `run` on a part of prepared data, or on a raw table, and `against` on the same rows."""
+    predictor = Predictor.load(run)
+    scored = score(predictor, data, part)
+    comparison = None
+    if against is not None:
+        other = score(Predictor.load(against), data, part)
+        names = (str(against), str(run))
+        comparison = compare(other.logits, scored.logits, scored.labels, names=names)
+    metrics = classification_metrics(scored.logits, scored.labels, predictor.label_names)
+    return Evaluation(run, predictor.manifest, scored, metrics, comparison)
+
+
+def _steps(history: list[dict[str, Any]]) -> list[dict[str, float]]:
+    points = [point for point in history if "train/loss" in point]
+    ends = [point["step"] for point in history if "epoch" in point]
+    per_epoch = ends[0] if ends else 1
+    return [{"step": p["step"], "epoch": p["step"] / per_epoch, "loss": p["train/loss"]} for p in points]
+
+
+def _epochs(history: list[dict[str, Any]]) -> list[dict[str, float]]:
+    return [
+        {
+            "epoch": point["epoch"],
+            "train_loss": point["epoch/train_loss"],
+            "validation_loss": point["epoch/validation_loss"],
+            "validation_accuracy": point["epoch/validation_accuracy"],
+        }
+        for point in history
+        if "epoch" in point
+    ]

@@ -1,0 +1,60 @@
+"""A LoRA run -> a plain Hugging Face folder, with the difference the merge makes measured and gated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bertforge.artifact import MANIFEST, fresh_directory, hash_file, write_manifest
+from bertforge.data.tokens import Tokenizer
+from bertforge.errors import ArtifactError
+from bertforge.evaluation.golden import GoldenRows
+from bertforge.evaluation.logits import predict_logits
+from bertforge.inference.predictor import Predictor, load_model
+from bertforge.lora.adapter_io import ADAPTER_CONFIG
+from bertforge.lora.inject import merge
+from bertforge.model.classifier import BertForSequenceClassification
+
+MAX_DIFFERENCE = 1e-3  # logits; two float32 orders of summation differ by about 1e-6
+
+
+def merge_run(run: Path, out: Path) -> dict[str, Any]:
+    """Merges in float32 and writes `out`; returns what was measured: the largest logit difference and changed labels.
+
+    Raises ArtifactError for a run without adapters, and when the merged model is not the same function.
+    """
+    predictor = Predictor.load(run, precision="fp32")
+    if not (run / ADAPTER_CONFIG).is_file():
+        raise ArtifactError(f"{run} was trained in full and is a plain Hugging Face folder already: there is nothing to merge")
+    merged = merge(predictor.model)
+    assert isinstance(merged, BertForSequenceClassification)
+    merged.eval()
+    golden = GoldenRows.from_dict(predictor.manifest["golden"])
+    logits = predict_logits(merged, golden.examples, np.arange(len(golden.logits)), "fp32")
+    measured = {
+        "max_logit_difference": float(np.abs(logits - golden.logits).max()),
+        "changed_labels": int((logits.argmax(1) != golden.logits.argmax(1)).sum()),
+        "rows": len(logits),
+    }
+    if not measured["max_logit_difference"] <= MAX_DIFFERENCE:
+        raise ArtifactError(
+            f"the merged model differs from {run} by {measured['max_logit_difference']:.3g} in a logit, more than "
+            f"{MAX_DIFFERENCE}; nothing was written"
+        )
+    kept = {name: value for name, value in predictor.manifest.items() if name not in ("kind", "versions", "history")}
+    with fresh_directory(out) as folder:
+        merged.save_pretrained(folder)
+        predictor.tokenizer.save(folder)
+        write_manifest(
+            folder,
+            "model",
+            **{**kept, "golden": GoldenRows(golden.examples, logits).to_dict(), "merge": measured},
+            parent=hash_file(run / MANIFEST),
+        )
+        reloaded = load_model(folder, predictor.manifest)  # what is on disk, not what is in memory
+        if GoldenRows(golden.examples, logits).difference(reloaded.to(next(merged.parameters()).device)) != 0:
+            raise ArtifactError(f"the weights written to {out} do not reload as they were; nothing was kept")
+        Tokenizer.load(folder)
+    return measured

@@ -1,0 +1,89 @@
+"""A raw table in, a file of predictions out: every row, in order, streamed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bertforge.data.raw import RawRows, read_raw
+from bertforge.data.streaming import progress
+from bertforge.errors import DataError, UsageError
+from bertforge.inference.predictor import Predictor
+
+FORMATS = (".csv", ".parquet", ".jsonl")
+
+
+def predict_table(predictor: Predictor, table: Path, out: Path) -> tuple[int, int]:
+    """Writes line, label, probability, a probability for each label, and problem; returns rows and rows without a label.
+
+    A row whose date or number cannot be read is predicted without it and says so under `problem`; only one with no
+    readable text at all has no label. Raises UsageError for a file name that is not one of FORMATS, and leaves nothing
+    half-written.
+    """
+    rows, unlabelled = 0, 0
+    with _writer(out) as write, progress(f"predicting {table.name}") as report:
+        for chunk in read_raw(table, predictor.schema, require_labels=False):
+            predictions = _predict_chunk(predictor, chunk)
+            write(predictions)
+            rows += len(predictions)
+            unlabelled += int(predictions["label"].isna().sum())
+            report(rows, chunk.done)
+        if rows == 0:
+            raise DataError(f"{table} holds no rows to predict")
+    return rows, unlabelled
+
+
+def _predict_chunk(predictor: Predictor, chunk: RawRows) -> pd.DataFrame:
+    readable = [bool(text.strip()) for text in chunk.texts]
+    texts = [text for text, good in zip(chunk.texts, readable, strict=True) if good]
+    predicted = predictor.predict(texts, chunk.frame[readable])
+    predicted.index = pd.Index([row for row, good in enumerate(readable) if good])
+    predicted = predicted.reindex(range(len(readable)))  # rows without text become missing values
+    predicted.insert(0, "line", chunk.lines)
+    predicted["problem"] = chunk.problems
+    return predicted
+
+
+@contextmanager
+def _writer(out: Path) -> Iterator[Callable[[pd.DataFrame], None]]:
+    """A function that appends frames to a file beside `out`, renamed into place when the block ends well."""
+    if out.suffix not in FORMATS:
+        raise UsageError(f"--out {out} should end in {', '.join(FORMATS)}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    parquet: pq.ParquetWriter | None = None
+
+    def write(frame: pd.DataFrame) -> None:
+        nonlocal parquet
+        if out.suffix == ".parquet":
+            table = pa.Table.from_pandas(frame, preserve_index=False, schema=_parquet_schema(frame))
+            parquet = parquet or pq.ParquetWriter(beside, table.schema)
+            parquet.write_table(table)
+        elif out.suffix == ".csv":
+            frame.to_csv(beside, mode="a", index=False, header=not beside.exists())
+        else:
+            with beside.open("a") as file:
+                for row in frame.to_dict("records"):
+                    clean = {str(name): None if value != value else value for name, value in row.items()}  # NaN
+                    file.write(json.dumps(clean) + "\n")
+
+    try:
+        yield write
+        if parquet is not None:
+            parquet.close()
+        os.replace(beside, out)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _parquet_schema(frame: pd.DataFrame) -> pa.Schema:
+    """The same types for every chunk, whether or not a row of it lacks a label."""
+    kinds = {"line": pa.int64(), "label": pa.string(), "problem": pa.string()}
+    return pa.schema([(name, kinds.get(name, pa.float32())) for name in frame.columns])

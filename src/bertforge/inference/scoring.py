@@ -1,0 +1,123 @@
+"""A model over labelled rows, prepared or raw: logits and labels, with what a report wants to know of each row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bertforge.artifact import MANIFEST
+from bertforge.data.prepared import PreparedData
+from bertforge.data.raw import read_raw
+from bertforge.data.streaming import progress
+from bertforge.data.tokens import TokenStore
+from bertforge.errors import DataError
+from bertforge.inference.predictor import Predictor
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Everything metrics and reports are made of, one entry a row."""
+
+    logits: np.ndarray
+    """[rows, labels] float32."""
+    labels: np.ndarray
+    """[rows] int64."""
+    lengths: np.ndarray
+    """[rows] tokens."""
+    lines: np.ndarray
+    """[rows] line of the source table."""
+    dates: np.ndarray | None
+    """[rows] datetime64, or None without a date column."""
+    texts: list[str]
+    left_out: int
+    """Rows of a raw table without a usable label or text."""
+    source: str
+    """What was scored, for people."""
+    fingerprint: str
+    """Of the prepared data; empty for a raw table."""
+    made_up: bool
+
+
+def score(predictor: Predictor, data: Path, part: str = "test") -> Scored:
+    """Scores a part of a prepared folder's split, or the whole of a raw table.
+
+    Raises DataError when the labels are not those the model knows or no row can be scored.
+    """
+    if (data / MANIFEST).is_file():
+        return _score_prepared(predictor, PreparedData.open(data), part)
+    return _score_raw(predictor, data)
+
+
+def _score_prepared(predictor: Predictor, prepared: PreparedData, part: str) -> Scored:
+    if prepared.label_names != predictor.label_names:
+        raise DataError(
+            f"the data is labelled {', '.join(prepared.label_names)}, but the model knows {', '.join(predictor.label_names)}"
+        )
+    split = predictor.manifest["recipe"]["split"]
+    rows = prepared.rows(split, part)
+    store = prepared.tokens(predictor.tokenizer)
+    transform = predictor.transform
+    tabular = None if transform is None else transform(prepared.columns(transform.spec.columns))
+    with progress(f"scoring {part}") as report:
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            report(done, done / len(rows))
+
+        logits = predictor.token_logits(store, rows, tabular, advance)
+    dates = prepared.dates
+    return Scored(
+        logits=logits,
+        labels=prepared.labels[rows],
+        lengths=np.minimum(store.lengths[rows], predictor.max_length),
+        lines=prepared.lines[rows],
+        dates=None if dates is None else dates[rows],
+        texts=prepared.texts(rows),
+        left_out=0,
+        source=f"the {part} part of the {split} split of {prepared.manifest['source']['name']}",
+        fingerprint=prepared.fingerprint,
+        made_up=bool(prepared.manifest.get("made_up")),
+    )
+
+
+def _score_raw(predictor: Predictor, table: Path) -> Scored:
+    logits, labels, lengths, lines, dates = [], [], [], [], []
+    texts: list[str] = []
+    left_out = 0
+    date_column = predictor.schema.date_column
+    with progress(f"scoring {table.name}") as report:
+        for chunk in read_raw(table, predictor.schema, require_labels=True):
+            assert chunk.labels is not None
+            usable = np.array([not problem for problem in chunk.problems]) & (chunk.labels >= 0)
+            left_out += int((~usable).sum())
+            kept = [text for text, good in zip(chunk.texts, usable, strict=True) if good]
+            if kept:
+                store = TokenStore(*predictor.tokenizer.encode(kept))
+                frame = chunk.frame[usable]
+                arrays = None if predictor.transform is None else predictor.transform(frame)
+                logits.append(predictor.token_logits(store, np.arange(len(kept)), arrays))
+                labels.append(chunk.labels[usable])
+                lengths.append(np.minimum(store.lengths, predictor.max_length))
+                lines.append(chunk.lines[usable])
+                if chunk.dates is not None:
+                    dates.append(chunk.dates[usable])
+                texts += kept
+            report(len(texts) + left_out, chunk.done)
+    if not texts:
+        raise DataError(f"{table} holds no row with a text and a known {predictor.schema.label_column}")
+    return Scored(
+        logits=np.concatenate(logits),
+        labels=np.concatenate(labels),
+        lengths=np.concatenate(lengths),
+        lines=np.concatenate(lines),
+        dates=np.concatenate(dates) if dates and date_column else None,
+        texts=texts,
+        left_out=left_out,
+        source=table.name,
+        fingerprint="",
+        made_up=bool(predictor.manifest["data"]["made_up"]),
+    )
