@@ -50,6 +50,15 @@ def test_every_feature_by_hand() -> None:
         "question_marks": 2.0,
         "links": 2.0,
         "title_capitalised": 1.0,
+        "title_characters": 19.0,
+        "title_question_marks": 1.0,
+        "code_characters": 17.0,  # "    code\r\n" and "\tmore\r\n"
+        "code_share": pytest.approx(17 / 66),
+        "prose_words": 8.0,
+        "prose_question_marks": 1.0,
+        "first_person": 0.0,
+        "paragraph_breaks": 0.0,
+        "backticks": 0.0,
     }
     assert list(found) == list(FEATURES)
 
@@ -75,6 +84,15 @@ def test_columns_whose_sources_are_absent_are_left_out() -> None:
         "question_marks",
         "links",
         "title_capitalised",
+        "title_characters",
+        "title_question_marks",
+        "code_characters",
+        "code_share",
+        "prose_words",
+        "prose_question_marks",
+        "first_person",
+        "paragraph_breaks",
+        "backticks",
     }
 
 
@@ -111,3 +129,10 @@ def test_dates_are_parsed_strictly() -> None:
     dates = Rows(pa.table({"d": pa.array(good + wrong, pa.large_string())})).date("d")
     assert (dates[: len(good)].astype("datetime64[D]") == np.datetime64("2008-07-31")).all()
     assert np.isnat(dates[len(good) :]).all()
+
+
+def test_first_person_backticks_and_paragraphs_are_counted_in_prose() -> None:
+    found = derive_one(BodyMarkdown="I tried `x`.\r\n\r\nIt fails; I think I know.\n\n\n    I = 1\n\n")
+    assert found["first_person"] == 3.0  # not the I of a code line, nor that of "It"
+    assert found["backticks"] == 2.0
+    assert found["paragraph_breaks"] == 3.0

@@ -99,8 +99,9 @@ def test_the_cuda_kernel_gives_the_references_values_and_gradients(lengths, dtyp
     expected.backward(weights.double())
     pairs = [(output, expected), *((part.grad, other.grad) for part, other in zip(ours, exact, strict=True))]
     for ours_, exact_ in pairs:
-        # Relative to the largest entry: half precision keeps 8 (bfloat16) or 11 bits.
-        assert (ours_.cpu().double() - exact_).abs().max() <= tolerance * exact_.abs().max()
+        # Relative to the largest entry: half precision keeps 8 (bfloat16) or 11 bits. One token's softmax is constant,
+        # so its query and key have no gradient, and what is left of them is rounding of numbers around 1.
+        assert (ours_.cpu().double() - exact_).abs().max() <= tolerance * exact_.abs().max().clamp_min(1)
 
 
 @cuda

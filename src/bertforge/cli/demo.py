@@ -12,7 +12,9 @@ ROWS = 5000
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder to write everything into; a demo before is replaced.")] = Path("demo-run"),
+    out: Annotated[Path, typer.Option(help="Folder to write everything into; a demo before is replaced.")] = Path(
+        "demo-run"
+    ),
 ) -> None:
     """Run the main job: make up questions, prepare, fine-tune with LoRA, evaluate, merge, predict, report.
 

@@ -18,7 +18,9 @@ _OPTIONAL = {
 
 
 def doctor(
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the findings as JSON too.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the findings as JSON too.")
+    ] = None,
 ) -> None:
     """Say what this machine can run, what is missing, and the command that installs it."""
     from bertforge.artifact import write_json
@@ -26,7 +28,8 @@ def doctor(
     console = Console(highlight=False, soft_wrap=True)
     found = examine()
     machine = found["machine"]
-    console.print(f"device      {machine['name']} ({machine['device']}), {machine['memory_gb']:.0f} GB, {machine['cores']} CPU cores")
+    size = f"{machine['memory_gb']:.0f} GB, {machine['cores']} CPU cores"
+    console.print(f"device      {machine['name']} ({machine['device']}), {size}")
     console.print(f"precision   {machine['precision']} is what `precision=auto` chooses here")
     console.print(f"attention   {machine['attention']}")
     console.print("versions    " + ", ".join(f"{name} {version}" for name, version in found["versions"].items()))
@@ -55,7 +58,9 @@ def examine() -> dict[str, Any]:
             "cores": hardware.cores,
             "bf16": hardware.bf16,
             "precision": choose_precision(hardware),
-            "attention": "packed FlashAttention (varlen_attn)" if on_gpu else "packed, one sequence after another (SDPA)",
+            "attention": "packed FlashAttention (varlen_attn)"
+            if on_gpu
+            else "packed, one sequence after another (SDPA)",
         },
         "versions": versions(),
         "optional": [

@@ -15,9 +15,13 @@ def evaluate(
     run: RunFolder,
     data: Annotated[Path, typer.Option(help="Folder made by `bertforge prepare`, or a raw table with labels.")],
     split: Annotated[str, typer.Option(help="Part of the prepared data: train, validation or test.")] = "test",
-    against: Annotated[Path | None, typer.Option(help="Another run, compared on the same rows by a paired test.")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Another run, compared on the same rows by a paired test.")
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="HTML report to write. [RUN/report-SPLIT.html]")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the metrics as JSON too.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the metrics as JSON too.")
+    ] = None,
 ) -> None:
     """Measure a run: loss, accuracy, precision, recall, F1, ROC-AUC, calibration, each with a 95% interval.
 

@@ -23,10 +23,12 @@ def train(
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="A recipe of your own: a TOML file.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="Pretrained model: minilm, a folder or a Hugging Face id. Overrides the recipe's.")
+        str | None,
+        typer.Option(help="Pretrained model: minilm, a folder or a Hugging Face id. Overrides the recipe's."),
     ] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE ...", help="Change settings: --set epochs=2 lr=1e-3 lora.r=4")
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE ...", help="Change settings: --set epochs=2 lr=1e-3 lora.r=4"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in OUT.")] = False,
 ) -> None:
@@ -73,7 +75,8 @@ def run(data: Path, out: Path, recipe: Recipe, *, resume: bool = False) -> dict[
     def started(plan: Plan) -> None:
         console.print(
             f"{plan.recipe.name} on {plan.recipe.model}: {plan.trainable_parameters:,} trainable parameters, "
-            f"{plan.train_rows:,} train and {plan.validation_rows:,} validation rows, {plan.hardware.name}, {plan.precision}"
+            f"{plan.train_rows:,} train and {plan.validation_rows:,} validation rows, "
+            f"{plan.hardware.name}, {plan.precision}"
         )
         if plan.resumed_step:
             console.print(f"resuming after step {plan.resumed_step:,} of {plan.total_steps:,}")

@@ -164,6 +164,65 @@ def title_capitalised(rows: Rows) -> Floats:
     return _float(pc.match_substring_regex(rows.text(_TITLE), r"^\p{Lu}"))
 
 
+@feature(_TITLE)
+def title_characters(rows: Rows) -> Floats:
+    """Characters in the title."""
+    return _float(pc.utf8_length(rows.text(_TITLE)))
+
+
+@feature(_TITLE)
+def title_question_marks(rows: Rows) -> Floats:
+    """Question marks in the title."""
+    return _float(pc.count_substring(rows.raw(_TITLE), "?"))
+
+
+@feature(_BODY)
+def code_characters(rows: Rows) -> Floats:
+    """Characters of the body in code lines, line ends included."""
+    return _float(pc.utf8_length(rows.raw(_BODY))) - _float(pc.utf8_length(_prose(rows)))
+
+
+@feature(_BODY)
+def code_share(rows: Rows) -> Floats:
+    """Share of the body's characters that stand in code lines."""
+    return code_characters(rows) / np.maximum(_float(pc.utf8_length(rows.raw(_BODY))), 1)
+
+
+@feature(_BODY)
+def prose_words(rows: Rows) -> Floats:
+    """Words of the body outside code lines."""
+    return _word_count(pc.utf8_trim_whitespace(_prose(rows)))
+
+
+@feature(_BODY)
+def prose_question_marks(rows: Rows) -> Floats:
+    """Question marks of the body outside code lines."""
+    return _float(pc.count_substring(_prose(rows), "?"))
+
+
+@feature(_BODY)
+def first_person(rows: Rows) -> Floats:
+    """How often the body says "I" outside code lines."""
+    return _count(_prose(rows), r"\bI\b")
+
+
+@feature(_BODY)
+def paragraph_breaks(rows: Rows) -> Floats:
+    """Runs of blank lines in the body."""
+    return _count(rows.raw(_BODY), r"\n[ \t\r]*\n\s*")
+
+
+@feature(_BODY)
+def backticks(rows: Rows) -> Floats:
+    """Backticks in the body: two for each piece of inline code."""
+    return _float(pc.count_substring(rows.raw(_BODY), "`"))
+
+
+def _prose(rows: Rows) -> pa.Array:
+    """The body without its code lines."""
+    return rows.once("prose", lambda: pc.replace_substring_regex(rows.raw(_BODY), r"(?m)^(?: {4}|\t).*(?:\n|$)", ""))
+
+
 def _word_count(text: pa.Array) -> Floats:
     """Words of texts that neither start nor end with white space; ASCII white space separates, as 3x faster."""
     words = _float(pc.list_value_length(pc.ascii_split_whitespace(text)))

@@ -35,7 +35,8 @@ class Examples:
 
     def lengths(self, rows: np.ndarray) -> np.ndarray:
         """Tokens of each row after cutting, `[rows]` int64."""
-        return np.minimum(self.tokens.lengths[rows], self.max_length)
+        whole = self.tokens.offsets[rows + 1] - self.tokens.offsets[rows]
+        return np.asarray(np.minimum(whole, self.max_length))
 
     def pack(self, rows: np.ndarray, shape: PackShape | None = None) -> tuple[PackedBatch, Tensor]:
         """The rows laid end to end, and their labels `[sequences]`, filled up to `shape` when there is one."""
@@ -98,7 +99,7 @@ def tabular_batch(arrays: TabularArrays) -> TabularBatch:
 
 
 def epoch_plan(examples: Examples, rows: np.ndarray, budget: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The steps of one epoch: `rows` in an order that depends on (seed, epoch) alone, cut into packs of `budget` tokens."""
+    """The steps of one epoch: `rows` in an order set by (seed, epoch) alone, cut into packs of `budget` tokens."""
     order = generator(seed, "shuffle", epoch).permutation(rows)
     return [order[part] for part in packs(examples.lengths(order), budget)]
 

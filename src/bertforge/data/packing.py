@@ -20,7 +20,9 @@ def packs(lengths: np.ndarray, budget: int) -> list[slice]:
     if len(lengths) == 0:
         return []
     if (longest := int(lengths.max())) > budget:
-        raise UsageError(f"a row has {longest} tokens, but a pack holds {budget}; raise tokens_per_step to {longest} or more")
+        raise UsageError(
+            f"a row has {longest} tokens, but a pack holds {budget}; raise tokens_per_step to {longest} or more"
+        )
     ends = np.cumsum(lengths, dtype=np.int64)
     found, start, used = [], 0, 0
     while start < len(lengths):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -22,6 +24,7 @@ class Rows:
         self.table = table
         self._trimmed: dict[str, pa.Array] = {}
         self._dates: dict[str, Dates] = {}
+        self._made: dict[str, pa.Array] = {}
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -54,6 +57,12 @@ class Rows:
         except pa.ArrowInvalid:  # some value is not a number: the slow way finds which
             values = pd.to_numeric(pd.Series(text.to_pylist(), dtype=object), errors="coerce").to_numpy(np.float64)
         return np.where(np.isfinite(values), values, np.nan)
+
+    def once(self, name: str, make: Callable[[], pa.Array]) -> pa.Array:
+        """What `make` returns, made at the first call under this name: a column that several features start from."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
 
     def date(self, name: str) -> Dates:
         """datetime64[s], in UTC; NaT where the value is absent or in none of DATE_FORMATS."""

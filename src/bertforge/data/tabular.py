@@ -149,10 +149,10 @@ class TabularTransform:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The inverse of `to_dict`."""
-        spec = TabularSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in values["spec"].items()})
-        rows = {name: tuple(tuple(row) for row in values[name]) for name in ("edges", "vocabularies")}
-        flat = {name: tuple(values[name]) for name in ("mean", "std", "indicators", "multi_vocabulary")}
-        return cls(spec=spec, **rows, **flat)
+        saved = {name: tuple(v) if isinstance(v, list) else v for name, v in values["spec"].items()}
+        nested: dict[str, Any] = {n: tuple(tuple(row) for row in values[n]) for n in ("edges", "vocabularies")}
+        flat: dict[str, Any] = {n: tuple(values[n]) for n in ("mean", "std", "indicators", "multi_vocabulary")}
+        return cls(spec=TabularSpec(**saved), **nested, **flat)
 
     def _numeric(self, frame: pd.DataFrame) -> np.ndarray:
         scaled = np.zeros((len(frame), self.numeric_inputs), np.float32)

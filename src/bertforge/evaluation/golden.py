@@ -81,5 +81,3 @@ class GoldenRows:
             ),
             np.array(values["logits"], np.float32),
         )
-
-

@@ -30,7 +30,11 @@ class Evaluation:
         """JSON-ready: the metrics, with what was measured on what."""
         return {
             "run": str(self.run),
-            "data": {"source": self.scored.source, "fingerprint": self.scored.fingerprint, "made_up": self.scored.made_up},
+            "data": {
+                "source": self.scored.source,
+                "fingerprint": self.scored.fingerprint,
+                "made_up": self.scored.made_up,
+            },
             "rows_left_out": self.scored.left_out,
             "metrics": self.metrics.to_dict(),
             "comparison": self.comparison.to_dict() if self.comparison else None,

@@ -27,7 +27,9 @@ def merge_run(run: Path, out: Path) -> dict[str, Any]:
     """
     predictor = Predictor.load(run, precision="fp32")
     if not (run / ADAPTER_CONFIG).is_file():
-        raise ArtifactError(f"{run} was trained in full and is a plain Hugging Face folder already: there is nothing to merge")
+        raise ArtifactError(
+            f"{run} was trained in full and is a plain Hugging Face folder already: there is nothing to merge"
+        )
     merged = merge(predictor.model)
     assert isinstance(merged, BertForSequenceClassification)
     merged.eval()

@@ -21,7 +21,7 @@ FORMATS = (".csv", ".parquet", ".jsonl")
 
 
 def predict_table(predictor: Predictor, table: Path, out: Path) -> tuple[int, int]:
-    """Writes line, label, probability, a probability for each label, and problem; returns rows and rows without a label.
+    """Writes line, label, probability, each label's probability, and problem; returns rows and rows without label.
 
     A row whose date or number cannot be read is predicted without it and says so under `problem`; only one with no
     readable text at all has no label. Raises UsageError for a file name that is not one of FORMATS, and leaves nothing

@@ -126,8 +126,8 @@ def load_model(directory: Path, manifest: dict[str, Any]) -> BertForSequenceClas
     base = resolve(manifest["base"]["model"])
     if (found := hash_file(weights_file(base))) != manifest["base"]["weights"]:
         raise ArtifactError(
-            f"the adapter in {directory} was trained on {manifest['base']['model']} with weights {manifest['base']['weights']}, "
-            f"but {base} holds {found}"
+            f"the adapter in {directory} was trained on {manifest['base']['model']} with weights "
+            f"{manifest['base']['weights']}, but {base} holds {found}"
         )
     model = BertForSequenceClassification.from_pretrained(base, labels=config.labels, tabular=config.tabular)
     load_adapter(model, directory)

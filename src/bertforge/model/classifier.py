@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -16,6 +17,8 @@ from bertforge.model.bert import BertModel
 from bertforge.model.config import BertConfig, TabularConfig
 from bertforge.model.tabular import TabularEncoder
 from bertforge.models import resolve
+
+log = logging.getLogger(__name__)
 
 
 class BertForSequenceClassification(nn.Module):
@@ -78,7 +81,9 @@ class BertForSequenceClassification(nn.Module):
         model = cls(config)
         for module in (model.bert.pooler, model.classifier):
             module.apply(lambda part: _initialise(part, config.initializer_range))
-        weights.load(model, directory)
+        new = weights.load(model, directory)
+        if new and labels is None:  # who names the labels knows that the head is new
+            log.warning("%s of %s is new and random: fine-tune it before predicting", " and ".join(new), directory)
         return model.eval()
 
     def save_pretrained(self, directory: str | Path) -> None:

@@ -9,7 +9,6 @@ Spellings that older checkpoints use and what they mean here:
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -23,18 +22,15 @@ from bertforge.artifact import write_atomic
 from bertforge.errors import ArtifactError
 from bertforge.models import weights_file
 
-log = logging.getLogger(__name__)
-
 WEIGHTS = "model.safetensors"
 # Parts a pretrained encoder may lack; each is loaded whole or made new.
 _HEADS = ("bert.pooler.", "classifier.", "tabular.")
 
 
-def load(model: nn.Module, directory: Path) -> None:
-    """Loads the checkpoint in `directory` into `model`.
+def load(model: nn.Module, directory: Path) -> list[str]:
+    """Loads the checkpoint in `directory` into `model` and returns the heads that it lacks: they keep their weights.
 
-    Raises ArtifactError naming every missing, unexpected and misshapen key. A head that the checkpoint lacks entirely
-    keeps its initial weights, and a warning names it.
+    Raises ArtifactError naming every missing, unexpected and misshapen key.
     """
     found = {name: tensor for key, tensor in read(directory).items() if (name := _current_name(key))}
     wanted = model.state_dict()
@@ -50,10 +46,8 @@ def load(model: nn.Module, directory: Path) -> None:
         problems = {"missing": missing, "unexpected": unexpected, "wrong shape": misshapen}
         listed = "; ".join(f"{problem}: {_abbreviate(names)}" for problem, names in problems.items() if names)
         raise ArtifactError(f"the weights in {directory} do not fit its config.json: {listed}")
-    made_new = [head.rstrip(".") for head in new if any(name.startswith(head) for name in wanted)]
-    if made_new:
-        log.warning("%s of %s is new and random: fine-tune it before predicting", " and ".join(made_new), directory)
     model.load_state_dict(found, strict=False)  # copies into the model's float32
+    return [head.rstrip(".") for head in new if any(name.startswith(head) for name in wanted)]
 
 
 def read(directory: Path) -> dict[str, Tensor]:

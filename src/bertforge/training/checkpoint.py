@@ -65,7 +65,9 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> P
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
             state = json.loads(file.metadata()["progress"])
     except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ArtifactError(f"checkpoint {path} is damaged ({str(error)[:120]}); start the run anew without --resume") from error
+        raise ArtifactError(
+            f"checkpoint {path} is damaged ({str(error)[:120]}); start the run anew without --resume"
+        ) from error
     load_trainable(model, {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}, path)
     for index, parameter in enumerate(_parameters(optimizer)):
         prefix = f"optimizer.{index}."

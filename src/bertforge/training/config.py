@@ -103,7 +103,8 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """From parsed TOML or JSON; raises UsageError naming an unknown or wrongly typed setting."""
-        return _build(cls, values, "")
+        recipe: Self = _build(cls, values, "")
+        return recipe
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, sections nested."""
@@ -165,7 +166,9 @@ def _toml_value(text: str) -> Any:
 def _build(cls: Any, values: dict[str, Any], prefix: str) -> Any:
     hints = get_type_hints(cls)
     if unknown := set(values) - set(hints):
-        raise UsageError(f"{prefix}{sorted(unknown)[0]} is not a setting; known: {', '.join(prefix + n for n in hints)}")
+        raise UsageError(
+            f"{prefix}{sorted(unknown)[0]} is not a setting; known: {', '.join(prefix + n for n in hints)}"
+        )
     return cls(**{name: _coerced(hints[name], value, prefix + name) for name, value in values.items()})
 
 

@@ -23,8 +23,8 @@ from bertforge.data.tabular import TabularTransform
 from bertforge.data.tokens import Tokenizer
 from bertforge.determinism import seed_everything
 from bertforge.errors import ArtifactError, DataError
-from bertforge.hardware import Hardware, choose_precision, detect
 from bertforge.evaluation.golden import GoldenRows
+from bertforge.hardware import Hardware, choose_precision, detect
 from bertforge.lora.adapter_io import save_adapter
 from bertforge.lora.config import LoraConfig
 from bertforge.lora.inject import inject_lora
@@ -142,8 +142,8 @@ def assemble(prepared: PreparedData, recipe: Recipe, device: torch.device) -> Ru
     )
     if recipe.max_length > model.config.max_position_embeddings:
         raise DataError(
-            f"max_length={recipe.max_length}, but {recipe.model} holds {model.config.max_position_embeddings} positions; "
-            f"--set max_length={model.config.max_position_embeddings}"
+            f"max_length={recipe.max_length}, but {recipe.model} holds {model.config.max_position_embeddings} "
+            f"positions; --set max_length={model.config.max_position_embeddings}"
         )
     if transform is not None and model.tabular is not None and model.tabular.numeric is not None:
         model.tabular.numeric.edges.copy_(torch.tensor(transform.edges))
@@ -192,7 +192,9 @@ def _claim(out: Path, identity: dict[str, Any], resume: bool) -> None:
             raise ArtifactError(f"{out} holds a run that has not ended; go on with --resume, or remove it: rm -r {out}")
         if (before := json.loads(running.read_text())) != identity:
             changed = [name for name in identity if before.get(name) != identity[name]]
-            raise ArtifactError(f"{out} was started with another {' and '.join(changed)}; resume with the same, or start anew")
+            raise ArtifactError(
+                f"{out} was started with another {' and '.join(changed)}; resume with the same, or start anew"
+            )
         return
     if resume:
         raise ArtifactError(f"{out} holds no run to resume; start one without --resume")

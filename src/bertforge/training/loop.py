@@ -160,7 +160,9 @@ class Trainer:
         progress.step_in_epoch, progress.sequences, progress.loss_sum = 0, 0, 0.0
         if loss < progress.best_loss:
             progress.best_loss, progress.best_epoch = loss, progress.epoch
-            best = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.trainable(self.model).items()}
+            best = {
+                name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.trainable(self.model).items()
+            }
             write_atomic(self.directory / BEST, to_bytes(best))
 
     def _save(self) -> None:

@@ -1,8 +1,9 @@
 """One training step: a pack in, the loss and every gradient out; eager on a CPU, one replayed CUDA graph on a GPU.
 
-A step of a small BERT is some 700 kernels of a few microseconds each, while launching one from Python takes ten times as
-long: run eagerly, an H100 idles nine tenths of the time on all-MiniLM-L6-v2. Packs of one shape let the whole step be recorded
-once and replayed with a single launch. Dropout stays random: a graph draws its seeds from torch's generator at replay.
+A step of a small BERT is some 700 kernels of a few microseconds each, and launching one from Python takes longer than
+that: run eagerly on all-MiniLM-L6-v2, an H100 works 5 ms of a step's 41 (measured 2026-11-23, packs of 8,192 tokens).
+Packs of one shape let the whole step be recorded once and replayed with a single launch. Dropout stays random: a graph
+draws its seeds from torch's generator at replay.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class GraphedStep:
     def _record(self, batch: PackedBatch, labels: Tensor) -> None:
         self.batch, self.labels = batch.map(Tensor.clone), labels.clone()
         random_state = torch.cuda.get_rng_state()
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
