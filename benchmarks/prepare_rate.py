@@ -18,14 +18,10 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import resource
-import shlex
 import shutil
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +30,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import tokenizers
 
-from bertforge.artifact import versions, write_json
+from bertforge.artifact import write_json
 from bertforge.data.prepare import prepare
 from bertforge.data.prepared import join_texts
 from bertforge.data.schema import QUESTIONS
@@ -64,7 +60,9 @@ def main() -> None:
         rows += measure_rate(options.table, options.work, name, model)
         rows += measure_memory(options.table, options.work, name, model, options.rows)
     if options.json:
-        print(f"wrote {write_json(options.json, record(rows))}")
+        from record import record  # imports torch: not for the processes whose memory is measured
+
+        print(f"wrote {write_json(options.json, record('prepare_rate', rows, 42))}")
 
 
 def measure_rate(table: Path, work: Path, form: str, model: Path) -> list[dict[str, Any]]:
@@ -149,24 +147,6 @@ def encode_alone(table: Path, model: Path, method: str) -> Timed:
     for first in range(0, len(texts), BATCH):
         getattr(backend, method)(texts[first : first + BATCH])
     return len(texts), time.perf_counter() - start, time.process_time() - cpu_start
-
-
-def record(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The rows with what is needed to measure them again."""
-    from bertforge.hardware import detect  # imports torch: not for the processes whose memory is measured
-
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    hardware = detect()
-    return {
-        "benchmark": "prepare_rate",
-        "command": shlex.join(["python", *sys.argv]),
-        "commit": commit if len(commit) == 40 else None,
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": f"{hardware.name}, {hardware.cores} cores",
-        "versions": versions(),
-        "seed": 42,
-        "rows": rows,
-    }
 
 
 if __name__ == "__main__":

@@ -15,12 +15,8 @@ from the folds it is not in.
 from __future__ import annotations
 
 import argparse
-import shlex
-import subprocess
 import sys
 from collections import Counter
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +26,12 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import log_loss
 from sklearn.model_selection import StratifiedKFold
 
-from bertforge.artifact import versions, write_json
+from bertforge.artifact import write_json
 from bertforge.data.features import FEATURES
 from bertforge.data.prepared import PreparedData
 from bertforge.data.schema import CLOSED_DATE
 from bertforge.errors import BertforgeError, UsageError
-from bertforge.hardware import detect
+from record import record
 
 SEEDS = range(5)
 RESAMPLES = 2000
@@ -74,7 +70,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return int(error.exit_code)
     if options.json:
-        print(f"wrote {write_json(options.json, record(rows))}")
+        print(f"wrote {write_json(options.json, record('tabular_boosting', rows, list(SEEDS), 'scikit-learn'))}")
     return 0
 
 
@@ -195,22 +191,6 @@ def interval(correct: np.ndarray) -> tuple[float, float]:
         means.append(of_row[generator.integers(rows, size=rows)].mean())
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
-
-
-def record(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The rows with what is needed to measure them again."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    hardware = detect()
-    return {
-        "benchmark": "tabular_boosting",
-        "command": shlex.join(["python", *sys.argv]),
-        "commit": commit if len(commit) == 40 else None,
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": f"{hardware.name}, {hardware.cores} cores",
-        "versions": versions() | {"scikit-learn": metadata.version("scikit-learn")},
-        "seed": list(SEEDS),
-        "rows": rows,
-    }
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ def evaluate(
     against: Annotated[
         Path | None, typer.Option(help="Another run, compared on the same rows by a paired test.")
     ] = None,
-    report: Annotated[Path | None, typer.Option(help="HTML report to write. [RUN/report-SPLIT.html]")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="HTML report to write.", show_default="RUN/report-SPLIT.html")
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the metrics as JSON too.")
     ] = None,
@@ -34,12 +36,12 @@ def evaluate(
     from bertforge.evaluation.report import metrics_markdown
     from bertforge.inference.evaluate import evaluate_run
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     found = evaluate_run(run, data, split, against)
     console.print(f"{run} on {found.scored.source}: {len(found.scored.labels):,} rows")
     if found.scored.left_out:
         console.print(f"left out: {found.scored.left_out:,} rows without a usable text and label")
-    console.print(metrics_markdown(found.metrics), markup=False)
+    console.print(metrics_markdown(found.metrics))
     if found.comparison:
         console.print(found.comparison.verdict)
     if json_file:
@@ -50,7 +52,7 @@ def evaluate(
     except MachineError as error:
         if report:
             raise
-        console.print(f"no report written: {error}", markup=False)
+        console.print(f"no report written: {error}")
 
 
 def predict(
@@ -68,7 +70,7 @@ def predict(
     from bertforge.inference.predictor import Predictor
 
     rows, unlabelled = predict_table(Predictor.load(run), table, out)
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     if unlabelled:
         console.print(f"{unlabelled:,} rows have no readable text and so no label; see their column `problem`")
     console.print(f"wrote {out}: {rows:,} rows")
@@ -87,7 +89,7 @@ def merge(
     from bertforge.inference.merge import merge_run
 
     measured = merge_run(run, out)
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(
         f"largest logit difference {measured['max_logit_difference']:.2g}, "
         f"{measured['changed_labels']} of {measured['rows']} labels changed on the run's golden rows"

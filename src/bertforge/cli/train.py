@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,11 +16,26 @@ if TYPE_CHECKING:
     from bertforge.training.finetune import Plan
 
 
+def _list_variants(variant: str | None) -> str | None:
+    from bertforge.training.config import variants
+
+    if variant == "list":
+        typer.echo("\n".join(variants()))
+        raise typer.Exit
+    return variant
+
+
 def train(
     data: Annotated[Path, typer.Option(help="Folder made by `bertforge prepare`.")],
     out: Annotated[Path, typer.Option(help="Folder of the run; made here.")],
     variant: Annotated[
-        str | None, typer.Option(help="A recipe that comes with bertforge; `--variant list` names them. [lora-r8]")
+        str | None,
+        typer.Option(
+            help="A recipe that comes with bertforge; `--variant list` names them.",
+            show_default="lora-r8",
+            callback=_list_variants,
+            is_eager=True,  # asked before --data and --out are missed
+        ),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="A recipe of your own: a TOML file.")] = None,
     model: Annotated[
@@ -40,18 +56,14 @@ def train(
     Example: bertforge train --data data/ --out runs/first --variant lora-r8 --model minilm --set epochs=3
     """
     from bertforge.errors import UsageError
-    from bertforge.training.config import load_recipe, variants
+    from bertforge.training.config import load_recipe
 
-    console = Console(highlight=False)
-    if variant == "list":
-        for name in variants():
-            console.print(name)
-        return
     if variant and recipe:
         raise UsageError("--variant and --recipe both name a recipe; give one of them")
     chosen = load_recipe(variant, recipe)
-    chosen = chosen.with_settings([*([f"model={model}"] if model else []), *(settings or [])])
+    chosen = replace(chosen, model=model or chosen.model).with_settings(settings or [])
     manifest = run(data, out, chosen, resume=resume)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     print_result(console, manifest, out)
     console.print(f"next: bertforge evaluate {out} --data {data} --split test")
 
@@ -60,7 +72,7 @@ def run(data: Path, out: Path, recipe: Recipe, *, resume: bool = False) -> dict[
     """Trains with a progress bar; an interrupt says how to go on."""
     from bertforge.training.finetune import finetune
 
-    console = Console(highlight=False, stderr=True)
+    console = Console(highlight=False, stderr=True, soft_wrap=True, markup=False)
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -149,7 +149,7 @@ class TabularTransform:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The inverse of `to_dict`."""
-        saved = {name: tuple(v) if isinstance(v, list) else v for name, v in values["spec"].items()}
+        saved: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values["spec"].items()}
         nested: dict[str, Any] = {n: tuple(tuple(row) for row in values[n]) for n in ("edges", "vocabularies")}
         flat: dict[str, Any] = {n: tuple(values[n]) for n in ("mean", "std", "indicators", "multi_vocabulary")}
         return cls(spec=TabularSpec(**saved), **nested, **flat)

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bertforge.artifact import versions
+from bertforge.errors import DataError
 from bertforge.evaluation.compare import Comparison, compare
 from bertforge.evaluation.curves import reliability, roc_curves
 from bertforge.evaluation.groups import by_length, by_month, confident_mistakes
@@ -75,6 +78,11 @@ def evaluate_run(run: Path, data: Path, part: str = "test", against: Path | None
     comparison = None
     if against is not None:
         other = score(Predictor.load(against), data, part)
+        if not (np.array_equal(other.lines, scored.lines) and np.array_equal(other.labels, scored.labels)):
+            raise DataError(
+                f"{run} and {against} cannot be compared: one was scored on {scored.source}, the other on {other.source}"
+                "; compare runs of one split and one set of labels"
+            )
         names = (str(against), str(run))
         comparison = compare(other.logits, scored.logits, scored.labels, names=names)
     metrics = classification_metrics(scored.logits, scored.labels, predictor.label_names)

@@ -10,6 +10,7 @@ import numpy as np
 from bertforge.artifact import MANIFEST
 from bertforge.data.prepared import PreparedData
 from bertforge.data.raw import read_raw
+from bertforge.data.sample import is_made_up
 from bertforge.data.streaming import progress
 from bertforge.data.tokens import TokenStore
 from bertforge.errors import DataError
@@ -88,13 +89,14 @@ def _score_prepared(predictor: Predictor, prepared: PreparedData, part: str) -> 
 def _score_raw(predictor: Predictor, table: Path) -> Scored:
     logits, labels, lengths, lines, dates = [], [], [], [], []
     texts: list[str] = []
-    left_out = 0
+    left_out, made_up = 0, bool(predictor.manifest["data"]["made_up"])
     date_column = predictor.schema.date_column
     with progress(f"scoring {table.name}") as report:
         for chunk in read_raw(table, predictor.schema, require_labels=True):
             assert chunk.labels is not None
             usable = np.array([not problem for problem in chunk.problems]) & (chunk.labels >= 0)
             left_out += int((~usable).sum())
+            made_up |= is_made_up(chunk.frame)
             kept = [text for text, good in zip(chunk.texts, usable, strict=True) if good]
             if kept:
                 store = TokenStore(*predictor.tokenizer.encode(kept))
@@ -120,5 +122,5 @@ def _score_raw(predictor: Predictor, table: Path) -> Scored:
         left_out=left_out,
         source=table.name,
         fingerprint="",
-        made_up=bool(predictor.manifest["data"]["made_up"]),
+        made_up=made_up,
     )

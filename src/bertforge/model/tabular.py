@@ -39,6 +39,15 @@ class PiecewiseLinear(nn.Module):
         return embedded.relu().flatten(1)
 
 
+class MeanEmbedding(nn.Embedding):
+    """Several values a row: the mean of their embeddings, zeros when there are none."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        """`[sequences, values]`, 0 where there is none -> `[sequences, embedding]`."""
+        present = (values > 0).sum(1, keepdim=True).clamp_min(1)  # [sequences, 1]
+        return super().forward(values).sum(1) / present
+
+
 class TabularEncoder(nn.Module):
     """Columns -> one vector a sequence, `[sequences, out_features]`."""
 
@@ -47,7 +56,7 @@ class TabularEncoder(nn.Module):
         self.out_features = config.hidden_size or config.numeric
         self.numeric = PiecewiseLinear(config) if config.bins else None
         self.categorical = nn.ModuleList(nn.Embedding(values, config.embedding_size) for values in config.categorical)
-        self.multi = nn.Embedding(config.multi, config.embedding_size, padding_idx=0) if config.multi else None
+        self.multi = MeanEmbedding(config.multi, config.embedding_size, padding_idx=0) if config.multi else None
         embedded = len(config.categorical) + bool(config.multi) + (config.numeric if config.bins else 0)
         width = embedded * config.embedding_size + (0 if config.bins else config.numeric)
         self.mix = (
@@ -68,8 +77,6 @@ class TabularEncoder(nn.Module):
         parts = [batch.numeric if self.numeric is None else self.numeric(batch.numeric)]
         parts += [embed(batch.categorical[:, column]) for column, embed in enumerate(self.categorical)]
         if self.multi is not None:
-            present = (batch.multi > 0).sum(1, keepdim=True).clamp_min(1)  # [sequences, 1]
-            # Number 0 embeds to zeros: the mean of the values present, zeros when there are none.
-            parts.append(self.multi(batch.multi).sum(1) / present)  # [sequences, embedding]
+            parts.append(self.multi(batch.multi))
         mixed: Tensor = self.mix(torch.cat(parts, dim=1))
         return mixed

@@ -95,8 +95,11 @@ class Recipe:
         if not 0 <= self.label_smoothing < 1 or not 0 <= self.warmup <= 1 or not 0 <= self.attention_dropout < 1:
             raise UsageError("label_smoothing, warmup and attention_dropout are shares between 0 and 1")
         for name in ("epochs", "patience", "lr", "max_grad_norm", "tokens_per_step"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:  # nan is refused too
                 raise UsageError(f"{name}={getattr(self, name)} must be above 0")
+        for name in ("head_lr", "weight_decay", "seed", "checkpoint_seconds"):
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"{name}={getattr(self, name)} must not be below 0")
         if self.max_length < 3:
             raise UsageError(f"max_length={self.max_length} leaves no token between [CLS] and [SEP]; use 3 or more")
 

@@ -22,7 +22,7 @@ from bertforge.data.prepared import PreparedData
 from bertforge.data.tabular import TabularTransform
 from bertforge.data.tokens import Tokenizer
 from bertforge.determinism import seed_everything
-from bertforge.errors import ArtifactError, DataError
+from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.evaluation.golden import GoldenRows
 from bertforge.hardware import Hardware, choose_precision, detect
 from bertforge.lora.adapter_io import save_adapter
@@ -80,21 +80,24 @@ def finetune(
     """
     prepared = PreparedData.open(data)
     hardware = detect()
-    recipe_dict = {**recipe.to_dict(), "precision": choose_precision(hardware, recipe.precision)}
-    recipe_dict = json.loads(json.dumps(recipe_dict))  # lists for tuples, as they come back from a file
+    recipe_dict = json.loads(json.dumps(recipe.to_dict()))  # lists for tuples, as they come back from a file
     identity = {"recipe": recipe_dict, "data": prepared.fingerprint, "device": hardware.device.type}
-    _claim(out, identity, resume)
+    before = _check_folder(out, identity, resume)
+    # "auto" may measure something else on another day, so a resumed run keeps what it began with.
+    precision = choose_precision(hardware, before["precision"] if before else recipe.precision)
     seed_everything(recipe.seed)
     run = assemble(prepared, recipe, hardware.device)
-    trainer = Trainer(run.model, run.split, recipe, out, recipe_dict["precision"])
+    trainer = Trainer(run.model, run.split, recipe, out, precision)
     if resume:
         trainer.resume()
+    else:  # only now: a setting that cannot work leaves no folder to clear away
+        write_json(out / RUNNING, {**identity, "precision": precision})
     parameters = sum(parameter.numel() for parameter in trainable(run.model).values())
     started(
         Plan(
             recipe=recipe,
             hardware=hardware,
-            precision=recipe_dict["precision"],
+            precision=precision,
             trainable_parameters=parameters,
             train_rows=len(run.split.train),
             validation_rows=len(run.split.validation),
@@ -105,8 +108,8 @@ def finetune(
     progress = trainer.fit(show)
     _save(run, recipe, out)
     manifest = {
-        **describe(run, prepared, recipe_dict),
-        "precision": recipe_dict["precision"],
+        **describe(run, prepared, {**recipe_dict, "precision": precision}),
+        "precision": precision,
         "device": hardware.name,
         "trainable_parameters": parameters,
         "metrics": _summary(progress, len(run.split.train)),
@@ -141,7 +144,7 @@ def assemble(prepared: PreparedData, recipe: Recipe, device: torch.device) -> Ru
         attention_dropout=recipe.attention_dropout,
     )
     if recipe.max_length > model.config.max_position_embeddings:
-        raise DataError(
+        raise UsageError(
             f"max_length={recipe.max_length}, but {recipe.model} holds {model.config.max_position_embeddings} "
             f"positions; --set max_length={model.config.max_position_embeddings}"
         )
@@ -163,7 +166,7 @@ def tabular_config(transform: TabularTransform) -> TabularConfig:
         numeric=transform.numeric_inputs,
         categorical=transform.category_sizes,
         multi=transform.multi_size,
-        bins=spec.bins,
+        bins=spec.bins if transform.numeric_inputs else 0,
         embedding_size=spec.embedding_size,
         hidden_size=spec.hidden_size,
         dropout=spec.dropout,
@@ -182,25 +185,25 @@ def describe(run: Run, prepared: PreparedData, recipe: dict[str, Any]) -> dict[s
     }
 
 
-def _claim(out: Path, identity: dict[str, Any], resume: bool) -> None:
-    """Makes `out` this run's folder, or checks that it is."""
+def _check_folder(out: Path, identity: dict[str, Any], resume: bool) -> dict[str, Any] | None:
+    """What the run to resume was started with, None for a new run; raises ArtifactError when `out` fits neither."""
     running = out / RUNNING
     if (out / MANIFEST).is_file():
         raise ArtifactError(f"{out} holds a finished run; name another folder with --out")
     if running.is_file():
         if not resume:
             raise ArtifactError(f"{out} holds a run that has not ended; go on with --resume, or remove it: rm -r {out}")
-        if (before := json.loads(running.read_text())) != identity:
-            changed = [name for name in identity if before.get(name) != identity[name]]
+        before: dict[str, Any] = json.loads(running.read_text())
+        if changed := [name for name in identity if before.get(name) != identity[name]]:
             raise ArtifactError(
                 f"{out} was started with another {' and '.join(changed)}; resume with the same, or start anew"
             )
-        return
+        return before
     if resume:
         raise ArtifactError(f"{out} holds no run to resume; start one without --resume")
-    if out.exists() and any(out.iterdir()):
-        raise ArtifactError(f"{out} is not empty; name another folder with --out")
-    write_json(running, identity)
+    if out.is_file() or (out.exists() and any(out.iterdir())):
+        raise ArtifactError(f"{out} is not an empty folder; name another one with --out")
+    return None
 
 
 def _save(run: Run, recipe: Recipe, out: Path) -> None:

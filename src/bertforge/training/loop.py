@@ -119,13 +119,15 @@ class Trainer:
             progress.step_in_epoch += 1
             progress.sequences += len(rows)
             due = progress.step_in_epoch % _POINT_STEPS == 0 or progress.step_in_epoch == len(plan)
-            if due or interrupted.is_set() or self._checkpoint_due():
+            stop = interrupted.is_set()  # asked once: an interrupt after this waits for the next step
+            save = stop or self._checkpoint_due()
+            if due or save:
                 loss_value = self._read_losses(losses)
-                if due:
-                    history.add({"step": progress.step, "train/loss": loss_value, "train/lr": self.peaks[0] * scale})
-                if interrupted.is_set() or self._checkpoint_due():
-                    self._save()
-            if interrupted.is_set():
+            if due:
+                history.add({"step": progress.step, "train/loss": loss_value, "train/lr": self.peaks[0] * scale})
+            if save:
+                self._save()
+            if stop:
                 raise KeyboardInterrupt
             show(progress, len(rows), loss_value)
 
@@ -135,16 +137,18 @@ class Trainer:
         for value in torch.stack(losses).tolist():  # one by one: the sum must not depend on when it is taken
             progress.loss_sum += value
         losses.clear()
-        mean = progress.loss_sum / progress.sequences
-        if not np.isfinite(mean):
-            raise DataError(f"the loss became {mean} at step {progress.step}; lower lr or set precision=fp32")
-        return mean
+        return self._finite(progress.loss_sum / progress.sequences)
+
+    def _finite(self, loss: float) -> float:
+        if not np.isfinite(loss):
+            raise DataError(f"the loss became {loss} at step {self.progress.step}; lower lr or set precision=fp32")
+        return loss
 
     def _validate(self, history: History) -> None:
         progress, split = self.progress, self.split
         logits = torch.from_numpy(predict_logits(self.model, split.examples, split.validation, self.precision))
         labels = torch.from_numpy(split.examples.labels[split.validation])
-        loss = float(F.cross_entropy(logits, labels))
+        loss = self._finite(float(F.cross_entropy(logits, labels)))
         accuracy = float((logits.argmax(1) == labels).double().mean())
         train_loss = progress.loss_sum / progress.sequences
         progress.epoch += 1

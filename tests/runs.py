@@ -1,0 +1,72 @@
+"""A tiny model, small tables and quick recipes: what the tests of training, inference and the command line share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from safetensors.torch import load_file, save_file
+
+from bertforge.data.prepare import PrepareOptions, prepare
+from bertforge.data.sample import COLUMNS, sample_rows
+from bertforge.data.tokens import Tokenizer
+from bertforge.models import resolve
+from bertforge.training.config import Recipe
+from tests.model.tiny import tiny_bert
+
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"lora": {"r": 2, "lora_alpha": 4, "lora_dropout": 0.1}},
+    "full": {},
+    "columns": {
+        "tabular": {
+            "numeric": ["account_age_days", "reputation", "title_words", "answers_before"],
+            "log": ["reputation"],
+            "categorical": ["first_tag"],
+            "multi": "tags",
+            "min_count": 2,
+            "bins": 4,
+            "embedding_size": 4,
+            "hidden_size": 8,
+        },
+    },
+}
+
+
+def make_base(folder: Path, seed: int = 0) -> Path:
+    """A random pretrained encoder without a head, with minilm's tokenizer; half a million weights."""
+    model = tiny_bert(seed, vocab_size=30522, max_position_embeddings=64, initializer_range=0.1)
+    model.save_pretrained(folder)
+    weights = folder / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(weights).items() if not name.startswith("classifier")}
+    save_file(kept, weights)
+    Tokenizer.load(resolve("minilm")).save(folder)
+    return folder
+
+
+def made_up(rows: int, seed: int = 1) -> pd.DataFrame:
+    """Made-up questions as a frame of strings, "" where a value is absent."""
+    return pd.DataFrame(sample_rows(rows, seed), columns=list(COLUMNS)).astype(str)
+
+
+def prepare_frame(frame: pd.DataFrame, folder: Path, base: Path, options: PrepareOptions | None = None) -> Path:
+    """`frame` written as `folder`.csv and prepared into `folder`."""
+    table = folder.with_suffix(".csv")
+    frame.to_csv(table, index=False)
+    prepare(table, folder, Tokenizer.load(base), options)
+    return folder
+
+
+def quick_recipe(base: Path, kind: str = "full", **changes: Any) -> Recipe:
+    """Two epochs of six steps on the made-up table; in float32, so that results can be compared."""
+    quick = {
+        "name": kind,
+        "model": str(base),
+        "epochs": 2,
+        "max_length": 48,
+        "tokens_per_step": 1024,
+        "lr": 2e-3,
+        "precision": "fp32",
+        **KINDS[kind],
+    }
+    return Recipe.from_dict(quick | changes)
