@@ -5,10 +5,10 @@
 
 Every run keeps the epoch of the lowest validation loss. A row is a run on one part of the split: `validation`, by which
 settings were chosen, and `test`, scored once at the end. Intervals are Wilson's, 95%. The record is written anew after
-every run. `questions_per_s` is that of training, validation included; it means something only when nothing else runs.
+each run. `questions_per_s` is that of training, validation included; it means something only when nothing else runs.
 
 A peer is transformers' AutoModelForSequenceClassification, with PEFT's LoRA for the lora kinds, in the plain loop its
-documentation shows: batches of 32 of like length, padded to the longest, bf16 autocast, AdamW, warm-up and linear decay.
+documentation shows: batches of 32 rows of like length, padded to the longest, bf16 autocast, AdamW, linear decay.
 """
 
 from __future__ import annotations

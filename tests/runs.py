@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pandas as pd
+import pytest
 from safetensors.torch import load_file, save_file
 
+from bertforge.cli.main import main
 from bertforge.data.prepare import PrepareOptions, prepare
 from bertforge.data.sample import COLUMNS, sample_rows
 from bertforge.data.tokens import Tokenizer
@@ -31,6 +35,9 @@ KINDS: dict[str, dict[str, Any]] = {
         },
     },
 }
+
+STEPS = 7  # of an epoch of `quick_recipe` on 160 made-up questions
+WEIGHTS = {"lora": "adapter_model.safetensors", "full": "model.safetensors", "columns": "model.safetensors"}
 
 
 def make_base(folder: Path, seed: int = 0) -> Path:
@@ -58,7 +65,7 @@ def prepare_frame(frame: pd.DataFrame, folder: Path, base: Path, options: Prepar
 
 
 def quick_recipe(base: Path, kind: str = "full", **changes: Any) -> Recipe:
-    """Two epochs of six steps on the made-up table; in float32, so that results can be compared."""
+    """Two epochs of `STEPS` steps on the made-up table; in float32, so that results can be compared."""
     quick = {
         "name": kind,
         "model": str(base),
@@ -70,3 +77,10 @@ def quick_recipe(base: Path, kind: str = "full", **changes: Any) -> Recipe:
         **KINDS[kind],
     }
     return Recipe.from_dict(quick | changes)
+
+
+def run_command(*arguments: object) -> int:
+    """`bertforge ARGUMENTS` in this process, by way of the console script; returns its exit code."""
+    with patch.object(sys, "argv", ["bertforge", *map(str, arguments)]), pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)

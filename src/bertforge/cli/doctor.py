@@ -22,7 +22,12 @@ def doctor(
         Path | None, typer.Option("--json", metavar="FILE", help="Write the findings as JSON too.")
     ] = None,
 ) -> None:
-    """Say what this machine can run, what is missing, and the command that installs it."""
+    """Say what this machine can run, what is missing, and the command that installs it.
+
+    Example, to go with a report of a problem:
+
+        bertforge doctor --json machine.json
+    """
     from bertforge.artifact import write_json
 
     console = Console(highlight=False, soft_wrap=True)

@@ -27,9 +27,12 @@ def evaluate(
 ) -> None:
     """Measure a run: loss, accuracy, precision, recall, F1, ROC-AUC, calibration, each with a 95% interval.
 
-    Writes a self-contained HTML report. Choose settings on validation; read test once, for the final number.
+    Writes a self-contained HTML report. Choose settings on validation;
+    read test once, for the final number.
 
-    Example: bertforge evaluate runs/first --data data/ --split test --against runs/second
+    Example:
+
+        bertforge evaluate runs/first --data data --against runs/second
     """
     from bertforge.artifact import write_json
     from bertforge.errors import MachineError
@@ -64,7 +67,9 @@ def predict(
 
     Rows come out in the table's order and none is dropped.
 
-    Example: bertforge predict runs/first questions.csv --out predictions.csv
+    Example:
+
+        bertforge predict runs/first questions.csv --out predictions.csv
     """
     from bertforge.inference.predict import predict_table
     from bertforge.inference.predictor import Predictor
@@ -82,9 +87,12 @@ def merge(
 ) -> None:
     """Merge a LoRA run into a plain Hugging Face folder, and measure what that changes.
 
-    transformers.AutoModelForSequenceClassification.from_pretrained(OUT) loads the result.
+    transformers' AutoModelForSequenceClassification.from_pretrained loads
+    the result.
 
-    Example: bertforge merge runs/first --out models/first
+    Example:
+
+        bertforge merge runs/first --out models/first
     """
     from bertforge.inference.merge import merge_run
 

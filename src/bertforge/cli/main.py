@@ -36,7 +36,7 @@ class _Commands(TyperGroup):
                 raise
             stderr.print(f"[bold red]error:[/] {escape(str(error))}")
             raise typer.Exit(error.exit_code) from None
-        except (typer.Exit, typer.Abort, typer.BadParameter):
+        except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):  # the last: `bertforge ... | head`
             raise
         except Exception as error:
             if debug or type(error).__module__.startswith(("click", "typer")):  # a usage error: typer prints it itself
@@ -88,7 +88,7 @@ def _root(
 def main() -> None:
     """The console script."""
     logging.basicConfig(format="%(message)s")
-    app(_normalised(sys.argv[1:]))
+    app(_normalised(sys.argv[1:]), prog_name="bertforge")  # the name also where `python -m` starts it
 
 
 def _normalised(arguments: list[str]) -> list[str]:

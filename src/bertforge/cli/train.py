@@ -50,10 +50,14 @@ def train(
 ) -> None:
     """Fine-tune a classifier on prepared data.
 
-    The epoch with the lowest validation loss is kept. Ctrl-C is safe: the same command with --resume goes on where it
-    stopped, and ends with the same weights, bit for bit, as an uninterrupted run on the same device.
+    The epoch with the lowest validation loss is kept. Ctrl-C is safe: the
+    same command with --resume goes on where it stopped, and ends with the
+    same weights, bit for bit, as an uninterrupted run on the same device.
 
-    Example: bertforge train --data data/ --out runs/first --variant lora-r8 --model minilm --set epochs=3
+    Example:
+
+        bertforge train --data data --out runs/first \\
+            --variant lora-r8 --model minilm --set epochs=3
     """
     from bertforge.errors import UsageError
     from bertforge.training.config import load_recipe

@@ -77,11 +77,11 @@ def evaluate_run(run: Path, data: Path, part: str = "test", against: Path | None
     scored = score(predictor, data, part)
     comparison = None
     if against is not None:
-        other = score(Predictor.load(against), data, part)
+        other = score(Predictor.load(against, predictor.precision), data, part)
         if not (np.array_equal(other.lines, scored.lines) and np.array_equal(other.labels, scored.labels)):
             raise DataError(
-                f"{run} and {against} cannot be compared: one was scored on {scored.source}, the other on {other.source}"
-                "; compare runs of one split and one set of labels"
+                f"{run} and {against} cannot be compared: one was scored on {scored.source}, the other on "
+                f"{other.source}; compare runs of one split and one set of labels"
             )
         names = (str(against), str(run))
         comparison = compare(other.logits, scored.logits, scored.labels, names=names)

@@ -74,9 +74,10 @@ class Trainer:
             recipe.max_grad_norm,
             precision,
         )
-        on_gpu = self.device.type == "cuda"
-        self.step = GraphedStep(eager) if on_gpu else eager
-        self.shape = PackShape.of(self.plans, recipe.tokens_per_step, recipe.max_length) if on_gpu else None
+        # In float32, attention on a GPU reads the sequences' lengths back, which no graph can record.
+        graphed = self.device.type == "cuda" and precision == "bf16"
+        self.step = GraphedStep(eager) if graphed else eager
+        self.shape = PackShape.of(self.plans, recipe.tokens_per_step, recipe.max_length) if graphed else None
 
     def resume(self) -> None:
         """Goes on from the folder's checkpoint; without one, the run starts from its beginning."""

@@ -1,0 +1,75 @@
+"""The commands that do the work: what they say, what they write, and what they name to type next."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from tests.runs import KINDS, STEPS, run_command
+
+QUICK = ("epochs=1", "max_length=48", "tokens_per_step=1024", "precision=fp32")
+
+
+def test_train_with_settings_in_one_go(tmp_path, data, base, capsys):
+    arguments = ("train", "--data", data, "--out", tmp_path / "run", "--model", base, "--variant", "lora-r8")
+    assert run_command(*arguments, "--set", *QUICK, "lora.r=2") == 0
+    said = capsys.readouterr()
+    assert f"lora-r8 on {base}: 290 trainable parameters, 128 train and 17 validation rows" in said.err
+    assert "epoch 1: train loss 0." in said.out
+    assert "<- kept" in said.out
+    assert f"next: bertforge evaluate {tmp_path / 'run'} --data {data}" in said.out, "long paths are not broken"
+    manifest = json.loads((tmp_path / "run" / "bertforge.json").read_text())
+    assert (manifest["recipe"]["epochs"], manifest["recipe"]["lora"]["r"]) == (1, 2)
+    assert manifest["history"][-1]["step"] == STEPS
+
+
+def test_the_variants_are_listed_without_any_other_option(capsys):
+    assert run_command("train", "--variant", "list") == 0
+    assert "lora-r8-all" in capsys.readouterr().out.split()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluate_writes_metrics_and_a_report(tmp_path, data, runs, capsys, kind):
+    report, metrics = tmp_path / "report.html", tmp_path / "metrics.json"
+    arguments = ("evaluate", runs[kind], "--data", data, "--against", runs["full"])
+    assert run_command(*arguments, "--report", report, "--json", metrics) == 0
+    said = capsys.readouterr().out
+    found = json.loads(metrics.read_text())
+    assert f"{found['metrics']['rows']} rows" in said
+    assert found["comparison"]["verdict"] in said
+    assert f"wrote {metrics}" in said
+    assert f"wrote {report}" in said
+    assert report.read_text().startswith("<!doctype html>")
+    assert found["data"]["made_up"] is True
+    assert not list(runs[kind].glob("*.html"))
+
+
+def test_predict_and_merge_go_together(tmp_path, data, runs, capsys):
+    table, model = data.with_suffix(".csv"), tmp_path / "model"
+    assert run_command("merge", runs["lora"], "--out", model) == 0
+    said = capsys.readouterr().out
+    assert "0 of 16 labels changed on the run's golden rows" in said
+    assert f"next: bertforge predict {model} TABLE --out predictions.csv" in said
+    for folder, out in ((runs["lora"], tmp_path / "run.parquet"), (model, tmp_path / "model.parquet")):
+        assert run_command("predict", folder, table, "--out", out) == 0
+        assert f"wrote {out}: 160 rows" in capsys.readouterr().out
+    one, other = pd.read_parquet(tmp_path / "run.parquet"), pd.read_parquet(tmp_path / "model.parquet")
+    # bfloat16, where `auto` chooses it, rounds an adapter beside its layer and within it differently.
+    pd.testing.assert_frame_equal(one[["p_open"]], other[["p_open"]], atol=0.02)
+
+
+def test_doctor_says_what_there_is_and_writes_json(tmp_path, capsys):
+    assert run_command("doctor", "--json", tmp_path / "machine.json") == 0
+    said = capsys.readouterr().out
+    found = json.loads((tmp_path / "machine.json").read_text())
+    machine = found["machine"]
+    assert machine["device"] in ("cpu", "cuda")
+    assert machine["cores"] >= 1
+    assert machine["memory_gb"] > 0
+    assert machine["precision"] in ("fp32", "bf16")
+    assert machine["name"] in said
+    assert f"torch {found['versions']['torch']}" in said
+    for library in found["optional"]:
+        assert library["name"] in said
+        hinted = f"pip install 'bertforge[{library['extra']}]'" in said
+        assert hinted or library["installed"]

@@ -1,0 +1,155 @@
+"""Exit codes mean something, and an error is one line that says what to type instead."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from bertforge.cli import main as module
+from tests.runs import made_up, run_command
+
+COMMANDS = ("demo", "doctor", "sample-data", "prepare", "train", "evaluate", "predict", "merge")
+
+
+def test_importing_the_command_line_loads_no_heavy_library():
+    program = (
+        "import sys, bertforge.cli.main; print(*({'torch', 'pandas', 'pyarrow', 'transformers'} & {*sys.modules}))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_helps_and_says_how_to_begin(capsys, command):
+    assert run_command(command, "--help") == 0
+    said = capsys.readouterr().out
+    assert f"Usage: bertforge {command}" in said
+    if command not in ("demo", "sample-data"):  # whose usage line is the example
+        assert said.count(f"bertforge {command}") > 1, "an example beside the usage line"
+
+
+def test_help_lists_every_command(capsys):
+    assert run_command("--help") == 0
+    said = capsys.readouterr().out
+    assert [line.split()[1] for line in said.splitlines() if line.startswith("│ ") and line[2] in "dsptem"] == [
+        *COMMANDS
+    ]
+    assert run_command("--version") == 0
+    assert capsys.readouterr().out.startswith("bertforge ")
+
+
+def one_line(capsys):
+    """What stands on stderr, which must be one line."""
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1, said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (
+            ("train", "--data", "{data}", "--out", "{new}", "--variant", "lora-r9"),
+            2,
+            "'lora-r9' does not exist; choose",
+        ),
+        (("train", "--data", "{data}", "--out", "{new}", "--set", "epoch=2"), 2, "epoch is not a setting; known: "),
+        (("train", "--data", "{data}", "--out", "{new}", "--variant", "a", "--recipe", "b"), 2, "give one of them"),
+        (("predict", "{run}", "{table}", "--out", "{new}.xlsx"), 2, "should end in .csv, .parquet, .jsonl"),
+        (("evaluate", "{run}", "--data", "{data}", "--split", "exam"), 2, "unknown part 'exam'"),
+        (("predict", "{run}", "absent.csv", "--out", "{new}.csv"), 3, "absent.csv does not exist; name a table"),
+        (("evaluate", "{run}", "--data", "{run}/tokenizer.txt"), 3, "tokenizer.txt does not exist"),
+        (("train", "--data", "absent", "--out", "{new}"), 4, "absent does not exist; it should be a folder made by"),
+        (("predict", "{data}", "{table}", "--out", "{new}.csv"), 4, "is of kind 'data', but run or model is needed"),
+        (("train", "--data", "{data}", "--out", "{run}"), 4, "holds a finished run; name another folder with --out"),
+        (
+            ("train", "--data", "{data}", "--out", "{new}", "--model", "./absent"),
+            4,
+            "model folder ./absent does not exist",
+        ),
+        (("merge", "{run}", "--out", "{new}"), 4, "there is nothing to merge"),
+    ],
+)
+def test_an_expected_error_is_one_line_and_a_code(tmp_path, data, runs, capsys, arguments, code, said):
+    table, new = data.with_suffix(".csv"), tmp_path / "new"
+    filled = [argument.format(data=data, run=runs["full"], new=new, table=table) for argument in arguments]
+    assert run_command(*filled) == code
+    line = one_line(capsys)
+    assert line.startswith("error: ")
+    assert said in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", [0, 1, 3, 5], ids=["first", "after the command", "in between", "last"])
+def test_debug_shows_the_traceback_wherever_it_stands(tmp_path, place):
+    arguments = ["train", "--data", "absent", "--out", str(tmp_path / "run")]
+    arguments.insert(place, "--debug")
+    with pytest.raises(module.BertforgeError, match="absent does not exist"):
+        run_command(*arguments)
+
+
+def test_debug_on_the_command_line_prints_it(tmp_path):
+    command = [sys.executable, "-m", "bertforge", "predict", "absent", "t.csv", "--out", "p.csv"]
+    for extra, wanted in (["--debug"], True), ([], False):
+        result = subprocess.run([*command, *extra], capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert result.returncode != 0
+        assert ("Traceback (most recent call last)" in result.stderr) == wanted
+        assert "absent does not exist" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("train", "--out", "x"), "Missing option '--data'"),
+        (("teach",), "No such command 'teach'"),
+        (("merge", "x", "--out", "y", "--fast"), "No such option"),
+        (("sample-data", "x.csv", "--rows", "many"), "Invalid value for '--rows'"),
+    ],
+)
+def test_a_mistyped_command_is_code_2(capsys, arguments, said):
+    assert run_command(*arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_defect_of_ours_is_code_1_and_says_how_to_see_more(tmp_path, runs, capsys):
+    shutil.copytree(runs["full"], tmp_path / "run")
+    manifest = tmp_path / "run" / "bertforge.json"
+    manifest.write_text(json.dumps({"kind": "run"}))  # no golden rows: nothing of ours writes such a file
+    made_up(2).to_csv(tmp_path / "t.csv", index=False)
+    arguments = ("predict", tmp_path / "run", tmp_path / "t.csv", "--out", tmp_path / "p.csv")
+    assert run_command(*arguments) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("internal error: KeyError: ")
+    assert "This is a defect of bertforge; run `bertforge --debug ...` for the traceback." in said
+
+
+def test_an_interrupt_is_code_130(tmp_path, data, capsys, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bertforge.training.finetune.finetune", interrupt)
+    assert run_command("train", "--data", data, "--out", tmp_path / "run") == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+
+
+def test_a_reader_that_goes_away_is_no_defect():
+    command = f"{sys.executable} -m bertforge train --help | head -1"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert "defect" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("train --set a=1 b=2 --out x", "train --set a=1 --set b=2 --out x"),
+        ("train --set a=1 --set b=2", "train --set a=1 --set b=2"),
+        ("train --set a=1 b=2 c=3", "train --set a=1 --set b=2 --set c=3"),
+        ("predict run=1 b=2.csv", "predict run=1 b=2.csv"),
+        ("train --set a=1 --recipe b=2.toml", "train --set a=1 --recipe b=2.toml"),
+        ("train --data d --debug", "--debug train --data d"),
+    ],
+)
+def test_the_line_is_put_into_the_form_that_typer_reads(given, meant):
+    assert module._normalised(given.split()) == meant.split()

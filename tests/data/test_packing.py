@@ -1,0 +1,39 @@
+"""Every row in exactly one pack, in order, under the budget."""
+
+import numpy as np
+import pytest
+
+from bertforge.data.packing import packs
+from bertforge.errors import UsageError
+
+
+def test_the_modules_example():
+    assert packs(np.array([3, 4, 2, 8, 1]), 8) == [slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 5)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_row_once_in_order_and_no_pack_could_take_the_next_row(seed):
+    lengths = np.random.default_rng(seed).integers(1, 60, size=500)
+    found = packs(lengths, 100)
+    assert np.concatenate([np.arange(500)[part] for part in found]).tolist() == list(range(500))
+    sums = [int(lengths[part].sum()) for part in found]
+    assert max(sums) <= 100
+    for part, used in zip(found[:-1], sums[:-1], strict=True):
+        assert used + lengths[part.stop] > 100, "a pack was closed too early"
+
+
+def test_the_last_partial_pack_is_kept():
+    assert packs(np.array([5, 5, 1]), 10)[-1] == slice(2, 3)
+
+
+def test_a_row_that_fills_a_pack_exactly_is_no_error():
+    assert packs(np.array([10]), 10) == [slice(0, 1)]
+
+
+def test_a_row_above_the_budget_names_the_setting():
+    with pytest.raises(UsageError, match=r"a row has 11 tokens, but a pack holds 10; raise tokens_per_step to 11"):
+        packs(np.array([5, 11, 3]), 10)
+
+
+def test_no_rows_no_packs():
+    assert packs(np.array([], dtype=np.int64), 10) == []

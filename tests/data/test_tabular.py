@@ -1,0 +1,127 @@
+"""Columns become numbers by what the train rows taught, and by nothing else."""
+
+import json
+from dataclasses import replace
+from math import e, sqrt
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from bertforge.data.tabular import TabularSpec, TabularTransform
+from bertforge.errors import DataError, UsageError
+
+SPEC = TabularSpec(numeric=("n", "x"), log=("x",), categorical=("c",), multi="m", min_count=2)
+TRAIN = pd.DataFrame(
+    {
+        "n": ["1", "3", ""],
+        "x": ["0", str(e - 1), str(1 - e)],  # signed log: 0, 1, -1
+        "c": ["a", "a", "b"],
+        "m": ["v w", "w v u", ""],
+    }
+)
+
+
+def fit(frame=TRAIN, spec=SPEC):
+    return TabularTransform.fit(frame, spec)
+
+
+def test_worked_by_hand():
+    arrays = fit()(TRAIN)
+    up = 1 / sqrt(2 / 3)
+    assert arrays.numeric.tolist() == [  # n: mean 2, deviation 1; x: mean 0; then whether n is missing
+        pytest.approx([-1, 0, 0], abs=1e-6),
+        pytest.approx([1, up, 0]),
+        pytest.approx([0, -up, 1]),
+    ]
+    assert arrays.numeric.dtype == np.float32
+    assert arrays.categorical.tolist() == [[1], [1], [0]], "b occurs once, and min_count is 2"
+    assert arrays.multi.tolist() == [[1, 2], [2, 1], [0, 0]], "u occurs once"
+
+
+def test_what_was_learnt_says_how_large_the_model_must_be():
+    transform = fit()
+    assert transform.numeric_inputs == 3
+    assert transform.category_sizes == (2,)
+    assert transform.multi_size == 3
+    assert transform.indicators == ("n",)
+
+
+def test_rows_that_were_not_fitted_change_nothing():
+    transform = fit()
+    before = transform(TRAIN)
+    other = pd.DataFrame({"n": ["1000", ""], "x": ["", "-5"], "c": ["zzz", "a"], "m": ["q v", "w"]})
+    arrays = transform(pd.concat([TRAIN, other], ignore_index=True))
+    assert np.array_equal(arrays.numeric[:3], before.numeric)
+    assert np.array_equal(arrays.categorical[:3], before.categorical)
+    assert np.array_equal(arrays.multi[:3], before.multi)
+    assert arrays.numeric[3, 0] == 998
+    assert arrays.categorical[3:].tolist() == [[0], [1]], "an unseen value is 0"
+    assert arrays.multi[3:].tolist() == [[1, 0], [2, 0]], "an unseen value of several is left out"
+    # Fitted on them, they do.
+    assert fit(pd.concat([TRAIN, other], ignore_index=True)).mean != transform.mean
+
+
+def test_missing_is_the_mean_and_is_told_apart_only_where_training_saw_it():
+    transform = fit()
+    missing = pd.DataFrame({"n": [None, "2"], "x": [np.nan, "0"], "c": [None, np.nan], "m": [None, ""]})
+    arrays = transform(missing)
+    assert arrays.numeric.tolist() == [[0, 0, 1], [0, 0, 0]]
+    assert arrays.categorical.tolist() == [[0], [0]]
+    assert not arrays.multi.any()
+
+
+def test_the_log_is_signed_and_only_where_asked_for():
+    plain = fit(spec=replace(SPEC, log=()))
+    assert fit().mean[1] == pytest.approx(0, abs=1e-12)
+    assert fit().std[1] == pytest.approx(sqrt(2 / 3))
+    assert plain.std[1] == pytest.approx((e - 1) * sqrt(2 / 3))
+
+
+def test_a_constant_column_is_zeros():
+    arrays = TabularTransform.fit(pd.DataFrame({"n": [7, 7]}), TabularSpec(numeric=("n",)))(
+        pd.DataFrame({"n": [7, 9, 1e400]})
+    )
+    assert arrays.numeric[:, 0].tolist() == [0, 2, 0], "an infinity counts as missing"
+
+
+def test_bins_are_quantiles_of_the_scaled_train_values():
+    frame = pd.DataFrame({"n": [0, 1, 2, 3, 10]})
+    transform = TabularTransform.fit(frame, TabularSpec(numeric=("n",), bins=2, hidden_size=4))
+    scaled = transform(frame).numeric[:, 0]
+    assert transform.edges == (pytest.approx((scaled[0], scaled[2], scaled[4])),)
+    assert fit().edges == ()
+
+
+def test_it_comes_back_from_json():
+    for spec in (SPEC, replace(SPEC, bins=3, hidden_size=4)):
+        transform = fit(spec=spec)
+        again = TabularTransform.from_dict(json.loads(json.dumps(transform.to_dict())))
+        assert again == transform
+        assert np.array_equal(again(TRAIN).numeric, transform(TRAIN).numeric)
+
+
+def test_a_column_of_words_declared_numeric_is_an_error():
+    with pytest.raises(DataError, match="column 'c' holds no number, but 'a'; declare it under categorical"):
+        fit(spec=TabularSpec(numeric=("n", "c")))
+    fit(TRAIN.assign(c=["a", "5", ""]), TabularSpec(numeric=("n", "c")))  # one number is enough
+
+
+def test_a_missing_column_is_named_with_those_there_are():
+    with pytest.raises(DataError, match="reads column 'x', but the table has n, c, m"):
+        fit()(TRAIN.drop(columns="x"))
+
+
+def test_a_slice_is_the_rows_asked_for():
+    arrays = fit()(TRAIN)[np.array([2, 0])]
+    assert arrays.categorical.tolist() == [[0], [1]]
+    assert arrays.multi.tolist() == [[0, 0], [1, 2]]
+    assert arrays.numeric[:, 2].tolist() == [1, 0]
+
+
+def test_a_section_without_columns_or_with_a_stray_log_is_refused():
+    with pytest.raises(UsageError, match="names no column"):
+        TabularSpec()
+    with pytest.raises(UsageError, match=r"log names \['y'\], which are not among numeric"):
+        TabularSpec(numeric=("n",), log=("y",))
+    assert TabularSpec(numeric=("n",), categorical=("n", "c"), multi="m").columns == ["n", "c", "m"]

@@ -1,0 +1,110 @@
+"""Prepared rows and the raw rows they came from score alike, and runs are compared on the same rows only."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from bertforge.data.prepare import PrepareOptions
+from bertforge.data.prepared import PreparedData
+from bertforge.errors import DataError
+from bertforge.inference.evaluate import evaluate_run
+from bertforge.inference.predictor import Predictor
+from bertforge.inference.scoring import score
+from bertforge.training.finetune import finetune
+from tests.runs import KINDS, made_up, prepare_frame, quick_recipe
+
+
+@pytest.fixture(scope="module")
+def raw_test_rows(tmp_path_factory, data):
+    """The source's rows of the test part, as a table of their own."""
+    rows = PreparedData.open(data).rows("random", "test")
+    path = tmp_path_factory.mktemp("raw") / "test.csv"
+    made_up(160).iloc[rows].to_csv(path, index=False)
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prepared_and_raw_rows_score_alike(data, runs, raw_test_rows, kind):
+    predictor = Predictor.load(runs[kind], "fp32")
+    prepared, raw = score(predictor, data, "test"), score(predictor, raw_test_rows)
+    np.testing.assert_allclose(prepared.logits, raw.logits, atol=1e-5)
+    assert prepared.labels.tolist() == raw.labels.tolist()
+    assert prepared.lengths.tolist() == raw.lengths.tolist()
+    assert prepared.texts == raw.texts
+    assert prepared.dates.tolist() == raw.dates.tolist()
+    assert (prepared.made_up, raw.made_up) == (True, True)
+    assert len(set(prepared.labels.tolist())) == 2
+    assert not np.allclose(score(predictor, data, "validation").logits[:5], prepared.logits[:5], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_validation_loss_of_training_is_found_again(data, runs, kind):
+    found = evaluate_run(runs[kind], data, "validation")
+    metrics = json.loads((runs[kind] / "bertforge.json").read_text())["metrics"]
+    # `evaluate` chooses its own precision, and training used float32.
+    assert found.metrics.loss.value == pytest.approx(metrics["validation_loss"], abs=2e-3)
+    exact = score(Predictor.load(runs[kind], "fp32"), data, "validation")
+    surprise = np.log(np.exp(exact.logits).sum(1)) - exact.logits[np.arange(len(exact.labels)), exact.labels]
+    assert surprise.mean() == pytest.approx(metrics["validation_loss"], rel=1e-5)
+
+
+def test_rows_without_text_or_label_are_left_out_and_counted(tmp_path, runs):
+    frame = made_up(12, seed=4)
+    frame.loc[1, "OpenStatus"] = "?"
+    frame.loc[2, ["Title", "BodyMarkdown"]] = ""
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    found = score(Predictor.load(runs["full"]), tmp_path / "t.csv")
+    assert found.left_out == 2
+    assert len(found.labels) == len(found.texts) == len(found.logits) == 10
+    frame.assign(OpenStatus="?").to_csv(tmp_path / "none.csv", index=False)
+    with pytest.raises(DataError, match="holds no row with a text and a known OpenStatus"):
+        score(Predictor.load(runs["full"]), tmp_path / "none.csv")
+
+
+def test_a_made_up_table_is_called_so_whatever_the_model_was_trained_on(tmp_path, runs):
+    frame = made_up(6, seed=4)
+    frame.to_csv(tmp_path / "made_up.csv", index=False)
+    frame.assign(PostId=[str(number) for number in range(6)]).to_csv(tmp_path / "real.csv", index=False)
+    predictor = Predictor.load(runs["full"])
+    real = Predictor(**{**vars(predictor), "manifest": predictor.manifest | {"data": {"made_up": False}}})
+    assert score(real, tmp_path / "made_up.csv").made_up
+    assert not score(real, tmp_path / "real.csv").made_up
+    assert score(predictor, tmp_path / "real.csv").made_up, "so is what a made-up table taught"
+
+
+def test_two_runs_are_compared_row_by_row(data, runs):
+    found = evaluate_run(runs["full"], data, "test", against=runs["lora"])
+    comparison = found.to_dict()["comparison"]
+    assert (comparison["first"], comparison["second"]) == (str(runs["lora"]), str(runs["full"]))
+    own = {kind: evaluate_run(runs[kind], data, "test").metrics for kind in ("full", "lora")}
+    assert comparison["second_accuracy"] == own["full"].accuracy.value
+    difference = own["full"].loss.value - own["lora"].loss.value
+    assert comparison["loss_difference"]["value"] == pytest.approx(difference, abs=1e-3)
+    assert comparison["verdict"]
+    same = evaluate_run(runs["full"], data, "test", against=runs["full"]).comparison
+    assert (same.changed_labels, same.accuracy_difference.value, same.loss_difference.value) == (0, 0, 0)
+    assert evaluate_run(runs["full"], data).comparison is None
+
+
+def test_runs_of_different_splits_are_not_compared(tmp_path, data, base, runs):
+    finetune(data, tmp_path / "by_time", quick_recipe(base, epochs=1, split="time"))
+    with pytest.raises(DataError, match=r"cannot be compared: .* test part of the random split .* of the time split"):
+        evaluate_run(runs["full"], data, "test", against=tmp_path / "by_time")
+
+
+def test_labels_the_model_does_not_know_are_refused(tmp_path, base, runs):
+    frame = pd.DataFrame({"text": [f"text {number}" for number in range(60)], "label": ["ham", "spam"] * 30})
+    options = PrepareOptions(text_columns=("text",), label_column="label")
+    mails = prepare_frame(frame, tmp_path / "mails", base, options)
+    with pytest.raises(DataError, match="the data is labelled ham, spam, but the model knows open, closed"):
+        evaluate_run(runs["full"], mails)
+
+
+def test_a_report_is_written_with_the_runs_curves(tmp_path, data, runs):
+    found = evaluate_run(runs["columns"], data, "test", against=runs["full"])
+    html = found.write_report(tmp_path / "report.html").read_text()
+    for said in ("columns on", "Made-up data.", found.scored.fingerprint, "the test part of the random split"):
+        assert said in html, said
+    assert found.comparison.verdict in html

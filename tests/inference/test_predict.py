@@ -1,0 +1,180 @@
+"""Every row of a table gets its line in the output, in order, whatever is wrong with it."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from bertforge.data import tables
+from bertforge.errors import DataError, UsageError
+from bertforge.inference import predict as module
+from bertforge.inference.predict import predict_table
+from bertforge.inference.predictor import Predictor
+from tests.runs import made_up
+
+BAD = {3: ("Title", " "), 5: ("PostCreationDate", "the other day"), 7: ("ReputationAtPostCreation", "many")}
+
+
+@pytest.fixture(scope="module")
+def predictor(runs):
+    return Predictor.load(runs["columns"], "fp32")
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """30 questions: row 2 has neither title nor body, three others one fault each."""
+    frame = made_up(30, seed=3).drop(columns=["OpenStatus", "PostClosedDate"])
+    frame.loc[2, ["Title", "BodyMarkdown"]] = ""
+    for row, (column, value) in BAD.items():
+        frame.loc[row, column] = value
+    path = tmp_path_factory.mktemp("table") / "questions.parquet"  # whose lines are row numbers
+    frame.to_parquet(path, index=False)
+    return path
+
+
+def read(path):
+    if path.suffix == ".parquet":
+        return pd.read_parquet(path)
+    if path.suffix == ".jsonl":
+        return pd.DataFrame([json.loads(line) for line in path.read_text().splitlines()])
+    return pd.read_csv(path).fillna({"problem": ""})
+
+
+def test_every_row_comes_out_in_order(tmp_path, predictor, table):
+    assert predict_table(predictor, table, tmp_path / "p.parquet") == (30, 1)
+    found = read(tmp_path / "p.parquet")
+    assert list(found.columns) == ["line", "label", "probability", "p_open", "p_closed", "problem"]
+    assert found["line"].tolist() == list(range(1, 31))
+    assert found.index[found["label"].isna()].tolist() == [2], "a row without any text, and no other"
+    assert found.loc[2, ["probability", "p_open", "p_closed"]].isna().all()
+    assert found["problem"].tolist() == [
+        {2: "missing Title", 3: "missing Title"}.get(row)
+        or ("" if row not in BAD else f"unparsable {'date' if row == 5 else 'number'} in {BAD[row][0]}")
+        for row in range(30)
+    ]
+
+
+def test_it_says_what_the_predictor_says(tmp_path, predictor, table):
+    predict_table(predictor, table, tmp_path / "p.parquet")
+    found = read(tmp_path / "p.parquet").drop(index=2).reset_index(drop=True)
+    (chunk,) = module.read_raw(table, predictor.schema, require_labels=False)
+    good = [row for row in range(30) if row != 2]
+    expected = predictor.predict([chunk.texts[row] for row in good], chunk.frame.iloc[good])
+    pd.testing.assert_frame_equal(found[list(expected.columns)], expected, check_dtype=False, atol=1e-6)
+    assert expected["probability"].nunique() > 20
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_formats_agree(tmp_path, predictor, table, suffix):
+    for name in ("p.parquet", f"p{suffix}"):
+        predict_table(predictor, table, tmp_path / name)
+    one, other = read(tmp_path / "p.parquet"), read(tmp_path / f"p{suffix}")
+    assert other["line"].tolist() == one["line"].tolist()
+    assert other["problem"].tolist() == one["problem"].tolist()
+    assert other["label"].fillna("none").tolist() == one["label"].fillna("none").tolist()
+    for name in ("probability", "p_open", "p_closed"):
+        np.testing.assert_allclose(other[name].astype(float), one[name], rtol=1e-6)
+
+
+def test_json_lines_hold_null_where_there_is_no_label(tmp_path, predictor, table):
+    predict_table(predictor, table, tmp_path / "p.jsonl")
+    line = json.loads((tmp_path / "p.jsonl").read_text().splitlines()[2])
+    assert line == {
+        "line": 3, "label": None, "probability": None, "p_open": None, "p_closed": None, "problem": "missing Title"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["p.parquet", "p.csv", "p.jsonl"])
+def test_chunks_leave_no_trace(tmp_path, predictor, table, monkeypatch, name):
+    predict_table(predictor, table, tmp_path / f"whole_{name}")
+    read_raw, read_chunks = module.read_raw, tables.read_chunks
+    monkeypatch.setattr("bertforge.data.raw.read_chunks", lambda source: read_chunks(source, 3))
+    assert len(list(read_raw(table, predictor.schema, require_labels=False))) == 10
+    assert predict_table(predictor, table, tmp_path / name) == (30, 1)
+    whole, pieces = read(tmp_path / f"whole_{name}"), read(tmp_path / name)
+    pd.testing.assert_frame_equal(pieces, whole, atol=1e-5)
+
+
+def test_rows_that_cannot_be_read_keep_their_line(tmp_path, predictor):
+    frame = made_up(6, seed=3)
+    frame["BodyMarkdown"] = "one line"
+    path = tmp_path / "t.csv"
+    frame.to_csv(path, index=False)
+    lines = path.read_bytes().split(b"\n")
+    lines[3] = lines[3].replace(b"one line", b"one l\xefne")
+    path.write_bytes(b"\n".join(lines))
+    assert predict_table(predictor, path, tmp_path / "p.csv") == (6, 1)
+    found = read(tmp_path / "p.csv")
+    assert found["line"].tolist() == [2, 3, 4, 5, 6, 7]
+    assert found["problem"].tolist() == ["", "", "not UTF-8", "", "", ""]
+    assert found["label"].isna().tolist() == [False, False, True, False, False, False]
+
+
+def test_a_table_without_any_text_is_all_unlabelled(tmp_path, predictor):
+    frame = made_up(3, seed=3).assign(Title="", BodyMarkdown="")
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    for suffix in (".csv", ".parquet", ".jsonl"):
+        assert predict_table(predictor, tmp_path / "t.csv", tmp_path / f"p{suffix}") == (3, 3)
+        assert read(tmp_path / f"p{suffix}")["label"].isna().all()
+
+
+def test_another_suffix_is_refused_before_anything_is_read(tmp_path, predictor):
+    with pytest.raises(UsageError, match=r"--out .*p\.xlsx should end in \.csv, \.parquet, \.jsonl"):
+        predict_table(predictor, tmp_path / "absent.csv", tmp_path / "p.xlsx")
+
+
+def test_a_missing_text_column_is_named(tmp_path, predictor):
+    made_up(3).drop(columns="Title").to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(DataError, match="missing column Title"):
+        predict_table(predictor, tmp_path / "t.csv", tmp_path / "p.csv")
+
+
+def test_a_missing_column_that_a_model_reads_is_named(tmp_path, predictor):
+    made_up(3).drop(columns="ReputationAtPostCreation").to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(DataError, match="the model reads column 'reputation', but the table has"):
+        predict_table(predictor, tmp_path / "t.csv", tmp_path / "p.csv")
+    assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+
+
+def test_a_table_without_rows_is_an_error(tmp_path, predictor):
+    made_up(1).iloc[:0].to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(DataError, match="holds no rows to predict"):
+        predict_table(predictor, tmp_path / "t.csv", tmp_path / "p.csv")
+    assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+
+
+class InterruptedPredictor:
+    """Predicts one chunk and is interrupted in the second."""
+
+    def __init__(self, predictor):
+        self.schema, self._predictor, self._chunks = predictor.schema, predictor, 0
+
+    def predict(self, texts, columns):
+        self._chunks += 1
+        if self._chunks == 2:
+            raise KeyboardInterrupt
+        return self._predictor.predict(texts, columns)
+
+
+@pytest.mark.parametrize("name", ["p.parquet", "p.csv", "p.jsonl"])
+def test_an_interrupted_prediction_leaves_no_file_and_an_older_one_alone(tmp_path, predictor, table, monkeypatch, name):
+    read_chunks = tables.read_chunks
+    monkeypatch.setattr("bertforge.data.raw.read_chunks", lambda source: read_chunks(source, 10))
+    with pytest.raises(KeyboardInterrupt):
+        predict_table(InterruptedPredictor(predictor), table, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / name).write_text("older")
+    with pytest.raises(KeyboardInterrupt):
+        predict_table(InterruptedPredictor(predictor), table, tmp_path / name)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["older"]
+
+
+def test_a_run_without_columns_needs_the_texts_alone(tmp_path, runs):
+    made_up(4)[["Title", "BodyMarkdown"]].to_csv(tmp_path / "t.csv", index=False)
+    text_only = Predictor.load(runs["full"], "fp32")
+    assert predict_table(text_only, tmp_path / "t.csv", tmp_path / "p.csv") == (4, 0)
+    one_label = replace(text_only, schema=replace(text_only.schema, text_columns=("Title",)))
+    assert predict_table(one_label, tmp_path / "t.csv", tmp_path / "q.csv") == (4, 0)
+    assert (tmp_path / "q.csv").read_text() != (tmp_path / "p.csv").read_text()

@@ -1,0 +1,45 @@
+"""What the machine can do decides the precision, unless one is asked for."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bertforge import hardware as module
+from bertforge.errors import MachineError
+from bertforge.hardware import Hardware, autocast, choose_precision, detect
+
+PLAIN = Hardware(torch.device("cpu"), "Plain CPU", memory_gb=8.0, cores=2, bf16=False)
+GPU = replace(PLAIN, device=torch.device("cuda"), bf16=True)
+
+
+def test_this_machine_is_described():
+    found = detect()
+    assert found.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert found.name
+    assert found.memory_gb > 0.1
+    assert found.cores >= 1
+
+
+def test_what_is_asked_for_is_what_is_chosen():
+    assert choose_precision(GPU, "fp32") == "fp32"
+    assert choose_precision(GPU, "bf16") == "bf16"
+    with pytest.raises(MachineError, match="Plain CPU has no bfloat16 arithmetic; set precision=fp32"):
+        choose_precision(PLAIN, "bf16")
+
+
+def test_auto_takes_bf16_where_it_is_in_hardware_and_on_a_cpu_only_when_it_is_faster(monkeypatch):
+    assert choose_precision(PLAIN) == "fp32"
+    assert choose_precision(GPU) == "bf16"
+    for bf16_seconds, chosen in ((1.0, "bf16"), (3.0, "fp32")):
+        seconds = {torch.float32: 2.0, torch.bfloat16: bf16_seconds}
+        monkeypatch.setattr(module, "_product_seconds", seconds.__getitem__)
+        assert choose_precision(replace(PLAIN, bf16=True)) == chosen
+
+
+def test_autocast_computes_in_the_precision_and_leaves_weights_alone():
+    layer, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        with autocast(torch.device("cpu"), precision):
+            assert layer(x).dtype == dtype
+    assert layer.weight.dtype == torch.float32

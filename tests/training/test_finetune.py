@@ -1,0 +1,149 @@
+"""Whole runs: the best epoch is the one kept, and what there is to learn is learnt."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from bertforge.data.prepare import PrepareOptions
+from bertforge.data.prepared import PreparedData
+from bertforge.determinism import seed_everything
+from bertforge.errors import DataError
+from bertforge.inference.predictor import Predictor
+from bertforge.training.finetune import assemble, finetune
+from bertforge.training.loop import Trainer
+from tests.runs import STEPS, made_up, prepare_frame, quick_recipe
+
+
+def test_a_loss_that_is_no_number_is_a_line_that_says_what_to_change(tmp_path, data, base):
+    with pytest.raises(DataError, match=r"the loss became nan at step \d+; lower lr or set precision=fp32"):
+        finetune(data, tmp_path / "run", quick_recipe(base, lr=1e30, epochs=1))
+
+
+@pytest.fixture(scope="module")
+def overfitted(tmp_path_factory, data, base):
+    """A run that gets worse before it ends, and its manifest."""
+    out = tmp_path_factory.mktemp("overfitted") / "run"
+    return out, finetune(data, out, quick_recipe(base, lr=1e-2, epochs=12, patience=2))
+
+
+def test_patience_ends_a_run_early(overfitted):
+    metrics = overfitted[1]["metrics"]
+    assert metrics["epochs"] < 12
+    assert metrics["epochs"] - metrics["best_epoch"] == 2
+
+
+def test_the_best_epochs_weights_are_the_ones_saved(overfitted, data):
+    out, manifest = overfitted
+    predictor, prepared = Predictor.load(out, "fp32"), PreparedData.open(data)
+    rows = prepared.rows("random", "validation")
+    logits = torch.from_numpy(predictor.logits(prepared.texts(rows)))
+    labels = torch.from_numpy(prepared.labels[rows])
+    loss = torch.nn.functional.cross_entropy(logits, labels).item()
+    losses = [point["epoch/validation_loss"] for point in manifest["history"] if "epoch" in point]
+    assert loss == pytest.approx(min(losses), rel=1e-5)
+    assert loss != pytest.approx(losses[-1], rel=1e-2)
+    assert manifest["metrics"]["validation_loss"] == min(losses)
+    accuracy = (logits.argmax(1) == labels).float().mean().item()
+    assert manifest["metrics"]["validation_accuracy"] == pytest.approx(accuracy)
+
+
+def test_what_a_text_says_plainly_is_learnt(tmp_path, base):
+    rng = np.random.default_rng(0)
+    words = ["the", "of", "a", "we", "you", "they", "over", "under", "with", "from", "table", "chair", "river", "stone"]
+    keys = {"ham": ["meeting", "report"], "spam": ["winner", "prize"]}
+    rows = []
+    for _ in range(300):
+        label = str(rng.choice(["ham", "spam"]))
+        text = [*rng.choice(words, 6), rng.choice(keys[label])]
+        rng.shuffle(text)
+        rows.append((" ".join(text), label))
+    options = PrepareOptions(text_columns=("text",), label_column="label")
+    mails = prepare_frame(pd.DataFrame(rows, columns=["text", "label"]), tmp_path / "mails", base, options)
+    manifest = finetune(mails, tmp_path / "run", quick_recipe(base, lr=1e-2, epochs=8, tokens_per_step=256))
+    epochs = [point for point in manifest["history"] if "epoch" in point]
+    assert manifest["metrics"]["validation_accuracy"] > 0.9
+    assert epochs[0]["epoch/train_loss"] > 2 * epochs[-1]["epoch/train_loss"]
+    predicted = Predictor.load(tmp_path / "run").predict(["a winner from the river", "we chair the meeting"])
+    assert predicted["label"].tolist() == ["spam", "ham"]
+
+
+def trained(data, base, folder, kind):
+    """The assembled run, and its model's parameters before and after training, adapters' base names plain."""
+    seed_everything(0)
+    recipe = quick_recipe(base, kind)
+    run = assemble(PreparedData.open(data), recipe, torch.device("cpu"))
+    before = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
+    folder.mkdir()
+    Trainer(run.model, run.split, recipe, folder, "fp32").fit(lambda progress, sequences, loss: None)
+    return before, dict(run.model.named_parameters())
+
+
+def test_lora_leaves_the_base_models_weights_alone(tmp_path, data, base):
+    before, after = trained(data, base, tmp_path / "run", "lora")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    learnt = {name for name in before if "lora_" in name or name.startswith("classifier")}
+    assert changed == learnt
+    assert len(before) > len(learnt)
+
+
+def test_full_training_moves_every_weight_that_a_text_reaches(tmp_path, data, base):
+    before, after = trained(data, base, tmp_path / "run", "columns")
+    still = [name for name in before if torch.equal(before[name], after[name])]
+    # A key's bias moves all scores of a query alike, so its gradient is zero but for rounding.
+    assert [name for name in still if not name.endswith("key.bias")] == []
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"numeric": ["hour"]},
+        {"categorical": ["first_tag"], "hidden_size": 4, "bins": 3},
+        {"multi": "tags", "hidden_size": 4},
+    ],
+    ids=["numbers joined directly", "names alone, with bins asked for", "several names alone"],
+)
+def test_columns_can_be_of_one_kind_only(tmp_path, data, base, columns):
+    finetune(data, tmp_path / "run", quick_recipe(base, "lora", tabular=columns, epochs=1))
+    spec = Predictor.load(tmp_path / "run").transform.spec  # its golden rows agree, or it would not load
+    assert [list(spec.numeric), list(spec.categorical), spec.multi] == [
+        *(columns.get(name, []) for name in ("numeric", "categorical")),
+        columns.get("multi", ""),
+    ]
+
+
+def test_transforms_are_fitted_on_train_rows_alone(tmp_path, base, data):
+    frame = made_up(160)
+    prepared = PreparedData.open(data)
+    outside = np.concatenate([prepared.rows("random", part) for part in ("validation", "test")])
+    frame.loc[outside, "ReputationAtPostCreation"] = "123456"
+    frame.loc[outside, "Tag1"] = "never-seen"
+    other = PreparedData.open(prepare_frame(frame, tmp_path / "other", base))
+    assert np.array_equal(other.split("random"), prepared.split("random"))
+    recipe, cpu = quick_recipe(base, "columns"), torch.device("cpu")
+    ours, theirs = assemble(prepared, recipe, cpu), assemble(other, recipe, cpu)
+    assert ours.transform == theirs.transform
+    train = ours.split.train
+    assert np.array_equal(ours.split.examples.tabular.numeric[train], theirs.split.examples.tabular.numeric[train])
+    assert not np.array_equal(ours.split.examples.tabular.numeric, theirs.split.examples.tabular.numeric)
+
+
+def test_the_curves_are_json_lines_of_steps_and_epochs(runs):
+    points = [json.loads(line) for line in (runs["full"] / "metrics.jsonl").read_text().splitlines()]
+    assert [(point["step"], "epoch" in point) for point in points] == [
+        *((STEPS, False), (STEPS, True), (2 * STEPS, False), (2 * STEPS, True))
+    ]
+    assert points[0]["train/loss"] == points[1]["epoch/train_loss"]
+    assert points == json.loads((runs["full"] / "bertforge.json").read_text())["history"]
+
+
+def test_a_label_without_train_rows_is_an_error(tmp_path, base):
+    # Split by time, the last rows are the test part: only they are of the third class.
+    frame = pd.DataFrame({"text": [f"text {i}" for i in range(60)], "day": pd.date_range("2020-01-01", periods=60)})
+    frame["label"] = ["a", "b"] * 28 + ["c"] * 4
+    options = PrepareOptions(text_columns=("text",), label_column="label", date_column="day")
+    prepared = prepare_frame(frame.astype(str), tmp_path / "data", base, options)
+    with pytest.raises(DataError, match="the train rows hold no 'c'; prepare more rows of it"):
+        finetune(prepared, tmp_path / "run", quick_recipe(base, split="time"))

@@ -1,0 +1,234 @@
+"""Runs are repeatable, and one that stopped goes on bit for bit, however it stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+from safetensors.torch import load_file
+
+from bertforge.errors import ArtifactError, DataError, UsageError
+from bertforge.inference.predictor import Predictor
+from bertforge.training import checkpoint
+from bertforge.training import finetune as module
+from bertforge.training.config import load_recipe
+from bertforge.training.finetune import finetune
+from tests.runs import KINDS, STEPS, WEIGHTS, made_up, prepare_frame, quick_recipe, run_command
+
+TEMPORARY = {"checkpoint.safetensors", "best.safetensors", "running.json"}
+
+
+class CrashError(Exception):
+    """What no part of bertforge raises."""
+
+
+def crash(*args, **fields):
+    raise CrashError
+
+
+def crash_after(step):
+    def show(progress, sequences, loss):
+        if progress.step == step:
+            raise CrashError
+
+    return show
+
+
+def outcome(run, kind):
+    """What two equal runs must share: the weights' bytes, the curves and the summary, seconds aside."""
+    manifest = json.loads((run / "bertforge.json").read_text())
+    timed = ("seconds", "questions_per_s")
+    summary = {name: value for name, value in manifest["metrics"].items() if name not in timed}
+    return (run / WEIGHTS[kind]).read_bytes(), (run / "metrics.jsonl").read_text(), summary, manifest["golden"]
+
+
+def dropping_out(base, kind, **changes):
+    """A recipe with dropout in every place that can have it."""
+    return quick_recipe(base, kind, attention_dropout=0.1, **changes)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, data, base):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    for kind in KINDS:
+        finetune(data, folder / kind, dropping_out(base, kind, checkpoint_seconds=3600))
+    return {kind: outcome(folder / kind, kind) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_seed_gives_one_run_and_another_seed_another(tmp_path, data, base, runs, kind):
+    again, other = tmp_path / "again", tmp_path / "other"
+    finetune(data, again, quick_recipe(base, kind))
+    finetune(data, other, quick_recipe(base, kind, seed=43))
+    assert outcome(again, kind) == outcome(runs[kind], kind)
+    for ours, theirs in zip(outcome(other, kind), outcome(again, kind), strict=True):
+        assert ours != theirs
+
+
+@pytest.mark.parametrize(
+    ("kind", "step", "seconds"),
+    [
+        *(pytest.param(kind, STEPS + 3, 0, id=f"{kind} in the middle of epoch 2") for kind in KINDS),
+        pytest.param("columns", STEPS, 0, id="after the last step of epoch 1, before its validation"),
+        pytest.param("columns", STEPS + 1, 3600, id="back to the end of epoch 1"),
+        pytest.param("columns", 3, 3600, id="back to the beginning"),
+    ],
+)
+def test_a_crashed_run_ends_as_one_that_never_stopped(tmp_path, data, base, uninterrupted, kind, step, seconds):
+    recipe = dropping_out(base, kind, checkpoint_seconds=3600)
+    out, stepping = tmp_path / "run", replace(recipe, checkpoint_seconds=seconds)
+    with pytest.raises(CrashError):
+        finetune(data, out, stepping, show=crash_after(step))
+    resumed_at = []
+    finetune(data, out, stepping, resume=True, started=lambda plan: resumed_at.append(plan.resumed_step))
+    assert resumed_at == [step if seconds == 0 else step // STEPS * STEPS]
+    assert outcome(out, kind) == uninterrupted[kind]
+
+
+def test_it_would_not_without_the_random_state(tmp_path, data, base, uninterrupted, monkeypatch):
+    recipe = dropping_out(base, "full", checkpoint_seconds=0)
+    with pytest.raises(CrashError):
+        finetune(data, tmp_path / "run", recipe, show=crash_after(STEPS + 3))
+    monkeypatch.setattr(checkpoint.torch, "set_rng_state", lambda state: None)
+    finetune(data, tmp_path / "run", recipe, resume=True)
+    assert outcome(tmp_path / "run", "full")[0] != uninterrupted["full"][0]
+
+
+def test_a_crash_while_the_result_is_written_loses_nothing(tmp_path, data, base, uninterrupted, monkeypatch):
+    out, recipe = tmp_path / "run", dropping_out(base, "lora", checkpoint_seconds=3600)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_manifest", crash)
+        with pytest.raises(CrashError):
+            finetune(data, out, recipe)
+    with pytest.raises(ArtifactError, match=r"holds no bertforge\.json"):
+        Predictor.load(out)
+    finetune(data, out, recipe, resume=True)
+    assert outcome(out, "lora") == uninterrupted["lora"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_saves_a_checkpoint_and_loses_no_step(tmp_path, data, base, uninterrupted, number):
+    out, recipe = tmp_path / "run", dropping_out(base, "lora", checkpoint_seconds=3600)
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    steps = []
+
+    def interrupt(progress, sequences, loss):
+        steps.append(progress.step)
+        if progress.step == STEPS + 3:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(data, out, recipe, show=interrupt)
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+    finetune(data, out, recipe, resume=True, show=interrupt)
+    # The step under way when the signal came was finished and saved, so it is neither shown nor done again.
+    assert steps == [step for step in range(1, 2 * STEPS + 1) if step != STEPS + 4]
+    assert outcome(out, "lora") == uninterrupted["lora"]
+
+
+def test_ctrl_c_on_the_command_line(tmp_path, data, base):
+    recipe, out, whole = tmp_path / "long.toml", tmp_path / "run", tmp_path / "whole"
+    recipe.write_text(f"model = '{base}'\nepochs = 8\npatience = 8\nmax_length = 48\ntokens_per_step = 512\n")
+    command = ["train", "--data", data, "--recipe", recipe, "--out", out, "--set", "precision=fp32", "lr=1e-3"]
+    process = subprocess.Popen([sys.executable, "-m", "bertforge", *command], stderr=subprocess.PIPE, text=True)
+    curve = out / "metrics.jsonl"
+    while not (curve.is_file() and curve.stat().st_size):  # the first point is written after an epoch
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, said
+    assert f"stopped at a checkpoint in {out}; the same command with --resume goes on" in said
+    assert "Traceback" not in said
+    assert (out / "checkpoint.safetensors").is_file()
+    assert run_command(*command, "--resume") == 0
+    finetune(data, whole, load_recipe(path=recipe).with_settings(["precision=fp32", "lr=1e-3"]))
+    assert outcome(out, "full") == outcome(whole, "full")
+
+
+def test_a_crash_leaves_nothing_half_written(tmp_path, data, base):
+    out = tmp_path / "run"
+    with pytest.raises(CrashError):
+        finetune(data, out, quick_recipe(base, checkpoint_seconds=0), show=crash_after(STEPS + 3))
+    assert {path.name for path in out.iterdir()} - {"tensorboard"} == TEMPORARY | {"metrics.jsonl"}
+    for name in ("checkpoint.safetensors", "best.safetensors"):
+        load_file(out / name)
+    with pytest.raises(ArtifactError, match=r"holds no bertforge\.json"):
+        Predictor.load(out)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_finished_run_holds_what_it_takes_to_predict_and_no_more(runs, kind):
+    files = {path.name for path in runs[kind].iterdir()} - {"tensorboard"}
+    adapter = {"adapter_config.json"} if kind == "lora" else set()
+    assert files == {"bertforge.json", "config.json", "metrics.jsonl", "tokenizer.json", WEIGHTS[kind]} | adapter
+
+
+def test_a_folder_in_use_is_refused(tmp_path, data, base, runs):
+    recipe = quick_recipe(base)
+    for resume in (False, True):
+        with pytest.raises(ArtifactError, match="holds a finished run; name another folder"):
+            finetune(data, runs["full"], recipe, resume=resume)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("")
+    for name in ("used", "file"):
+        with pytest.raises(ArtifactError, match="is not an empty folder"):
+            finetune(data, tmp_path / name, recipe)
+    with pytest.raises(ArtifactError, match="holds no run to resume; start one without --resume"):
+        finetune(data, tmp_path / "new", recipe, resume=True)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_stopped_run_goes_on_only_with_its_own_recipe_and_data(tmp_path, data, base):
+    out, recipe = tmp_path / "run", quick_recipe(base, checkpoint_seconds=0)
+    with pytest.raises(CrashError):
+        finetune(data, out, recipe, show=crash_after(2))
+    with pytest.raises(ArtifactError, match="go on with --resume, or remove it: rm -r"):
+        finetune(data, out, recipe)
+    with pytest.raises(ArtifactError, match="was started with another recipe; resume with the same"):
+        finetune(data, out, replace(recipe, lr=1.0), resume=True)
+    other = prepare_frame(made_up(160, seed=2), tmp_path / "other", base)
+    with pytest.raises(ArtifactError, match="was started with another data"):
+        finetune(other, out, recipe, resume=True)
+    content = (out / "checkpoint.safetensors").read_bytes()
+    (out / "checkpoint.safetensors").write_bytes(content[:1000])
+    with pytest.raises(ArtifactError, match="is damaged"):
+        finetune(data, out, recipe, resume=True)
+
+
+def test_a_resumed_run_keeps_the_precision_that_auto_chose(tmp_path, data, base, monkeypatch):
+    out, recipe = tmp_path / "run", quick_recipe(base, precision="auto", epochs=1, checkpoint_seconds=0)
+    wanted = []
+
+    def choose(hardware, asked):
+        wanted.append(asked)
+        return "fp32" if asked == "auto" else asked
+
+    monkeypatch.setattr(module, "choose_precision", choose)
+    with pytest.raises(CrashError):
+        finetune(data, out, recipe, show=crash_after(2))
+    manifest = finetune(data, out, recipe, resume=True)
+    assert wanted == ["auto", "fp32"], "measured once, then taken from the run"
+    assert manifest["precision"] == manifest["recipe"]["precision"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"max_length": 65}, UsageError, "max_length=65, but .* holds 64 positions; --set max_length=64"),
+        ({"lora": {"target_modules": ["wings"]}}, UsageError, "'wings' matches no linear layer; it could be"),
+        ({"lora": {"last_layers": 3}}, UsageError, "last_layers=3, but the model has 2 layers"),
+        ({"tabular": {"numeric": ["mood"]}}, DataError, "no column mood in"),
+        ({"tokens_per_step": 20}, UsageError, "raise tokens_per_step to 48"),
+        ({"tabular": {"numeric": ["first_tag"]}}, DataError, "column 'first_tag' holds no number"),
+    ],
+)
+def test_settings_that_cannot_work_leave_no_folder_behind(tmp_path, data, base, changes, error, said):
+    with pytest.raises(error, match=said):
+        finetune(data, tmp_path / "run", quick_recipe(base, **changes))
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,67 @@
+"""One step's loss by hand: class weights, label smoothing, clipping."""
+
+import numpy as np
+import pytest
+import torch
+
+from bertforge.data.loader import Examples
+from bertforge.data.tokens import TokenStore
+from bertforge.training.config import Recipe
+from bertforge.training.loop import Split, Trainer
+from bertforge.training.step import EagerStep
+from tests.model.tiny import tiny_bert
+
+LABELS = np.array([0, 0, 0, 1, 0, 1, 1, 0])
+
+
+def examples():
+    ids = np.random.default_rng(0).integers(1, 50, size=8 * 5)
+    return Examples(TokenStore(ids, np.arange(9) * 5), LABELS, sep_id=2, max_length=5)
+
+
+def trainer(folder, **settings):
+    split = Split(examples(), np.arange(6), np.arange(6, 8))  # four rows of class 0 and two of class 1 to train on
+    return Trainer(tiny_bert(), split, Recipe(tokens_per_step=40, max_length=5, **settings), folder, "fp32")
+
+
+def by_hand(model, batch, labels, weights, smoothing):
+    """torch documents: (1 - s) of the weighted mean, and s spread over the classes, both over the sum of weights."""
+    with torch.no_grad():
+        surprise = -model(batch).double().log_softmax(1).numpy()
+    own = weights[labels]
+    nll = (own * surprise[np.arange(len(labels)), labels]).sum() / own.sum()
+    spread = (surprise * weights).sum() / own.sum() / len(weights)
+    return (1 - smoothing) * nll + smoothing * spread
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize(("balance", "weights"), [("none", [1, 1]), ("balanced", [6 / (2 * 4), 6 / (2 * 2)])])
+def test_the_loss_by_hand(tmp_path, balance, weights, smoothing):
+    made = trainer(tmp_path, class_weights=balance, label_smoothing=smoothing)
+    assert made.step.class_weights.tolist() == weights
+    batch, labels = examples().pack(np.arange(6))
+    expected = by_hand(made.model, batch, LABELS[:6], np.array(weights), smoothing)
+    assert made.step(batch, labels).item() == pytest.approx(expected, rel=1e-6)
+    plain = by_hand(made.model, batch, LABELS[:6], np.ones(2), 0)
+    assert (expected != pytest.approx(plain, rel=1e-4)) == (balance == "balanced" or smoothing > 0)
+
+
+def test_gradients_are_clipped_and_not_carried_over():
+    model, (batch, labels) = tiny_bert(), examples().pack(np.arange(6))
+
+    def norm(most):
+        EagerStep(model, torch.ones(2), 0.0, most, "fp32")(batch, labels)
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item()
+
+    whole = norm(1e9)
+    assert norm(1e9) == whole, "a second step starts from none"
+    assert norm(whole / 2) == pytest.approx(whole / 2, rel=1e-4)
+
+
+def test_in_bf16_the_weights_and_their_gradients_stay_fp32():
+    model, (batch, labels) = tiny_bert(), examples().pack(np.arange(6))
+    rounded = EagerStep(model, torch.ones(2), 0.0, 1.0, "bf16")(batch, labels)
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+    exact = EagerStep(model, torch.ones(2), 0.0, 1.0, "fp32")(batch, labels)
+    assert rounded.item() == pytest.approx(exact.item(), rel=0.05)
+    assert rounded.item() != exact.item()
