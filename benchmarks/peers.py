@@ -34,9 +34,11 @@ class Trained:
     questions_per_s: float
 
 
-def make_model(directory: Path, kind: str) -> torch.nn.Module:
-    """`full`, or a key of TARGETS."""
-    model: Any = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=2, dtype=torch.float32)
+def make_model(directory: Path, kind: str, **config: Any) -> torch.nn.Module:
+    """`full`, or a key of TARGETS; `config` changes the checkpoint's configuration."""
+    model: Any = AutoModelForSequenceClassification.from_pretrained(
+        directory, num_labels=2, dtype=torch.float32, **config
+    )
     if kind == "full":
         return model  # type: ignore[no-any-return]
     return get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=TARGETS[kind]))
