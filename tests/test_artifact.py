@@ -149,9 +149,16 @@ def test_an_empty_folder_may_stand_there_but_no_file(tmp_path):
 
 
 def test_a_manifest_comes_back_with_its_kind_and_versions(tmp_path):
-    write_manifest(tmp_path, "data", rows=3)
-    assert read_manifest(tmp_path, "data") == {"kind": "data", "versions": versions(), "rows": 3}
-    assert read_manifest(tmp_path, "run", "data")["rows"] == 3
+    fields = dict.fromkeys(("recipe", "labels", "schema", "tabular", "data", "base", "golden"), 3)
+    write_manifest(tmp_path, "run", **fields)
+    assert read_manifest(tmp_path, "run") == {"kind": "run", "versions": versions(), **fields}
+    assert read_manifest(tmp_path, "data", "run")["labels"] == 3
+
+
+def test_a_manifest_without_a_field_that_readers_need_is_damaged(tmp_path):
+    write_manifest(tmp_path, "model", recipe={}, labels=[])
+    with pytest.raises(ArtifactError, match=r"is damaged \(it lacks 'schema'\); .*`bertforge merge RUN"):
+        read_manifest(tmp_path, "model")
 
 
 def test_a_wrong_kind_names_the_command_that_makes_the_right_one(tmp_path):

@@ -23,6 +23,12 @@ from bertforge.errors import ArtifactError
 
 MANIFEST = "bertforge.json"
 _LIBRARIES = ("bertforge", "torch", "numpy", "pandas", "pyarrow", "tokenizers", "safetensors")
+# What every reader of a kind relies on.
+_FIELDS = {
+    "data": ("fingerprint", "source", "schema", "rows", "label_counts", "columns", "splits", "files", "made_up"),
+    "run": ("recipe", "labels", "schema", "tabular", "data", "base", "golden"),
+    "model": ("recipe", "labels", "schema", "tabular", "data", "base", "golden"),
+}
 _MADE_BY = {
     "data": "bertforge prepare TABLE --out DIR",
     "run": "bertforge train --data DIR --out RUN",
@@ -116,4 +122,6 @@ def read_manifest(directory: Path, *kinds: str) -> dict[str, Any]:
         raise ArtifactError(
             f"{directory} is of kind {kind!r}, but {' or '.join(kinds)} is needed: make one with {hint}"
         )
+    if missing := [name for name in _FIELDS.get(kind, ()) if name not in manifest]:
+        raise ArtifactError(f"{path} is damaged (it lacks {missing[0]!r}); make the folder again with {hint}")
     return manifest

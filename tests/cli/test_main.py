@@ -1,14 +1,12 @@
 """Exit codes mean something, and an error is one line that says what to type instead."""
 
-import json
-import shutil
 import subprocess
 import sys
 
 import pytest
 
 from bertforge.cli import main as module
-from tests.runs import made_up, run_command
+from tests.runs import run_command
 
 COMMANDS = ("demo", "doctor", "sample-data", "prepare", "train", "evaluate", "predict", "merge")
 
@@ -113,13 +111,12 @@ def test_a_mistyped_command_is_code_2(capsys, arguments, said):
     assert said in capsys.readouterr().err
 
 
-def test_a_defect_of_ours_is_code_1_and_says_how_to_see_more(tmp_path, runs, capsys):
-    shutil.copytree(runs["full"], tmp_path / "run")
-    manifest = tmp_path / "run" / "bertforge.json"
-    manifest.write_text(json.dumps({"kind": "run"}))  # no golden rows: nothing of ours writes such a file
-    made_up(2).to_csv(tmp_path / "t.csv", index=False)
-    arguments = ("predict", tmp_path / "run", tmp_path / "t.csv", "--out", tmp_path / "p.csv")
-    assert run_command(*arguments) == 1
+def test_a_defect_of_ours_is_code_1_and_says_how_to_see_more(tmp_path, data, capsys, monkeypatch):
+    def fail(*arguments, **options):
+        raise KeyError("nobody knows")
+
+    monkeypatch.setattr("bertforge.training.finetune.finetune", fail)
+    assert run_command("train", "--data", data, "--out", tmp_path / "run") == 1
     said = capsys.readouterr().err
     assert said.startswith("internal error: KeyError: ")
     assert "This is a defect of bertforge; run `bertforge --debug ...` for the traceback." in said

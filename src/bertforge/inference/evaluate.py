@@ -15,6 +15,7 @@ from bertforge.evaluation.curves import reliability, roc_curves
 from bertforge.evaluation.groups import by_length, by_month, confident_mistakes
 from bertforge.evaluation.metrics import Metrics, classification_metrics
 from bertforge.evaluation.report import Report, write_report
+from bertforge.hardware import detect
 from bertforge.inference.predictor import Predictor
 from bertforge.inference.scoring import Scored, score
 
@@ -28,11 +29,15 @@ class Evaluation:
     scored: Scored
     metrics: Metrics
     comparison: Comparison | None
+    precision: str
+    """What the model computed in: fp32 or bf16."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: the metrics, with what was measured on what."""
         return {
             "run": str(self.run),
+            "precision": self.precision,
+            "device": detect().name,
             "data": {
                 "source": self.scored.source,
                 "fingerprint": self.scored.fingerprint,
@@ -86,7 +91,7 @@ def evaluate_run(run: Path, data: Path, part: str = "test", against: Path | None
         names = (str(against), str(run))
         comparison = compare(other.logits, scored.logits, scored.labels, names=names)
     metrics = classification_metrics(scored.logits, scored.labels, predictor.label_names)
-    return Evaluation(run, predictor.manifest, scored, metrics, comparison)
+    return Evaluation(run, predictor.manifest, scored, metrics, comparison, predictor.precision)
 
 
 def _steps(history: list[dict[str, Any]]) -> list[dict[str, float]]:

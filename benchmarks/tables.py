@@ -1,0 +1,178 @@
+"""Writes the tables of README.md and docs/ from the records under benchmarks/results.
+
+    python benchmarks/tables.py            # writes them anew
+    python benchmarks/tables.py --check    # says which differ, and ends with 1 if one does
+
+A table stands in a document between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a function below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+TABLES: dict[str, Callable[[], str]] = {}
+
+
+def table(make: Callable[[], str]) -> Callable[[], str]:
+    """Registers a function under its name, written with hyphens."""
+    TABLES[make.__name__.replace("_", "-")] = make
+    return make
+
+
+@table
+def variants() -> str:
+    """What each variant reaches on validation rows."""
+    found = _record("variants")
+    rows = []
+    for name, runs in _by(found["rows"], "variant").items():
+        accuracies = [run["accuracy"] for run in runs]
+        parameters = next((run["trainable_parameters"] for run in runs if "trainable_parameters" in run), None)
+        rows.append(
+            [
+                f"`{name}`",
+                f"{parameters:,}" if parameters else "-",
+                _percent(statistics.mean(accuracies)),
+                f"{_percent(min(run['accuracy_low'] for run in runs))} to "
+                f"{_percent(max(run['accuracy_high'] for run in runs))}",
+                f"{statistics.mean(run['loss'] for run in runs):.4f}",
+                str(len(runs)),
+            ]
+        )
+    header = ["variant", "trainable parameters", "validation accuracy", "95% interval, all seeds", "loss", "seeds"]
+    return _markdown(header, rows) + _source("variants", found)
+
+
+@table
+def main_job() -> str:
+    """The five commands on the real table."""
+    found = _record("main_job")
+    rows = []
+    for row in found["rows"]:
+        result = []
+        if "accuracy" in row:
+            interval = f"{_percent(row['accuracy_low'])} to {_percent(row['accuracy_high'])}"
+            result.append(f"accuracy {_percent(row['accuracy'])} ({interval})")
+        if "max_logit_difference" in row:
+            result.append(f"largest logit difference {row['max_logit_difference']:.1e}")
+        if "questions_per_s" in row:
+            result.append(f"{row['questions_per_s']:,.0f} questions/s")
+        rows.append([f"`{row['command']}`", f"{row['seconds']:,.0f} s", ", ".join(result)])
+    return _markdown(["command", "time", "result"], rows) + _source("main_job", found)
+
+
+@table
+def train_rate_cpu() -> str:
+    """LoRA training on a CPU beside the peer."""
+    found = _record("train_rate_cpu")
+    rows = [
+        [
+            row["system"],
+            row["precision"],
+            f"{row['questions_per_s']:.1f}",
+            f"{row['questions_per_s_low']:.1f} to {row['questions_per_s_high']:.1f}",
+            _percent(row["accuracy"]),
+        ]
+        for row in found["rows"]
+    ]
+    header = ["system", "precision", "questions/s", "spread", "accuracy so far"]
+    return _markdown(header, rows) + _source("train_rate_cpu", found)
+
+
+@table
+def prepare_rate() -> str:
+    """Preparing beside the bare tokenizer, and memory."""
+    found = _record("prepare_rate")
+    rows = [
+        [
+            row["system"],
+            row["format"],
+            f"{row['rows']:,}",
+            f"{row['rows_per_s']:,.0f}",
+            f"{row['share_of_ceiling']:.2f}" if "share_of_ceiling" in row else "-",
+            f"{row['peak_memory_gb']:.2f} GB",
+        ]
+        for row in found["rows"]
+    ]
+    header = ["system", "table", "rows", "rows/s", "share of `encode_batch`", "peak memory"]
+    return _markdown(header, rows) + _source("prepare_rate", found)
+
+
+@table
+def columns_alone() -> str:
+    """Gradient boosting without the text."""
+    found = _record("tabular_boosting")
+    rows = [
+        [
+            row["variant"],
+            str(len(row["columns"])),
+            _percent(row["accuracy"]),
+            f"{_percent(row['accuracy_low'])} to {_percent(row['accuracy_high'])}",
+            f"{row['loss']:.4f}",
+        ]
+        for row in found["rows"]
+    ]
+    header = ["columns", "number", "validation accuracy", "95% interval", "loss"]
+    return _markdown(header, rows) + _source("tabular_boosting", found)
+
+
+def rewritten(text: str) -> str:
+    """`text` with every table made anew; raises KeyError for a name that is no table."""
+    return TABLE.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}{match[3]}", text)
+
+
+def documents() -> list[Path]:
+    """Every document that may hold a table."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def main() -> int:
+    """Writes or checks; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args().check
+    stale = [path for path in documents() if rewritten(path.read_text()) != path.read_text()]
+    for path in stale:
+        print(f"{path.relative_to(ROOT)}: {'differs from the records' if check else 'written'}")
+        if not check:
+            path.write_text(rewritten(path.read_text()))
+    return int(check and bool(stale))
+
+
+def _record(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def _by(rows: Iterable[dict[str, Any]], key: str) -> dict[str, list[dict[str, Any]]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row[key], []).append(row)
+    return groups
+
+
+def _percent(share: float) -> str:
+    return f"{share:.2%}"
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _source(name: str, found: dict[str, Any]) -> str:
+    return f"\n{found['device']}, {found['date']}. Record: `benchmarks/results/{name}.json`.\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
