@@ -102,7 +102,7 @@ def loss_curves(figure: Figure, steps: Sequence[Mapping[str, float]], epochs: Se
     block = math.ceil(len(steps) / _MAX_POINTS)
     if steps:
         blocks = [steps[start : start + block] for start in range(0, len(steps), block)]
-        label = "training, each logged step" if block == 1 else f"training, mean of {block} logged steps"
+        label = "training, the epoch so far"
         means = [float(np.mean([step["loss"] for step in part])) for part in blocks]
         left.plot([part[-1]["step"] for part in blocks], means, color=ACCENT, alpha=0.55, linewidth=1, label=label)
     if epochs:
