@@ -26,7 +26,7 @@ import torch
 
 import peers
 from bertforge.artifact import write_json
-from bertforge.data.loader import epoch_plan, load
+from bertforge.data.loader import PackShape, epoch_plan, load
 from bertforge.data.prepared import PreparedData
 from bertforge.data.tokens import Tokenizer
 from bertforge.determinism import seed_everything
@@ -109,7 +109,8 @@ class Ours:
 
     def train(self, rows: np.ndarray) -> None:
         plan = epoch_plan(self.examples, rows, self.recipe.tokens_per_step, SEED, 0)
-        for batch, labels in load(self.examples, plan, torch.device("cpu")):
+        shape = PackShape.of([plan], self.examples)
+        for batch, labels in load(self.examples, plan, torch.device("cpu"), shape):
             self.step(batch, labels)
             self.warm()
             self.optimizer.step()

@@ -5,11 +5,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from bertforge.artifact import (
     MANIFEST,
+    check_output,
     fresh_directory,
     hash_file,
     read_manifest,
@@ -18,7 +20,7 @@ from bertforge.artifact import (
     write_json,
     write_manifest,
 )
-from bertforge.errors import ArtifactError
+from bertforge.errors import ArtifactError, UsageError
 
 
 def names(directory):
@@ -38,6 +40,29 @@ def test_a_file_is_written_with_its_folder(tmp_path):
     assert write_atomic(tmp_path / "new" / "file", "ä").read_bytes() == "ä".encode()
     assert write_atomic(tmp_path / "new" / "file", b"\0").read_bytes() == b"\0"
     assert names(tmp_path / "new") == ["file"]
+
+
+def test_a_path_no_file_can_be_written_at_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "new", tmp_path / "a" / "b" / "c"):
+        check_output(path)
+    with pytest.raises(UsageError, match="is a folder; name a file, such as"):
+        check_output(tmp_path)
+    with pytest.raises(UsageError, match=r"cannot be written, for .*file is a file; name another path"):
+        check_output(tmp_path / "file" / "a" / "b")
+    assert names(tmp_path) == ["file"]
+
+
+def test_the_folder_one_stands_in_can_be_made_afresh(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with fresh_directory(Path()) as folder:
+        (folder / "file").write_text("new")
+    assert names(tmp_path / "here") == ["file"]
+    assert names(tmp_path) == ["here"]
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ArtifactError, match="already exists and is not empty"), fresh_directory(Path()):
+        pass
 
 
 def test_who_reads_while_a_file_is_replaced_reads_the_old_one(tmp_path):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bertforge.batch import PaddedBatch, TabularBatch, pack, unpack
+from bertforge.batch import PaddedBatch, TabularBatch, pack
 
 # Three sequences, a a / b / c c c, small enough to check by eye.
 RIGHT = PaddedBatch(
@@ -42,16 +42,6 @@ def test_no_token_types_stay_none():
 @pytest.mark.parametrize("mask", [torch.bool, torch.float32], ids=str)
 def test_a_mask_of_any_dtype(mask):
     assert pack(replace(RIGHT, attention_mask=RIGHT.attention_mask.to(mask))).cu_seqlens.tolist() == [0, 2, 3, 6]
-
-
-def test_unpacking_pads_on_the_right_and_packing_undoes_it():
-    packed = pack(LEFT)
-    assert torch.equal(unpack(packed.input_ids, packed.cu_seqlens), RIGHT.input_ids)
-    assert unpack(packed.input_ids, packed.cu_seqlens, fill=-1)[1].tolist() == [21, -1, -1]
-    hidden = torch.randn(6, 4)
-    padded = unpack(hidden, packed.cu_seqlens)
-    assert padded.shape == (3, 3, 4)
-    assert torch.equal(padded[RIGHT.attention_mask.bool()], hidden)
 
 
 def test_moving_a_batch_moves_every_tensor_in_it():

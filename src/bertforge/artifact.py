@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bertforge.errors import ArtifactError
+from bertforge.errors import ArtifactError, UsageError
 
 MANIFEST = "bertforge.json"
 _LIBRARIES = ("bertforge", "torch", "numpy", "pandas", "pyarrow", "tokenizers", "safetensors")
@@ -53,6 +53,17 @@ def hash_file(path: Path) -> str:
         return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_output(path: Path) -> None:
+    """Raises UsageError when no file can be written at `path`, so that it is known before the work, not after."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name a file, such as {path / 'NAME'}")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise UsageError(f"{path} cannot be written, for {above} is a file; name another path")
+    if not os.access(above, os.W_OK):
+        raise UsageError(f"{path} cannot be written, for you may not write into {above}; name another path")
+
+
 def write_atomic(path: Path, content: str | bytes) -> Path:
     """Writes `content` beside `path`, then renames it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,6 +88,7 @@ def fresh_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     An older `path` is moved aside, not deleted, until the new one stands in its place. Raises ArtifactError when `path`
     is a file, or already holds something and `replace` is false.
     """
+    path = path.resolve()  # `.` has no name to write beside
     if path.is_file() or (path.exists() and not replace and any(path.iterdir())):
         raise ArtifactError(f"{path} already exists and is not empty; name another folder or remove it: rm -r {path}")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -116,9 +116,3 @@ def pack(batch: PaddedBatch) -> PackedBatch:
         token_type_ids=None if batch.token_type_ids is None else batch.token_type_ids[mask],
         tabular=batch.tabular,
     )
-
-
-def unpack(values: Tensor, cu_seqlens: Tensor, fill: float = 0) -> Tensor:
-    """`[tokens, ...]` -> `[sequences, longest, ...]`, padded on the right with `fill`."""
-    sequences = torch.split(values, cu_seqlens.diff().tolist())
-    return torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_value=fill)

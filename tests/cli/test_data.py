@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
 import typer
+from typer.main import get_command
 from typer.testing import CliRunner
 
+from bertforge.cli import main
 from bertforge.cli.data import prepare
 from bertforge.errors import DataError
 
-from ..data.tables import question, questions, write_csv
+from ..data.tables import questions, write_csv
 
 app = typer.Typer(rich_markup_mode="rich")
 app.command()(prepare)
@@ -19,6 +22,13 @@ def run(*arguments: str) -> str:
     result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
+
+
+def next_command(said: str) -> list[str]:
+    """The arguments of the command that the last line names."""
+    label, name, *arguments = shlex.split(said.splitlines()[-1])
+    assert (label, name) == ("next:", "bertforge")
+    return arguments
 
 
 def test_prepare_says_what_it_kept_what_it_set_aside_and_what_comes_next(tmp_path: Path) -> None:
@@ -35,7 +45,7 @@ def test_prepare_says_what_it_kept_what_it_set_aside_and_what_comes_next(tmp_pat
     assert "split time: train 77" in said
     assert "tokens: median" in said
     assert f"wrote {out}" in said
-    assert f"bertforge train --data {out}" in said
+    assert next_command(said) == ["train", "--data", str(out), "--out", "run", "--model", "minilm"]
     again = run(str(table), "--out", str(out))
     assert "nothing to do" in again
     assert "96 rows kept" in again
@@ -50,13 +60,34 @@ def test_prepare_a_table_of_ones_own(tmp_path: Path) -> None:
     assert "labels: css 33 (33.0%), html 33 (33.0%), python 34 (34.0%)" in said
     assert "split time: train 80, validation 10, test 10" in said
     assert "split random" not in said
+    assert next_command(said)[-2:] == ["--set", "split=time"], "train takes the random one unless told otherwise"
+
+
+def test_unparsable_dates_are_shown_with_the_formats_that_are_read(tmp_path: Path) -> None:
+    frame = questions(100)
+    frame.loc[10, "PostCreationDate"] = "yesterday"
+    said = run(str(write_csv(tmp_path / "t.csv", frame)), "--out", str(tmp_path / "out"))
+    assert "1 unparsable date in PostCreationDate: line 52\ndates are read as MM/DD/YYYY" in said
+
+
+def test_each_printed_command_works_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "a folder"
+    said = CliRunner().invoke(main.app, ["sample-data", str(folder / "t.csv"), "--rows", "60"]).output
+    for wanted in ("prepare", "train"):
+        arguments = next_command(said)
+        assert arguments[0] == wanted
+        command = get_command(main.app).commands[wanted]
+        command.make_context(wanted, arguments[1:])  # what cannot be parsed raises
+        if wanted == "prepare":
+            said = CliRunner().invoke(main.app, arguments).output
 
 
 def test_prepare_names_a_missing_column(tmp_path: Path) -> None:
     table = write_csv(tmp_path / "t.csv", questions(10).drop(columns="OpenStatus"))
     with pytest.raises(DataError, match="missing column OpenStatus"):
         run(str(table), "--out", str(tmp_path / "out"))
-    assert question(0)["OpenStatus"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_help_teaches_with_an_example() -> None:

@@ -1,6 +1,7 @@
 """The commands that do the work: what they say, what they write, and what they name to type next."""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -16,6 +17,7 @@ def test_train_with_settings_in_one_go(tmp_path, data, base, capsys):
     said = capsys.readouterr()
     assert f"lora-r8 on {base}: 290 trainable parameters, 128 train and 17 validation rows" in said.err
     assert "epoch 1: train loss 0." in said.out
+    assert (f" and {tmp_path / 'run' / 'tensorboard'})" in said.out) == (tmp_path / "run" / "tensorboard").is_dir()
     assert "<- kept" in said.out
     assert f"next: bertforge evaluate {tmp_path / 'run'} --data {data}" in said.out, "long paths are not broken"
     manifest = json.loads((tmp_path / "run" / "bertforge.json").read_text())
@@ -41,7 +43,21 @@ def test_evaluate_writes_metrics_and_a_report(tmp_path, data, runs, capsys, kind
     assert f"wrote {report}" in said
     assert report.read_text().startswith("<!doctype html>")
     assert found["data"]["made_up"] is True
+    assert "made-up data: " in said
     assert not list(runs[kind].glob("*.html"))
+
+
+def test_a_tables_report_stands_beside_the_prepared_splits(tmp_path, data, runs, capsys):
+    run, table = tmp_path / "run", tmp_path / "test.csv"
+    shutil.copytree(runs["full"], run)
+    shutil.copy(data.with_suffix(".csv"), table)
+    assert run_command("evaluate", run, "--data", data) == 0
+    assert "may have been trained on" not in capsys.readouterr().out
+    prepared = (run / "report-test.html").read_text()
+    assert run_command("evaluate", run, "--data", table) == 0
+    assert "test.csv (rows which the run may have been trained on: " in capsys.readouterr().out
+    assert (run / "report-test.html").read_text() == prepared
+    assert "may have been trained on" in (run / "report-table-test.html").read_text()
 
 
 def test_predict_and_merge_go_together(tmp_path, data, runs, capsys):
@@ -52,7 +68,9 @@ def test_predict_and_merge_go_together(tmp_path, data, runs, capsys):
     assert f"next: bertforge predict {model} TABLE --out predictions.csv" in said
     for folder, out in ((runs["lora"], tmp_path / "run.parquet"), (model, tmp_path / "model.parquet")):
         assert run_command("predict", folder, table, "--out", out) == 0
-        assert f"wrote {out}: 160 rows" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert f"wrote {out}: 160 rows" in said
+        assert "made-up data: " in said
     one, other = pd.read_parquet(tmp_path / "run.parquet"), pd.read_parquet(tmp_path / "model.parquet")
     # bfloat16, where `auto` chooses it, rounds an adapter beside its layer and within it differently.
     pd.testing.assert_frame_equal(one[["p_open"]], other[["p_open"]], atol=0.02)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from bertforge.cli import main as module
 from tests.runs import run_command
@@ -57,6 +58,11 @@ def one_line(capsys):
         (("train", "--data", "{data}", "--out", "{new}", "--variant", "a", "--recipe", "b"), 2, "give one of them"),
         (("predict", "{run}", "{table}", "--out", "{new}.xlsx"), 2, "should end in .csv, .parquet, .jsonl"),
         (("evaluate", "{run}", "--data", "{data}", "--split", "exam"), 2, "unknown part 'exam'"),
+        (("predict", "{run}", "{table}", "--out", "{table}"), 2, "is the table itself, which would be overwritten"),
+        (("predict", "{run}", "{table}", "--out", "{table}/p.csv"), 2, "questions.csv is a file; name another path"),
+        (("evaluate", "{run}", "--data", "{data}", "--json", "{run}"), 2, "is a folder; name a file"),
+        (("evaluate", "{run}", "--data", "{data}", "--report", "{table}/r.html"), 2, "is a file; name another path"),
+        (("evaluate", "{run}", "--data", "{table}", "--split", "test"), 2, "is a raw table and scored whole"),
         (("predict", "{run}", "absent.csv", "--out", "{new}.csv"), 3, "absent.csv does not exist; name a table"),
         (("evaluate", "{run}", "--data", "{run}/tokenizer.txt"), 3, "tokenizer.txt does not exist"),
         (("train", "--data", "absent", "--out", "{new}"), 4, "absent does not exist; it should be a folder made by"),
@@ -122,13 +128,34 @@ def test_a_defect_of_ours_is_code_1_and_says_how_to_see_more(tmp_path, data, cap
     assert "This is a defect of bertforge; run `bertforge --debug ...` for the traceback." in said
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (IsADirectoryError(21, "Is a directory", "some/path"), 4, "error: some/path: Is a directory"),
+        (FileExistsError(17, "File exists", "beside", None, "some/path"), 4, "error: some/path: File exists"),
+        (OSError(28, "No space left on device"), 4, "error: No space left on device"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to ..."), 5, "lower tokens_per_step: --set"),
+    ],
+    ids=["a path", "two paths", "no path", "GPU memory"],
+)
+def test_what_the_machine_refuses_is_no_defect(tmp_path, data, capsys, monkeypatch, error, code, said):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("bertforge.training.finetune.finetune", fail)
+    assert run_command("train", "--data", data, "--out", tmp_path / "run") == code
+    assert said in one_line(capsys)
+    with pytest.raises(type(error)):
+        run_command("--debug", "train", "--data", data, "--out", tmp_path / "run")
+
+
 def test_an_interrupt_is_code_130(tmp_path, data, capsys, monkeypatch):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("bertforge.training.finetune.finetune", interrupt)
     assert run_command("train", "--data", data, "--out", tmp_path / "run") == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+    assert one_line(capsys) == "interrupted\n", "nothing was written, so there is nothing to resume"
 
 
 def test_a_reader_that_goes_away_is_no_defect():

@@ -11,7 +11,6 @@ from bertforge.data.features import FEATURES, derive
 from bertforge.data.rows import Rows
 from bertforge.data.schema import QUESTIONS, Schema
 from bertforge.data.tables import read_chunks
-from bertforge.errors import DataError
 
 from .tables import COLUMNS, question
 
@@ -99,11 +98,6 @@ def test_columns_whose_sources_are_absent_are_left_out() -> None:
 def test_another_table_has_no_derived_columns() -> None:
     schema = Schema("table", ("Title",), "y")
     assert derive(Rows(pa.table({"Title": ["a"]})), schema).num_columns == 0
-
-
-def test_a_source_column_named_like_a_derived_one_is_an_error() -> None:
-    with pytest.raises(DataError, match="column hour"):
-        derive(Rows(pa.table({"hour": ["1"]})), QUESTIONS)
 
 
 def test_word_counts_are_those_of_python() -> None:

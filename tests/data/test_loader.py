@@ -85,14 +85,15 @@ def test_one_shape_holds_every_pack_of_a_plan():
     store = TokenStore(np.ones(lengths.sum(), np.uint16), np.concatenate([[0], np.cumsum(lengths)]))
     examples = Examples(store, np.zeros(200, np.int64), SEP, max_length=16)
     plans = [epoch_plan(examples, np.arange(200), 64, seed=1, epoch=epoch) for epoch in range(3)]
-    shape = PackShape.of(plans, 64, 16)
+    shape = PackShape.of(plans, examples)
+    assert shape.tokens <= 64
     for plan in plans:
         for (batch, labels), rows in zip(load(examples, plan, CPU, shape), plan, strict=True):
-            assert batch.input_ids.shape == batch.position_ids.shape == (64,)
+            assert batch.input_ids.shape == batch.position_ids.shape == (shape.tokens,)
             assert batch.cu_seqlens.shape == (shape.sequences + 1,)
             assert labels.shape == (shape.sequences,)
             bounds = batch.cu_seqlens.tolist()
-            assert bounds[-1] == 64, "every token belongs to a sequence"
+            assert bounds[-1] == shape.tokens, "every token belongs to a sequence"
             assert bounds == sorted(bounds)
             assert max(np.diff(bounds)) <= 16
             assert (labels != IGNORED).sum() == len(rows)

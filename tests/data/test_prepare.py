@@ -72,7 +72,7 @@ def test_chunks_leave_no_trace(tmp_path: Path, tokenizer: Tokenizer, monkeypatch
     table = write_csv(tmp_path / "t.csv", frame)
     whole = prepare(table, tmp_path / "whole", tokenizer)
     read = prepare_module.read_chunks
-    monkeypatch.setattr(prepare_module, "read_chunks", lambda path: read(path, 7))
+    monkeypatch.setattr(prepare_module, "read_chunks", lambda path, named: read(path, 7, named=named))
     pieces = prepare(table, tmp_path / "pieces", tokenizer)
     assert pq.ParquetFile(pieces.directory / "table.parquet").num_row_groups > 10
     for name in ("labels.npy", "lines.npy", "dates.npy", "splits/random.npy", "splits/time.npy", "set_aside.jsonl"):
@@ -156,6 +156,21 @@ def test_a_table_of_ones_own_with_many_classes(tmp_path: Path, tokenizer: Tokeni
         data.columns(["sizes"])
 
 
+def test_dates_with_the_day_first_are_refused_and_not_read_month_first(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    days = pd.date_range("2012-01-01", periods=60)
+    frame = pd.DataFrame({"text": map(str, range(60)), "label": ["a", "b"] * 30, "on": days.strftime("%d/%m/%Y")})
+    options = PrepareOptions(text_columns=("text",), label_column="label", date_column="on")
+    with pytest.raises(DataError, match=r"column on .* day first, such as '13/01/2012'; write them as MM/DD/YYYY"):
+        prepare(write_csv(tmp_path / "t.csv", frame), tmp_path / "out", tokenizer, options)
+    month_first = write_csv(tmp_path / "t.csv", frame.assign(on=days.strftime("%m/%d/%Y")))
+    data = prepare(month_first, tmp_path / "out", tokenizer, options)
+    assert data.dates is not None
+    assert data.dates.tolist() == days.to_pydatetime().tolist()
+    wrong = write_csv(tmp_path / "t.csv", frame.assign(on="yesterday"))
+    with pytest.raises(DataError, match=r"unparsable date in on: 60 rows.*; dates are read as MM/DD/YYYY"):
+        prepare(wrong, tmp_path / "other", tokenizer, options)
+
+
 def test_preparing_again_returns_at_once_and_another_table_replaces(tmp_path: Path, tokenizer: Tokenizer) -> None:
     table = write_csv(tmp_path / "t.csv", questions(60))
     first = prepare(table, tmp_path / "out", tokenizer)
@@ -203,7 +218,8 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path, tokenizer:
         (questions(60).iloc[:0], {}, DataError, "only a header"),
         (questions(60).assign(Title=""), {}, DataError, "no row of the table is good: missing Title: 60 rows"),
         (questions(60).assign(OpenStatus="open"), {}, DataError, "all 60 good rows have the label 'open'"),
-        (questions(4), {}, DataError, "too few"),
+        (questions(4), {}, DataError, "too few .* 10 different texts are needed"),
+        (questions(60).assign(hour="1", tags="x"), {}, DataError, "columns of the names hour, tags; rename those"),
         (questions(60), {"splits": ("month",)}, UsageError, "unknown split 'month'"),
         (questions(60), {"text_columns": ("Title",)}, UsageError, "--label-column"),
         (
@@ -232,26 +248,38 @@ def test_a_failed_prepare_leaves_nothing(
     assert folders_and_files(folder) == {"t.csv"}
 
 
-def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path, vocabulary: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path, vocabulary: Path, sent: signal.Signals) -> None:
     folder = tmp_path / "work"
     folder.mkdir()
     table = folder / "t.parquet"
     pd.concat([questions(5000)] * 40).to_parquet(table)
-    program = (
-        "import sys; from pathlib import Path; from bertforge.data.prepare import prepare;"
-        "from bertforge.data.tokens import Tokenizer;"
-        "prepare(Path(sys.argv[1]), Path(sys.argv[2]), Tokenizer.load(Path(sys.argv[3])))"
-    )
-    command = [sys.executable, "-c", program, str(table), str(folder / "out"), str(vocabulary)]
+    (vocabulary / "config.json").touch()  # which makes it a model's folder
+    command = [sys.executable, "-m", "bertforge", "prepare", str(table), "--out", str(folder / "out")]
+    command += ["--model", str(vocabulary)]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=dict(os.environ)) as process:
         deadline = time.monotonic() + 60
         while not any(path.stat().st_size > 10_000 for path in folder.glob(".out*/tokens/*/ids.npy")):
             assert process.poll() is None, "it was done before it could be interrupted"
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) != 0
+        process.send_signal(sent)
+        assert process.wait(60) == 130
     assert folders_and_files(folder) == {"t.parquet"}
+
+
+def test_what_killed_processes_left_is_removed_by_the_next_one(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        gone = process.pid
+    left = tmp_path / f".out.{gone}.partial"
+    kept = [
+        tmp_path / name for name in (f".out.{os.getppid()}.partial", f".outer.{gone}.partial", f".out.x.{gone}.partial")
+    ]
+    for folder in (left, *kept):
+        (folder / "tokens").mkdir(parents=True)
+    prepare(write_csv(tmp_path / "t.csv", questions(60)), tmp_path / "out", tokenizer)
+    assert not left.exists()
+    assert all(folder.is_dir() for folder in kept)
 
 
 def test_a_damaged_folder_is_noticed(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -56,6 +56,21 @@ def test_text_alone_is_enough_to_predict_from(tmp_path: Path) -> None:
     assert "reputation" not in rows.frame
 
 
+def test_columns_that_the_model_reads_as_numbers_must_hold_some(tmp_path: Path) -> None:
+    schema = Schema("table", ("a",), "y", ("0", "1"))
+    frame = pd.DataFrame({"a": ["w", "x", "z"], "amount": ["14,013", "7", ""], "other": ["1,5"] * 3})
+    (rows,) = read_raw(frame, schema, require_labels=False, numbers=("amount", "absent"))
+    assert rows.problems == ["unparsable number in amount", "", ""]
+
+
+def test_a_derived_column_takes_the_place_of_one_of_its_name(tmp_path: Path) -> None:
+    frame = pd.DataFrame([question(1)], columns=COLUMNS).assign(tags="their own", hour="9", more="kept")
+    (rows,) = read_raw(frame, QUESTIONS, require_labels=False)
+    assert (rows.frame["tags"].tolist(), rows.frame["more"].tolist()) == (["html sorting"], ["kept"])
+    (rows,) = read_raw(frame.drop(columns="PostCreationDate"), QUESTIONS, require_labels=False)
+    assert "hour" not in rows.frame, "what is no hour of posting must not pass for one"
+
+
 def test_a_missing_text_or_label_column_is_named(tmp_path: Path) -> None:
     schema = Schema("table", ("a", "b"), "y", ("0", "1"))
     frame = pd.DataFrame({"a": ["x"], "c": ["z"]})

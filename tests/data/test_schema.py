@@ -21,6 +21,16 @@ def test_a_missing_column_is_named_with_those_found() -> None:
         choose_schema(["text", "y"], ("txt",), "y", None)
 
 
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_another_separator_is_recognised_in_the_header(separator: str) -> None:
+    with pytest.raises(DataError, match=f"separated by commas, not by {separator!r}".replace("\\", r"\\")) as caught:
+        choose_schema([separator.join(COLUMNS)], (), None, None)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match="missing column y") as caught:
+        choose_schema(["t;u", "v"], ("v",), "y", None)
+    assert "separated" not in str(caught.value)
+
+
 def test_a_table_of_another_kind_is_told_which_options_to_type() -> None:
     with pytest.raises(DataError, match="--text-columns a,b --label-column y"):
         choose_schema(["text", "y"], (), None, None)
@@ -44,6 +54,7 @@ def test_other_labels_are_matched_by_name() -> None:
 def test_numbers_sort_as_numbers() -> None:
     assert sort_labels(["10", "9", "-1"]) == ("-1", "9", "10")
     assert sort_labels(["b", "10", "9"]) == ("10", "9", "b")
+    assert sort_labels(["1", "--1"]) == ("--1", "1")
 
 
 def test_saved_and_read_back() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 
@@ -45,6 +47,29 @@ def test_random_split_is_exact_within_each_label_and_seeded() -> None:
         assert np.bincount(part[labels == label]).tolist() == [count * 8 // 10, count // 10, count // 10]
     assert (part == split_at_random(groups, labels, 42)).all()
     assert (part != split_at_random(groups, labels, 43)).any()
+
+
+def test_labels_of_a_few_texts_are_held_out_too_and_all_train() -> None:
+    groups = Groups.from_hashes(np.arange(600, dtype=np.uint64))
+    labels = np.repeat(np.arange(100), 6)
+    part = split_at_random(groups, labels, 42)
+    assert np.bincount(part).tolist() == [480, 60, 60]
+    assert set(labels[part == 0].tolist()) == set(range(100))
+    assert max(np.bincount(labels[part > 0])) == 2, "spread over the labels"
+    assert (part != split_at_random(groups, labels, 43)).any()
+    # 900 rows of one label beside 7, 2 and 1 of others: it is cut as if they were not there.
+    labels = np.repeat([0, 1, 2, 3], [900, 7, 2, 1])
+    part = split_at_random(Groups.from_hashes(np.arange(910, dtype=np.uint64)), labels, 42)
+    counts = [np.bincount(part[labels == label], minlength=3).tolist() for label in range(4)]
+    assert counts == [[720, 90, 90], [5, 1, 1], [2, 0, 0], [1, 0, 0]]
+
+
+def test_large_labels_are_cut_one_by_one() -> None:
+    """Published figures rest on this split; it must not change."""
+    groups = Groups.from_hashes(np.arange(4000, dtype=np.uint64))
+    labels = np.random.default_rng(1).integers(2, size=4000)
+    digest = hashlib.sha256(split_at_random(groups, labels, 42).tobytes()).hexdigest()
+    assert digest.startswith("af7e703f71b3294d")
 
 
 def test_time_split_trains_on_the_oldest() -> None:

@@ -79,6 +79,13 @@ def test_an_unclosed_quote_at_the_end_of_the_file_costs_one_row(tmp_path: Path) 
     assert [row.line for row in bad] == [2]
 
 
+def test_a_long_field_is_read_and_a_far_longer_one_has_its_own_reason(tmp_path: Path) -> None:
+    frame, _, bad = read_csv(tmp_path, f"id,text\n1,{'a' * 2_000_000}\n2,{'b' * 5_000_000}\n3,c\n")
+    assert frame["id"].tolist() == ["1", "3"]
+    assert len(frame["text"][0]) == 2_000_000
+    assert [(row.line, row.reason.split(":")[0]) for row in bad] == [(3, "field of more than 4,194,304 characters")]
+
+
 def test_a_table_of_nothing_but_bad_rows_comes_in_chunks_too(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text("a,b\n" + "lonely\n" * 10)
@@ -102,15 +109,23 @@ def test_json_lines_set_aside_what_is_no_row(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_bytes(b'{"a": 1, "b": null}\n{"a": \n[1]\n{"a": 2.0, "b": "x"}\n\n{"a": "\xff"}\n{"a": true, "c": 1}\n')
     frame, lines, bad = read_all(path, chunk_rows=4)
-    assert frame.values.tolist() == [["1", ""], ["2", "x"]]
-    assert lines == [1, 4]
+    assert frame.values.tolist() == [["1", ""], ["2", "x"], ["true", ""]]
+    assert lines == [1, 4, 7]
     assert [(row.line, row.reason) for row in bad] == [
         (2, "broken JSON"),
         (3, "not a JSON object"),
         (6, "not UTF-8"),
-        (7, "unexpected column c"),
     ]
     assert bad[2].raw == '{"a": "\udcff"}'
+
+
+def test_a_json_key_that_comes_late_is_left_out_and_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"a": "x"}\n' * 3 + '{"a": "y", "c": 1}\n' * 4)
+    frame, lines, bad = read_all(path)
+    assert frame.to_dict("list") == {"a": ["x"] * 3 + ["y"] * 4}
+    assert (lines, bad) == ([*range(1, 8)], [])
+    assert caplog.messages == [f"{path}: key 'c' of 4 rows is left out: it is not in the first 3 lines"]
 
 
 def test_parquet_types_become_the_strings_of_a_csv(tmp_path: Path) -> None:
@@ -132,6 +147,22 @@ def test_parquet_types_become_the_strings_of_a_csv(tmp_path: Path) -> None:
     assert lines == [1, 2]
 
 
+def test_a_parquet_column_of_bytes_is_absent_unless_it_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    table = pa.table({"text": pa.array([b"a", b"b"]), "image": [b"\x89PNG", b"\xff"], "y": ["0", "1"]})
+    pq.write_table(table, path)
+    (chunk,) = read_chunks(path, named=("text", "y"))
+    assert chunk.table.to_pydict() == {"text": ["a", "b"], "y": ["0", "1"]}
+    assert not chunk.bad
+
+
+def test_parquet_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table([["1"], ["2"], ["3"]], names=["a", "a", "b"]), path)
+    with pytest.raises(DataError, match="two columns of one name: a; rename one"):
+        read_all(path)
+
+
 @pytest.mark.parametrize("declared", ["binary", "string"])
 def test_parquet_text_that_is_no_utf8_is_set_aside(tmp_path: Path, declared: str) -> None:
     path = tmp_path / "t.parquet"
@@ -139,9 +170,9 @@ def test_parquet_text_that_is_no_utf8_is_set_aside(tmp_path: Path, declared: str
     if declared == "string":  # Parquet writers may store any bytes under the name of text
         column = pa.Array.from_buffers(pa.string(), 2, column.buffers())
     pq.write_table(pa.table({"id": [1, 2], "text": column}), path)
-    frame, _, bad = read_all(path)
-    assert frame.values.tolist() == [["1", "ok"]]
-    assert [(row.line, row.reason) for row in bad] == [(2, "not UTF-8")]
+    (chunk,) = read_chunks(path, named=("text",))
+    assert chunk.table.to_pylist() == [{"id": "1", "text": "ok"}]
+    assert [(row.line, row.reason) for row in chunk.bad] == [(2, "not UTF-8")]
 
 
 def test_a_header_alone_is_an_empty_chunk(tmp_path: Path) -> None:
@@ -169,6 +200,7 @@ def _zip_of(path: Path, *names: str) -> None:
         ("t.parquet", b"PAR1", "not a readable Parquet"),
         ("t.json", b'[{"a": 1}]', "one JSON array"),
         ("t.jsonl", b"hello\n", "no JSON object"),
+        ("t.jsonl", b'{"a\\ud800": 1}\n', r"key that is no text \(a lone surrogate\): 'a\\ud800'; rename it"),
     ],
 )
 def test_unreadable_files_are_one_line_errors(tmp_path: Path, name: str, content: bytes, message: str) -> None:

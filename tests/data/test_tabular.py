@@ -101,10 +101,31 @@ def test_it_comes_back_from_json():
         assert np.array_equal(again(TRAIN).numeric, transform(TRAIN).numeric)
 
 
-def test_a_column_of_words_declared_numeric_is_an_error():
-    with pytest.raises(DataError, match="column 'c' holds no number, but 'a'; declare it under categorical"):
-        fit(spec=TabularSpec(numeric=("n", "c")))
-    fit(TRAIN.assign(c=["a", "5", ""]), TabularSpec(numeric=("n", "c")))  # one number is enough
+def test_a_column_of_mostly_words_declared_numeric_is_an_error():
+    spec = TabularSpec(numeric=("n", "c"))
+    with pytest.raises(DataError, match=r"3 of 3 values of column 'c' are no numbers: 'a'; .* under categorical"):
+        fit(spec=spec)
+    with pytest.raises(DataError, match="2 of 3 values of column 'c' are no numbers: '14,013'"):
+        fit(TRAIN.assign(c=["14,013", "1,5", "5"]), spec)
+    with pytest.raises(DataError, match="column 'c' holds no number in the train rows"):
+        fit(TRAIN.assign(c=["", None, " "]), spec)
+
+
+def test_a_few_values_that_are_no_numbers_count_as_missing_and_that_is_said(caplog):
+    transform = fit(TRAIN.assign(c=["14,013", "5", ""]), TabularSpec(numeric=("n", "c")))
+    assert transform.mean[1] == 5
+    assert caplog.messages == ["1 of 2 values of column 'c' are no numbers: '14,013'; such values count as missing"]
+
+
+def test_a_missing_derived_column_is_named_with_the_sources_it_lacks():
+    transform = fit(pd.DataFrame({"account_age_days": [1.0, 2.0]}), TabularSpec(numeric=("account_age_days",)))
+    table = pd.DataFrame({"Title": ["a"], "BodyMarkdown": ["b"], "PostCreationDate": [""], "title_words": [1.0]})
+    with pytest.raises(DataError) as caught:
+        transform(table)
+    assert str(caught.value) == (
+        "the model reads 'account_age_days', made from OwnerCreationDate, which the table lacks; "
+        "it has Title, BodyMarkdown, PostCreationDate"
+    )
 
 
 def test_a_missing_column_is_named_with_those_there_are():

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -159,6 +160,22 @@ def test_ten_thousand_rows_take_at_most_a_few_seconds():
     start = time.perf_counter()
     classification_metrics(logits, true, ["a", "b"])
     assert time.perf_counter() - start < 6  # 0.25 s on one idle core
+
+
+def test_with_many_labels_the_confusion_matrix_is_not_resampled():
+    names = [str(i) for i in range(31)]
+    logits, true = made_rows(200, 31)
+    found = classification_metrics(logits, true, names, bootstrap=5)
+    cells = [[cell.value for cell in row] for row in found.confusion]
+    assert cells == sk.confusion_matrix(true, logits.argmax(axis=1), labels=range(31)).tolist()
+    assert {cell.low for row in found.confusion for cell in row} == {None}
+    assert found.confusion[0][0].reason == "no interval with more than 30 labels"
+    assert found.accuracy.low is not None
+    tracemalloc.start()
+    classification_metrics(*made_rows(50, 400), [str(i) for i in range(400)], bootstrap=60)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 60 * 400 * 400 * 8, "less than the cells of every resample"
 
 
 def test_json_round_trip():

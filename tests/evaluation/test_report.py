@@ -156,6 +156,14 @@ def test_dollar_signs_in_a_figure_are_not_set_as_mathematics():
     assert ">$a_b$</text>" in figures.groups([group], 0.5, "length")
 
 
+@pytest.mark.filterwarnings("error")
+def test_labels_of_any_script_and_with_an_underscore_stand_in_the_legend():
+    names = ("_x", "质量", "y")
+    curves = [replace(curve, label=name) for curve, name in zip(made_report(3, "abc").roc, names, strict=True)]
+    svg = figures.roc(curves)
+    assert [name for name in names if f">{name}</text>" in svg] == list(names)
+
+
 def test_the_same_report_gives_the_same_bytes_without_repeated_ids(full, tmp_path):
     assert write_report(tmp_path / "again.html", made_report()).read_text() == full
     ids = [attributes["id"] for _, attributes in Page(full).tags if "id" in attributes]
@@ -207,6 +215,21 @@ def test_many_labels(tmp_path):
     html = write_report(tmp_path / "r.html", made_report(15, names)).read_text()
     assert html.count('scope="col">predicted topic') == 15
     assert "macro mean of 15 labels" in html
+
+
+def test_of_very_many_labels_the_most_confused_pairs_are_shown(tmp_path):
+    names = [f"topic {i}" for i in range(40)]
+    true = np.repeat(np.arange(40), 10)
+    predicted = true.copy()
+    predicted[70:74] = 3  # 4 of the 10 of topic 7
+    predicted[:3] = 9
+    metrics = classification_metrics(np.eye(40)[predicted], true, names, bootstrap=5)
+    html = write_report(tmp_path / "r.html", made_report(**(ABSENT | {"metrics": metrics}))).read_text()
+    assert "predicted topic" not in html
+    rows = re.findall(
+        r"<tr><td>(.*?)</td><td>(.*?)</td><td class=\"number\">(.*?)</td><td class=\"number\">(.*?)<", html
+    )
+    assert rows == [("topic 7", "topic 3", "4", "40.0%"), ("topic 0", "topic 9", "3", "30.0%")]
 
 
 def test_made_up_data_is_labelled_and_real_data_is_not(full, tmp_path):

@@ -1,6 +1,7 @@
 """Prepared rows and the raw rows they came from score alike, and runs are compared on the same rows only."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -8,7 +9,8 @@ import pytest
 
 from bertforge.data.prepare import PrepareOptions
 from bertforge.data.prepared import PreparedData
-from bertforge.errors import DataError
+from bertforge.errors import DataError, UsageError
+from bertforge.inference import scoring
 from bertforge.inference.evaluate import evaluate_run
 from bertforge.inference.predictor import Predictor
 from bertforge.inference.scoring import score
@@ -59,8 +61,41 @@ def test_rows_without_text_or_label_are_left_out_and_counted(tmp_path, runs):
     assert found.left_out == 2
     assert len(found.labels) == len(found.texts) == len(found.logits) == 10
     frame.assign(OpenStatus="?").to_csv(tmp_path / "none.csv", index=False)
-    with pytest.raises(DataError, match="holds no row with a text and a known OpenStatus"):
+    said = r"holds no row with a text and a known OpenStatus; known: open, closed; unknown: '\?'$"
+    with pytest.raises(DataError, match=said):
         score(Predictor.load(runs["full"]), tmp_path / "none.csv")
+    frame.iloc[:0].to_csv(tmp_path / "header.csv", index=False)
+    with pytest.raises(DataError, match=r"holds no row with a text and a known OpenStatus; known: open, closed$"):
+        score(Predictor.load(runs["full"]), tmp_path / "header.csv")
+
+
+def test_an_empty_chunk_at_the_end_is_no_row(runs, raw_test_rows, monkeypatch):
+    read_raw = scoring.read_raw
+
+    def with_empty_end(*arguments, **options):
+        *chunks, last = read_raw(*arguments, **options)
+        none = slice(0, 0)
+        rows = {name: value[none] for name, value in vars(last).items() if name != "done"}
+        yield from [*chunks, last, replace(last, **rows)]
+
+    predictor = Predictor.load(runs["columns"], "fp32")
+    whole = score(predictor, raw_test_rows)
+    monkeypatch.setattr(scoring, "read_raw", with_empty_end)
+    assert np.array_equal(score(predictor, raw_test_rows).logits, whole.logits)
+
+
+def test_rows_the_run_may_have_learnt_from_are_called_so(tmp_path, data, base, runs, raw_test_rows):
+    predictor, warning = Predictor.load(runs["full"]), "rows which the run may have been trained on"
+    assert warning not in score(predictor, data).source
+    assert warning in score(predictor, raw_test_rows).source
+    other = prepare_frame(made_up(160, seed=2), tmp_path / "other", base)
+    assert warning in score(predictor, other).source
+    assert warning in evaluate_run(runs["full"], other).write_report(tmp_path / "r.html").read_text()
+
+
+def test_a_part_of_a_raw_table_is_refused(runs, raw_test_rows):
+    with pytest.raises(UsageError, match=r"test\.csv is a raw table and scored whole; leave --split test out"):
+        score(Predictor.load(runs["full"]), raw_test_rows, "test")
 
 
 def test_a_made_up_table_is_called_so_whatever_the_model_was_trained_on(tmp_path, runs):
@@ -72,6 +107,8 @@ def test_a_made_up_table_is_called_so_whatever_the_model_was_trained_on(tmp_path
     assert score(real, tmp_path / "made_up.csv").made_up
     assert not score(real, tmp_path / "real.csv").made_up
     assert score(predictor, tmp_path / "real.csv").made_up, "so is what a made-up table taught"
+    table = Predictor(**{**vars(real), "schema": replace(real.schema, kind="table")})
+    assert not table.made_up(frame), "another table's PostId means something else"
 
 
 def test_two_runs_are_compared_row_by_row(data, runs):

@@ -1,6 +1,7 @@
 """Every row of a table gets its line in the output, in order, whatever is wrong with it."""
 
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -43,7 +44,7 @@ def read(path):
 
 
 def test_every_row_comes_out_in_order(tmp_path, predictor, table):
-    assert predict_table(predictor, table, tmp_path / "p.parquet") == (30, 1)
+    assert predict_table(predictor, table, tmp_path / "p.parquet") == (30, 1, True)
     found = read(tmp_path / "p.parquet")
     assert list(found.columns) == ["line", "label", "probability", "p_open", "p_closed", "problem"]
     assert found["line"].tolist() == list(range(1, 31))
@@ -90,9 +91,9 @@ def test_json_lines_hold_null_where_there_is_no_label(tmp_path, predictor, table
 def test_chunks_leave_no_trace(tmp_path, predictor, table, monkeypatch, name):
     predict_table(predictor, table, tmp_path / f"whole_{name}")
     read_raw, read_chunks = module.read_raw, tables.read_chunks
-    monkeypatch.setattr("bertforge.data.raw.read_chunks", lambda source: read_chunks(source, 3))
+    monkeypatch.setattr("bertforge.data.raw.read_chunks", lambda source, **named: read_chunks(source, 3))
     assert len(list(read_raw(table, predictor.schema, require_labels=False))) == 10
-    assert predict_table(predictor, table, tmp_path / name) == (30, 1)
+    assert predict_table(predictor, table, tmp_path / name) == (30, 1, True)
     whole, pieces = read(tmp_path / f"whole_{name}"), read(tmp_path / name)
     pd.testing.assert_frame_equal(pieces, whole, atol=1e-5)
 
@@ -105,7 +106,7 @@ def test_rows_that_cannot_be_read_keep_their_line(tmp_path, predictor):
     lines = path.read_bytes().split(b"\n")
     lines[3] = lines[3].replace(b"one line", b"one l\xefne")
     path.write_bytes(b"\n".join(lines))
-    assert predict_table(predictor, path, tmp_path / "p.csv") == (6, 1)
+    assert predict_table(predictor, path, tmp_path / "p.csv") == (6, 1, True)
     found = read(tmp_path / "p.csv")
     assert found["line"].tolist() == [2, 3, 4, 5, 6, 7]
     assert found["problem"].tolist() == ["", "", "not UTF-8", "", "", ""]
@@ -116,8 +117,24 @@ def test_a_table_without_any_text_is_all_unlabelled(tmp_path, predictor):
     frame = made_up(3, seed=3).assign(Title="", BodyMarkdown="")
     frame.to_csv(tmp_path / "t.csv", index=False)
     for suffix in (".csv", ".parquet", ".jsonl"):
-        assert predict_table(predictor, tmp_path / "t.csv", tmp_path / f"p{suffix}") == (3, 3)
+        assert predict_table(predictor, tmp_path / "t.csv", tmp_path / f"p{suffix}") == (3, 3, True)
         assert read(tmp_path / f"p{suffix}")["label"].isna().all()
+
+
+@pytest.mark.parametrize("name", ["p.parquet", "p.csv", "p.jsonl"])
+def test_what_a_killed_process_left_is_not_added_to(tmp_path, predictor, table, name):
+    (tmp_path / f".{name}.{os.getpid()}.partial").write_text("half a row")
+    predict_table(predictor, table, tmp_path / name)
+    assert read(tmp_path / name)["line"].tolist() == list(range(1, 31))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_table_is_not_overwritten_by_its_own_predictions(tmp_path, predictor):
+    made_up(3).to_csv(tmp_path / "t.csv", index=False)
+    before = (tmp_path / "t.csv").read_text()
+    with pytest.raises(UsageError, match=r"t\.csv is the table itself, which would be overwritten; name another file"):
+        predict_table(predictor, tmp_path / "t.csv", tmp_path / "." / "t.csv")
+    assert (tmp_path / "t.csv").read_text() == before
 
 
 def test_another_suffix_is_refused_before_anything_is_read(tmp_path, predictor):
@@ -133,7 +150,9 @@ def test_a_missing_text_column_is_named(tmp_path, predictor):
 
 def test_a_missing_column_that_a_model_reads_is_named(tmp_path, predictor):
     made_up(3).drop(columns="ReputationAtPostCreation").to_csv(tmp_path / "t.csv", index=False)
-    with pytest.raises(DataError, match="the model reads column 'reputation', but the table has"):
+    with pytest.raises(
+        DataError, match="the model reads 'reputation', made from ReputationAtPostCreation, which the table lacks"
+    ):
         predict_table(predictor, tmp_path / "t.csv", tmp_path / "p.csv")
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
 
@@ -149,7 +168,7 @@ class InterruptedPredictor:
     """Predicts one chunk and is interrupted in the second."""
 
     def __init__(self, predictor):
-        self.schema, self._predictor, self._chunks = predictor.schema, predictor, 0
+        self.schema, self.made_up, self._predictor, self._chunks = predictor.schema, predictor.made_up, predictor, 0
 
     def predict(self, texts, columns):
         self._chunks += 1
@@ -161,7 +180,7 @@ class InterruptedPredictor:
 @pytest.mark.parametrize("name", ["p.parquet", "p.csv", "p.jsonl"])
 def test_an_interrupted_prediction_leaves_no_file_and_an_older_one_alone(tmp_path, predictor, table, monkeypatch, name):
     read_chunks = tables.read_chunks
-    monkeypatch.setattr("bertforge.data.raw.read_chunks", lambda source: read_chunks(source, 10))
+    monkeypatch.setattr("bertforge.data.raw.read_chunks", lambda source, **named: read_chunks(source, 10))
     with pytest.raises(KeyboardInterrupt):
         predict_table(InterruptedPredictor(predictor), table, tmp_path / name)
     assert list(tmp_path.iterdir()) == []
@@ -174,7 +193,7 @@ def test_an_interrupted_prediction_leaves_no_file_and_an_older_one_alone(tmp_pat
 def test_a_run_without_columns_needs_the_texts_alone(tmp_path, runs):
     made_up(4)[["Title", "BodyMarkdown"]].to_csv(tmp_path / "t.csv", index=False)
     text_only = Predictor.load(runs["full"], "fp32")
-    assert predict_table(text_only, tmp_path / "t.csv", tmp_path / "p.csv") == (4, 0)
+    assert predict_table(text_only, tmp_path / "t.csv", tmp_path / "p.csv") == (4, 0, True)
     one_label = replace(text_only, schema=replace(text_only.schema, text_columns=("Title",)))
-    assert predict_table(one_label, tmp_path / "t.csv", tmp_path / "q.csv") == (4, 0)
+    assert predict_table(one_label, tmp_path / "t.csv", tmp_path / "q.csv") == (4, 0, True)
     assert (tmp_path / "q.csv").read_text() != (tmp_path / "p.csv").read_text()

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from bertforge.data.prepared import PreparedData
 from bertforge.determinism import seed_everything
-from bertforge.errors import ArtifactError, DataError
+from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.evaluation.logits import predict_logits
 from bertforge.inference.predictor import Predictor
 from bertforge.training.finetune import assemble, finetune
@@ -73,6 +73,15 @@ def test_columns_are_asked_for_by_name(runs):
     predictor = Predictor.load(runs["columns"])
     with pytest.raises(DataError, match=r"reads columns beside the text: account_age_days, reputation, .*tags"):
         predictor.predict(["How do I sort a list?"])
+
+
+def test_one_text_and_columns_of_another_length_are_refused(data, runs):
+    predictor = Predictor.load(runs["columns"])
+    columns = PreparedData.open(data).columns(predictor.transform.spec.columns)
+    with pytest.raises(UsageError, match=r"takes a list of texts, not one text; write predict\(\[text\]\)"):
+        predictor.predict("Why?", columns)
+    with pytest.raises(UsageError, match="2 texts, but columns of 160 rows; pass one row a text"):
+        predictor.predict(["Why?", "How?"], columns)
 
 
 # ------------------------------------------------------------------------------------------ golden rows

@@ -87,6 +87,26 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(saved, change, named):
         load_adapter(tiny_bert(), directory)
 
 
+def test_a_model_that_was_refused_an_adapter_is_as_it_was(saved):
+    directory, _ = saved
+    model = tiny_bert()
+    content = (directory / "adapter_model.safetensors").read_bytes()
+    change_weights(directory, lambda tensors: {n: t for n, t in tensors.items() if "classifier" not in n})
+    with pytest.raises(ArtifactError, match="does not fit"):
+        load_adapter(model, directory)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    (directory / "adapter_model.safetensors").write_bytes(content)
+    load_adapter(model, directory)
+
+
+@pytest.mark.parametrize("damage", [lambda config: [], lambda config: config | {"r": "8"}], ids=["list", "string"])
+def test_a_config_with_a_value_of_a_wrong_kind_is_named(saved, damage):
+    path = saved[0] / "adapter_config.json"
+    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+    with pytest.raises(ArtifactError, match=r"adapter_config\.json is damaged \(.*; save the adapter again"):
+        load_adapter(tiny_bert(), saved[0])
+
+
 def test_another_rank_than_the_configs_is_refused(saved):
     directory, _ = saved
     change_config(directory, r=3)

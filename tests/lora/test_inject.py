@@ -13,6 +13,7 @@ from bertforge.lora.inject import inject_lora, merge
 from bertforge.lora.layer import LoraLinear
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.config import BertConfig, TabularConfig
+from bertforge.training.config import load_recipe
 from tests.model.tiny import tiny_bert
 
 BATCH = PaddedBatch(torch.arange(1, 25).view(2, 12), torch.ones(2, 12, dtype=torch.int64))
@@ -149,6 +150,20 @@ def test_merging_is_in_float32_whatever_the_base_holds():
     assert torch.equal(merged, layer.weight.float() + model[0].delta())
 
 
+def test_a_bfloat16_model_is_adapted_and_merged_to_float32():
+    model = inject_lora(tiny_bert().bfloat16(), LoraConfig(target_modules=ALL_LINEARS))
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            nn.init.normal_(module.lora_B.weight, std=0.1)
+    found = model(BATCH)
+    assert found.dtype == torch.bfloat16
+    merged = merge(model)
+    assert {parameter.dtype for parameter in merged.parameters()} == {torch.float32}
+    expected = merged(BATCH)
+    assert (found.float() - expected).abs().max() < 0.05 * expected.abs().max()
+    assert (tiny_bert()(BATCH) - expected).abs().max() > 0.1 * expected.abs().max()
+
+
 def test_a_damaged_adapter_is_not_merged():
     model = adapted_bert()
     with torch.no_grad():
@@ -212,20 +227,23 @@ def test_impossible_settings_are_refused_with_the_value(options, message):
 
 
 VARIANTS = {
-    # The study's table: variant, its differences from bert-base-uncased, its adapter, trainable parameters.
-    "bert-base": ({}, None, 109_483_778),
-    "bert-overflow": ({"vocab_size": 82_000}, None, 149_018_882),
-    "bert-base-tabular": ({"tabular": TabularConfig(numeric=5)}, None, 109_483_788),
-    "lora-r8": ({}, LoraConfig(r=8, lora_alpha=16), 296_450),
-    "lora-r1": ({}, LoraConfig(r=1, lora_alpha=2), 38_402),
-    "lora-r8-last-4": ({}, LoraConfig(r=8, lora_alpha=16, layers_to_transform=(8, 9, 10, 11)), 99_842),
+    # The study's table: variant, its checkpoint's vocabulary, trainable parameters.
+    "bert-base": (30_522, 109_483_778),
+    "bert-overflow": (82_000, 149_018_882),
+    "bert-base-tabular": (30_522, 109_483_788),
+    "lora-r8": (30_522, 296_450),
+    "lora-r1": (30_522, 38_402),
+    "lora-r8-last-4": (30_522, 99_842),
 }
 
 
-@pytest.mark.parametrize(("changes", "lora", "expected"), VARIANTS.values(), ids=VARIANTS.keys())
-def test_the_six_variants_train_as_many_parameters_as_the_study_says(changes, lora, expected):
+@pytest.mark.parametrize(("name", "vocab_size", "expected"), [(name, *row) for name, row in VARIANTS.items()])
+def test_the_six_variants_train_as_many_parameters_as_the_study_says(name, vocab_size, expected):
+    recipe = load_recipe(name)
+    spec = recipe.tabular
+    tabular = spec and TabularConfig(numeric=len(spec.numeric), bins=spec.bins, hidden_size=spec.hidden_size)
     with torch.device("meta"):  # shapes without memory
-        model = BertForSequenceClassification(BertConfig(**changes))
-    if lora:
-        inject_lora(model, lora)
+        model = BertForSequenceClassification(BertConfig(vocab_size=vocab_size, tabular=tabular))
+    if recipe.lora:
+        inject_lora(model, recipe.lora.config(12, ("classifier",)))
     assert trainable(model) == expected

@@ -84,3 +84,18 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": ')
     with pytest.raises(ArtifactError, match=r"config\.json is not JSON"):
         BertConfig.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("[]", "null", '{"num_attention_heads": 0}', '{"hidden_size": "768"}', '{"num_hidden_layers": 2.5}'),
+        *('{"id2label": ["a"]}', '{"id2label": {"a": "b"}}', '{"num_labels": "2"}'),
+        '{"bertforge_tabular": {"bins": 2}}',
+    ],
+)
+def test_a_file_with_a_value_of_a_wrong_kind_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ArtifactError, match=r"config\.json is damaged \(.*; make or download the model again") as error:
+        BertConfig.load(tmp_path)
+    assert "\n" not in str(error.value)

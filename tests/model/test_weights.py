@@ -239,9 +239,36 @@ def test_a_new_head_takes_the_labels_and_columns_asked_for(saved, caplog):
     assert caplog.text == ""  # who names the labels knows that the head is new
 
 
-def test_another_number_of_labels_than_the_stored_heads_is_refused(saved):
-    with pytest.raises(ArtifactError, match=r"classifier\.weight is \[2, 16\], the model needs \[3, 16\]"):
-        load(saved, labels=("a", "b", "c"))
+@pytest.mark.parametrize("labels", [("a", "b"), ("a", "b", "c")], ids=["as many", "another number"])
+def test_other_labels_than_the_stored_heads_get_a_new_head(saved, caplog, labels):
+    stored = load_file(saved / "model.safetensors")["classifier.weight"]
+    model = load(saved, labels=labels)
+    assert model.new_heads == ("classifier",)
+    assert model.classifier.weight.shape == (len(labels), 16)
+    assert not torch.equal(model.classifier.weight[:2], stored)
+    assert f"classifier of {saved} was made for other labels or columns: a new one takes its place" in caplog.text
+
+
+def test_the_stored_heads_own_labels_keep_it(saved, caplog):
+    model = load(saved, labels=tiny_config().labels)
+    assert model.new_heads == ()
+    assert torch.equal(logits(model), logits(tiny_bert()))
+    assert caplog.text == ""
+
+
+def test_other_columns_than_the_stored_heads_get_a_new_head(tmp_path):
+    tiny_bert(tabular=TabularConfig(numeric=2, hidden_size=3)).save_pretrained(tmp_path)
+    model = load(tmp_path, tabular=TabularConfig(numeric=5, hidden_size=4))
+    assert model.new_heads == ("classifier", "tabular")
+    assert model.classifier.weight.shape == (2, 16 + 4)
+
+
+def test_a_new_pooler_is_told_to_one_who_names_the_labels_too(saved, caplog):
+    heads = ("classifier", "bert.pooler")
+    rewrite(saved, lambda tensors: {name: t for name, t in tensors.items() if not name.startswith(heads)})
+    model = load(saved, labels=("a", "b"))
+    assert model.new_heads == ("bert.pooler", "classifier")
+    assert caplog.messages == [f"bert.pooler of {saved} is new and random: fine-tune it before predicting"]
 
 
 def test_a_model_with_adapters_is_not_saved_whole(tmp_path):

@@ -39,6 +39,9 @@ def test_a_recipe_of_ones_own_is_named_after_its_file(tmp_path):
     path.write_text("epochs = \n")
     with pytest.raises(UsageError, match=r"mine\.toml is not TOML"):
         load_recipe(path=path)
+    path.write_bytes(b"epochs = 3 # caf\xe9\n")
+    with pytest.raises(UsageError, match=r"mine\.toml is not UTF-8 text \(.* at byte 16\)"):
+        load_recipe(path=path)
     with pytest.raises(UsageError, match=r"absent\.toml cannot be read \(No such file"):
         load_recipe(path=tmp_path / "absent.toml")
 
@@ -79,7 +82,9 @@ def test_a_setting_may_open_a_section():
         ("lora.target_modules=[1]", r"lora\.target_modules=\[1\] should be tuple"),
         ("lora=5", "lora=5 should be LoraRecipe"),
         ("epochs=0", "epochs=0 must be above 0"),
-        ("lr=nan", "lr=nan must be above 0"),
+        ("lr=nan", "lr=nan is not a finite number"),
+        ("max_grad_norm=inf", "max_grad_norm=inf is not a finite number"),
+        ("lora.lora_alpha=-inf", r"lora\.lora_alpha=-inf is not a finite number"),
         ("head_lr=-1", "head_lr=-1.0 must not be below 0"),
         ("seed=-1", "seed=-1 must not be below 0"),
         ("precision=fp64", "precision='fp64' is not one of auto, fp32, bf16"),

@@ -31,12 +31,13 @@ def groups(recipe, model):
     }
 
 
-def test_heads_may_have_a_rate_of_their_own_and_vectors_do_not_decay():
-    model = tiny_bert(tabular=TabularConfig(numeric=2, hidden_size=3))
+def test_heads_may_have_a_rate_of_their_own_and_biases_do_not_decay():
+    model = tiny_bert(tabular=TabularConfig(numeric=2, bins=3, hidden_size=3))
     found = groups(Recipe(lr=1e-3, head_lr=1e-2, weight_decay=0.1), model)
     assert len(found) == len(list(model.parameters()))
     assert found["classifier.weight"] == found["tabular.mix.0.weight"] == (1e-2, 0.1)
-    assert found["classifier.bias"] == (1e-2, 0)
+    assert found["tabular.numeric.weight"] == (1e-2, 0.1)
+    assert found["classifier.bias"] == found["tabular.numeric.bias"] == (1e-2, 0)
     assert found["bert.pooler.dense.weight"] == (1e-3, 0.1)
     assert found["bert.embeddings.LayerNorm.weight"] == found["bert.pooler.dense.bias"] == (1e-3, 0)
     assert groups(Recipe(lr=1e-3), model)["classifier.weight"][0] == 1e-3

@@ -7,17 +7,18 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.inference.predictor import Predictor
-from bertforge.training import checkpoint
+from bertforge.training import checkpoint, loop
 from bertforge.training import finetune as module
-from bertforge.training.config import load_recipe
+from bertforge.training.config import LoraRecipe, load_recipe
 from bertforge.training.finetune import finetune
-from tests.runs import KINDS, STEPS, WEIGHTS, made_up, prepare_frame, quick_recipe, run_command
+from tests.runs import KINDS, STEPS, WEIGHTS, made_up, make_base, prepare_frame, quick_recipe, run_command
 
 TEMPORARY = {"checkpoint.safetensors", "best.safetensors", "running.json"}
 
@@ -190,15 +191,89 @@ def test_a_stopped_run_goes_on_only_with_its_own_recipe_and_data(tmp_path, data,
         finetune(data, out, recipe, show=crash_after(2))
     with pytest.raises(ArtifactError, match="go on with --resume, or remove it: rm -r"):
         finetune(data, out, recipe)
-    with pytest.raises(ArtifactError, match="was started with another recipe; resume with the same"):
+    with pytest.raises(ArtifactError, match=r"was started with lr 0\.002, not 1\.0; resume with the same"):
         finetune(data, out, replace(recipe, lr=1.0), resume=True)
+    with pytest.raises(ArtifactError, match=r"was started with lora\.r None, not 8; resume with the same"):
+        finetune(data, out, replace(recipe, lora=LoraRecipe()), resume=True)
     other = prepare_frame(made_up(160, seed=2), tmp_path / "other", base)
-    with pytest.raises(ArtifactError, match="was started with another data"):
+    with pytest.raises(ArtifactError, match=r"was started with data [0-9a-z:]+, not "):
         finetune(other, out, recipe, resume=True)
     content = (out / "checkpoint.safetensors").read_bytes()
     (out / "checkpoint.safetensors").write_bytes(content[:1000])
     with pytest.raises(ArtifactError, match="is damaged"):
         finetune(data, out, recipe, resume=True)
+
+
+def test_a_stopped_run_goes_on_only_on_its_own_base_and_kind_of_device(tmp_path, data):
+    base = make_base(tmp_path / "base")
+    out, recipe = tmp_path / "run", quick_recipe(base)
+    with pytest.raises(CrashError):
+        finetune(data, out, recipe, show=crash_after(2))
+    running = out / "running.json"
+    started = json.loads(running.read_text())
+    other = {"cpu": "cuda", "cuda": "cpu"}[started["device"]]
+    running.write_text(json.dumps(started | {"device": other}))
+    with pytest.raises(ArtifactError, match=f"was started with device {other}, not {started['device']}; resume with"):
+        finetune(data, out, recipe, resume=True)
+    running.write_text(json.dumps(started))
+    make_base(base, seed=1)  # another model under the same name
+    with pytest.raises(ArtifactError, match=r"was started with base weights sha256:[0-9a-f]+, not sha256:"):
+        finetune(data, out, recipe, resume=True)
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[:50], lambda text: "[]", lambda text: "{}"])
+def test_a_damaged_note_of_what_runs_is_named(tmp_path, data, base, damage):
+    out, recipe = tmp_path / "run", quick_recipe(base)
+    with pytest.raises(CrashError):
+        finetune(data, out, recipe, show=crash_after(2))
+    running = out / "running.json"
+    running.write_text(damage(running.read_text()))
+    with pytest.raises(ArtifactError, match=r"running\.json is damaged \(.*\); start the run anew: rm -r"):
+        finetune(data, out, recipe, resume=True)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:1000])])
+def test_damaged_best_weights_are_told_before_training_goes_on(tmp_path, data, base, damage):
+    out, recipe, steps = tmp_path / "run", quick_recipe(base), []
+    with pytest.raises(CrashError):
+        finetune(data, out, recipe, show=crash_after(STEPS + 1))
+    damage(out / "best.safetensors")
+    with pytest.raises(ArtifactError, match=r"best\.safetensors is missing or damaged \(.*start the run anew") as error:
+        finetune(data, out, recipe, resume=True, show=lambda progress, sequences, loss: steps.append(progress.step))
+    assert "\n" not in str(error.value)
+    assert steps == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_in_validation_stops_after_it(tmp_path, data, base, uninterrupted, monkeypatch, number):
+    out, recipe, steps = tmp_path / "run", dropping_out(base, "lora", checkpoint_seconds=3600), []
+    predict_logits = loop.predict_logits
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), number)
+        return predict_logits(*arguments)
+
+    def show(progress, sequences, loss):
+        steps.append(progress.step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "predict_logits", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(data, out, recipe, show=show)
+    finetune(data, out, recipe, resume=True, show=show)
+    assert steps == list(range(1, 2 * STEPS + 1)), "the epoch that was validated is not trained again"
+    assert outcome(out, "lora") == uninterrupted["lora"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_interrupt_is_raised_at_once(tmp_path, data, base, number):
+    def interrupt_twice(progress, sequences, loss):
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+        pytest.fail("the second one was swallowed")
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(data, tmp_path / "run", quick_recipe(base), show=interrupt_twice)
 
 
 def test_a_resumed_run_keeps_the_precision_that_auto_chose(tmp_path, data, base, monkeypatch):
@@ -224,8 +299,18 @@ def test_a_resumed_run_keeps_the_precision_that_auto_chose(tmp_path, data, base,
         ({"lora": {"target_modules": ["wings"]}}, UsageError, "'wings' matches no linear layer; it could be"),
         ({"lora": {"last_layers": 3}}, UsageError, "last_layers=3, but the model has 2 layers"),
         ({"tabular": {"numeric": ["mood"]}}, DataError, "no column mood in"),
+        (
+            {"tabular": {"categorical": ["OpenStatus"], "hidden_size": 4}},
+            UsageError,
+            "names OpenStatus, which gives the label away",
+        ),
+        (
+            {"tabular": {"multi": "PostClosedDate", "hidden_size": 4}},
+            UsageError,
+            "names PostClosedDate, which gives the label away",
+        ),
         ({"tokens_per_step": 20}, UsageError, "raise tokens_per_step to 48"),
-        ({"tabular": {"numeric": ["first_tag"]}}, DataError, "column 'first_tag' holds no number"),
+        ({"tabular": {"numeric": ["first_tag"]}}, DataError, "column 'first_tag' are no numbers"),
     ],
 )
 def test_settings_that_cannot_work_leave_no_folder_behind(tmp_path, data, base, changes, error, said):

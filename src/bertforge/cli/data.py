@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -65,13 +67,16 @@ def prepare(
         date_column=date_column or None,
         seed=seed,
     )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does, so that nothing half-made stays
     tokenizer = Tokenizer.load(resolve(model))
     data = run(table, out, tokenizer, options)
     console = Console(highlight=False, soft_wrap=True, markup=False)
     _print_summary(console, data, data.tokens(tokenizer).lengths)
-    chosen = "" if model == "minilm" else f" --model {model}"
+    train = ["bertforge", "train", "--data", str(out), "--out", "run", "--model", model]
+    if "random" not in data.manifest["splits"]:  # which train takes unless told otherwise
+        train += ["--set", "split=time"]
     done = f"{out} held this table prepared already: nothing to do" if data.reused else f"wrote {out}"
-    console.print(f"\n{done}\nnext: bertforge train --data {out} --out run{chosen}")
+    console.print(f"\n{done}\nnext: {shlex.join(train)}")
 
 
 def _names(joined: str) -> list[str]:
@@ -81,7 +86,9 @@ def _names(joined: str) -> list[str]:
 def _print_summary(console: Console, data: PreparedData, lengths: NDArray[np.int64]) -> None:
     import numpy as np
 
+    from bertforge.data.clean import UNPARSABLE_DATE
     from bertforge.data.prepared import SET_ASIDE_FILE
+    from bertforge.data.rows import DATE_FORMATS
     from bertforge.data.tokens import MAX_TOKENS
 
     facts = data.manifest
@@ -94,6 +101,8 @@ def _print_summary(console: Console, data: PreparedData, lengths: NDArray[np.int
     for reason, seen in sorted(facts["set_aside"].items(), key=lambda item: -item[1]["rows"]):
         more = ", ..." if seen["rows"] > len(seen["lines"]) else ""
         console.print(f"  {seen['rows']:,} {reason}: line {', '.join(map(str, seen['lines']))}{more}")
+    if any(reason.startswith(UNPARSABLE_DATE) for reason in facts["set_aside"]):
+        console.print(f"dates are read as {DATE_FORMATS}")
     shares = [f"{name} {count:,} ({count / facts['rows']:.1%})" for name, count in facts["label_counts"].items()]
     shown = ", ".join(shares[:8]) + (f", and {len(shares) - 8} more" if len(shares) > 8 else "")
     console.print(f"labels: {shown}")

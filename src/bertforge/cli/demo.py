@@ -9,25 +9,24 @@ import typer
 from rich.console import Console
 
 ROWS = 5000
+MARKER = ".bertforge-demo"  # what a folder holds that an earlier demo made
+_FOLDERS, _FILES = ("data", "run", "model"), ("questions.csv", "report.html", "new-questions.csv", "predictions.csv")
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder to write everything into; a demo before is replaced.")] = Path(
-        "demo-run"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder to write everything into; an earlier demo in it is replaced.")
+    ] = Path("demo-run"),
 ) -> None:
     """Run the main job: make up questions, prepare, fine-tune with LoRA, evaluate, merge, predict, report.
 
     Takes a few minutes on two CPU cores and needs no download: the model comes with the `demo` extra, and the
     questions are made up, so the figures say how bertforge works and nothing about Stack Overflow.
     """
-    import shutil
-
     from bertforge.cli.train import print_result, run
     from bertforge.data.prepare import prepare
     from bertforge.data.sample import sample_rows, write_sample
     from bertforge.data.tokens import Tokenizer
-    from bertforge.errors import ArtifactError
     from bertforge.evaluation.report import metrics_markdown
     from bertforge.inference.evaluate import evaluate_run
     from bertforge.inference.merge import merge_run
@@ -37,17 +36,14 @@ def demo(
     from bertforge.training.config import load_recipe
 
     console = Console(highlight=False)
-    marker = out / "questions.csv"
-    if out.exists() and any(out.iterdir()) and not marker.is_file():
-        raise ArtifactError(f"{out} holds something that is no demo; name another folder with --out")
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    _start_afresh(out)
+    table = out / "questions.csv"
 
     console.rule(f"1 of 6: {ROWS:,} made-up questions")
-    write_sample(marker, sample_rows(ROWS, seed=42))
-    console.print(f"wrote {marker}")
+    write_sample(table, sample_rows(ROWS, seed=42))
+    console.print(f"wrote {table}")
     console.rule("2 of 6: check, split and tokenize")
-    prepared = prepare(marker, out / "data", Tokenizer.load(resolve("minilm")))
+    prepared = prepare(table, out / "data", Tokenizer.load(resolve("minilm")))
     console.print(f"wrote {out / 'data'}: {len(prepared):,} rows")
     console.rule("3 of 6: fine-tune MiniLM with LoRA")
     recipe = load_recipe("lora-r8-all").with_settings(["model=minilm", "epochs=2", "tokens_per_step=2048"])
@@ -64,11 +60,29 @@ def demo(
     questions = out / "new-questions.csv"
     write_sample(questions, sample_rows(20, seed=7))
     predictions = out / "predictions.csv"
-    rows, _ = predict_table(Predictor.load(out / "model"), questions, predictions)
-    console.print(f"wrote {predictions}: {rows} rows")
+    done = predict_table(Predictor.load(out / "model"), questions, predictions)
+    console.print(f"wrote {predictions}: {done.rows} rows")
     console.rule()
     console.print(f"the report: {report}")
     console.print("next, with a table of your own:")
     console.print("  bertforge prepare TABLE.csv --out data --text-columns subject,message --label-column folder")
     console.print("  bertforge train --data data --out runs/first --variant lora-r8 --model minilm")
     console.print("  bertforge evaluate runs/first --data data")
+
+
+def _start_afresh(out: Path) -> None:
+    """Makes `out`, or removes from it what an earlier demo made, and nothing else; raises ArtifactError for others."""
+    import shutil
+
+    from bertforge.errors import ArtifactError
+
+    if out.exists() and not out.is_dir():
+        raise ArtifactError(f"{out} is a file; name a folder with --out")
+    if out.exists() and any(out.iterdir()) and not (out / MARKER).is_file():
+        raise ArtifactError(f"{out} holds something that is no demo; name another folder with --out")
+    for name in _FOLDERS:
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in _FILES:
+        (out / name).unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARKER).touch()

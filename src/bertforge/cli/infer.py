@@ -8,13 +8,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+_MADE_UP = "made-up data: rows scored or learnt from come from `bertforge sample-data` and say nothing about the world"
+
 RunFolder = Annotated[Path, typer.Argument(help="Folder made by `bertforge train` or `bertforge merge`.")]
 
 
 def evaluate(
     run: RunFolder,
     data: Annotated[Path, typer.Option(help="Folder made by `bertforge prepare`, or a raw table with labels.")],
-    split: Annotated[str, typer.Option(help="Part of the prepared data: train, validation or test.")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="Part of the prepared data: train, validation or test.", show_default="test")
+    ] = None,
     against: Annotated[
         Path | None, typer.Option(help="Another run, compared on the same rows by a paired test.")
     ] = None,
@@ -34,14 +38,19 @@ def evaluate(
 
         bertforge evaluate runs/first --data data --against runs/second
     """
-    from bertforge.artifact import write_json
+    from bertforge.artifact import MANIFEST, check_output, write_json
     from bertforge.errors import MachineError
     from bertforge.evaluation.report import metrics_markdown
     from bertforge.inference.evaluate import evaluate_run
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
+    for path in (report, json_file):
+        if path:
+            check_output(path)
     found = evaluate_run(run, data, split, against)
     console.print(f"{run} on {found.scored.source}: {len(found.scored.labels):,} rows")
+    if found.scored.made_up:
+        console.print(_MADE_UP)
     if found.scored.left_out:
         console.print(f"left out: {found.scored.left_out:,} rows without a usable text and label")
     console.print(metrics_markdown(found.metrics))
@@ -49,9 +58,9 @@ def evaluate(
         console.print(found.comparison.verdict)
     if json_file:
         console.print(f"wrote {write_json(json_file, found.to_dict())}")
-    path = report or run / f"report-{split if (data / 'bertforge.json').is_file() else data.stem}.html"
+    scored = split or "test" if (data / MANIFEST).is_file() else f"table-{data.stem}"
     try:
-        console.print(f"wrote {found.write_report(path)}")
+        console.print(f"wrote {found.write_report(report or run / f'report-{scored}.html')}")
     except MachineError as error:
         if report:
             raise
@@ -74,11 +83,13 @@ def predict(
     from bertforge.inference.predict import predict_table
     from bertforge.inference.predictor import Predictor
 
-    rows, unlabelled = predict_table(Predictor.load(run), table, out)
+    done = predict_table(Predictor.load(run), table, out)
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    if unlabelled:
-        console.print(f"{unlabelled:,} rows have no readable text and so no label; see their column `problem`")
-    console.print(f"wrote {out}: {rows:,} rows")
+    if done.made_up:
+        console.print(_MADE_UP)
+    if done.unlabelled:
+        console.print(f"{done.unlabelled:,} rows have no readable text and so no label; see their column `problem`")
+    console.print(f"wrote {out}: {done.rows:,} rows")
 
 
 def merge(

@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from bertforge import __version__
 from bertforge.cli import data, demo, doctor, infer, sample, train
-from bertforge.errors import BertforgeError
+from bertforge.errors import ArtifactError, BertforgeError, MachineError
 
 
 class _Commands(TyperGroup):
@@ -38,7 +38,20 @@ class _Commands(TyperGroup):
             raise typer.Exit(error.exit_code) from None
         except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):  # the last: `bertforge ... | head`
             raise
+        except OSError as error:
+            if debug:
+                raise
+            path = error.filename2 or error.filename
+            reason = error.strerror or str(error)
+            stderr.print(f"[bold red]error:[/] {escape(f'{path}: {reason}' if path else reason)}")
+            raise typer.Exit(ArtifactError.exit_code) from None
         except Exception as error:
+            if not debug and type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for its name
+                stderr.print(
+                    "[bold red]error:[/] the GPU's memory is full; end what else uses it, or train with a lower "
+                    "tokens_per_step: --set tokens_per_step=2048"
+                )
+                raise typer.Exit(MachineError.exit_code) from None
             if debug or type(error).__module__.startswith(("click", "typer")):  # a usage error: typer prints it itself
                 raise
             stderr.print(

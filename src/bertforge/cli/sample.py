@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -28,5 +29,5 @@ def sample_data(
     console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(
         f"wrote {out}: {rows:,} made-up questions, seed {seed} (PostId from {MADE_UP_FIRST_POST_ID} marks them)\n"
-        f"next: bertforge prepare {out} --out data"
+        f"next: {shlex.join(['bertforge', 'prepare', str(out), '--out', 'data'])}"
     )

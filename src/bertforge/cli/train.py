@@ -74,7 +74,7 @@ def train(
 
 def run(data: Path, out: Path, recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
     """Trains with a progress bar; an interrupt says how to go on."""
-    from bertforge.training.finetune import finetune
+    from bertforge.training.finetune import RUNNING, finetune
 
     console = Console(highlight=False, stderr=True, soft_wrap=True, markup=False)
     bar = Progress(
@@ -109,7 +109,8 @@ def run(data: Path, out: Path, recipe: Recipe, *, resume: bool = False) -> dict[
         return finetune(data, out, recipe, resume=resume, started=started, show=show)
     except KeyboardInterrupt:
         bar.stop()
-        console.print(f"stopped at a checkpoint in {out}; the same command with --resume goes on")
+        if (out / RUNNING).is_file():
+            console.print(f"stopped at a checkpoint in {out}; the same command with --resume goes on")
         raise
     finally:
         bar.stop()
@@ -126,7 +127,8 @@ def print_result(console: Console, manifest: dict[str, Any], out: Path) -> None:
                 f"validation loss {point['epoch/validation_loss']:.4f}, "
                 f"accuracy {point['epoch/validation_accuracy']:.2%}{best}"
             )
+    curves = [str(path) for path in (out / "metrics.jsonl", out / "tensorboard") if path.exists()]
     console.print(
         f"wrote {out} ({metrics['seconds']:.0f} s, {metrics['questions_per_s']:,.0f} questions/s; "
-        f"curves in {out / 'metrics.jsonl'} and {out / 'tensorboard'})"
+        f"curves in {' and '.join(curves)})"
     )

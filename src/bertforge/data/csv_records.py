@@ -5,7 +5,7 @@ without its closing one swallows line after line until some later quote ends the
 hand are remembered. When the record turns out broken, or has a wrong number of fields, only its first line is set
 aside and the others are given back, to be parsed as records of their own.
 
-A field longer than `csv.field_size_limit()` (131,072 characters) counts as broken, which bounds what is read again.
+A field longer than `_LONGEST_FIELD` is set aside too, which bounds what is read again after an unclosed quote.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import IO
 from bertforge.errors import DataError
 
 _BLANK, _UNPAIRED = "blank line", "broken quoting: unpaired quote"
+_LONGEST_FIELD = 4 << 20  # characters; Python's own limit of 131,072 is less than a long document
+_TOO_LONG = f"field of more than {_LONGEST_FIELD:,} characters: shorten it, or close its quote"
 _LONGEST = 10_000  # lines of one set-aside record, so that a file that is no CSV at all does not become one record
 
 
@@ -66,6 +68,7 @@ class CsvRecords:
     """
 
     def __init__(self, stream: IO[bytes], name: str) -> None:
+        csv.field_size_limit(_LONGEST_FIELD)
         self._lines = _Lines(stream)
         self._reader = csv.reader(self._lines, strict=True)
         try:
@@ -110,7 +113,7 @@ class CsvRecords:
             except StopIteration:
                 return
             except csv.Error as error:
-                problem = f"broken quoting: {error}"
+                problem = _TOO_LONG if str(error).startswith("field larger") else f"broken quoting: {error}"
             spanned = len(lines.taken)
             # The tail of a torn record can look like a row, say `end of text",x,y`, but not with its quotes in pairs.
             if searching and not problem and sum(taken.count('"') for taken in lines.taken) % 2:

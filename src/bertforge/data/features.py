@@ -10,7 +10,7 @@ The first five are the study's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,6 @@ import pyarrow.compute as pc
 
 from bertforge.data.rows import Floats, Rows
 from bertforge.data.schema import OWNER_DATE, STACK_OVERFLOW, TAGS, Schema
-from bertforge.errors import DataError
 
 SITE_START = np.datetime64("2008-07-31", "s")  # the first question of Stack Overflow
 _POSTED = "PostCreationDate"
@@ -48,6 +47,11 @@ def feature(*sources: str) -> Callable[[Callable[[Rows], Floats | pa.Array]], Ca
     return register
 
 
+def named_as_derived(columns: Iterable[str], schema: Schema) -> list[str]:
+    """Columns of a table that have the name of a derived one: `prepare` refuses them, `predict` leaves them out."""
+    return [name for name in columns if name in FEATURES] if schema.kind == STACK_OVERFLOW else []
+
+
 def derive(rows: Rows, schema: Schema) -> pa.Table:
     """The derived columns whose sources are in the table: float64 and strings, null where missing.
 
@@ -56,9 +60,6 @@ def derive(rows: Rows, schema: Schema) -> pa.Table:
     if schema.kind != STACK_OVERFLOW:
         return pa.table({})
     present = set(rows.names)
-    clash = sorted(present & FEATURES.keys())
-    if clash:
-        raise DataError(f"column {clash[0]} of the table has the name of a column that bertforge derives; rename it")
     columns: dict[str, pa.Array] = {}
     for name, derived in FEATURES.items():
         if present.issuperset(derived.sources):

@@ -10,8 +10,11 @@ bytes and the options: preparing the same thing again returns at once, and anoth
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +28,7 @@ from bertforge.artifact import MANIFEST, fresh_directory, hash_file, read_manife
 from bertforge.data.features import FEATURES
 from bertforge.data.prepared import SPLITS, PreparedData, tokens_key
 from bertforge.data.row_writer import KeptRows, RowWriter
-from bertforge.data.schema import choose_schema
+from bertforge.data.schema import QUESTIONS, choose_schema
 from bertforge.data.splits import PARTS, Groups, split_at_random, split_by_time
 from bertforge.data.streaming import ahead, progress
 from bertforge.data.tables import Chunk, read_chunks
@@ -62,7 +65,9 @@ def prepare(table: Path, out: Path, tokenizer: Tokenizer, options: PrepareOption
     Raises DataError (the table), UsageError (the options) or ArtifactError (`out` holds something else).
     """
     options = options or PrepareOptions()
-    chunks = read_chunks(table)  # refuses a missing or unknown file before anything is hashed
+    named = [*options.text_columns, *filter(None, (options.label_column, options.date_column))]
+    # Refuses a missing or unknown file before anything is hashed.
+    chunks = read_chunks(table, named=named or QUESTIONS.required_columns)
     source_hash = hash_file(table)
     settled = json.dumps([FORMAT_VERSION, list(FEATURES), source_hash, asdict(options)], sort_keys=True)
     fingerprint = "sha256:" + hashlib.sha256(settled.encode()).hexdigest()
@@ -78,7 +83,27 @@ def prepare(table: Path, out: Path, tokenizer: Tokenizer, options: PrepareOption
         write_manifest(
             folder, "data", fingerprint=fingerprint, source=source, options=asdict(options), **facts, files=files
         )
+    _remove_abandoned(out)
     return PreparedData.open(out)
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Removes what processes that were killed had made of `out`: `.NAME.PID.partial` beside it."""
+    out = out.resolve()
+    for path in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
+        pid = path.name.removeprefix(f".{out.name}.").removesuffix(".partial")
+        if pid.isdecimal() and not _runs(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
 
 
 def _core_files(folder: Path) -> list[Path]:
@@ -116,7 +141,8 @@ def _write_splits(folder: Path, rows: KeptRows, splits: Iterable[str], seed: int
         counts[name] = dict(zip(PARTS, np.bincount(part, minlength=3).tolist(), strict=True))
         if min(counts[name].values()) == 0:
             raise DataError(
-                f"{len(part)} good rows are too few for a {name} split into {', '.join(PARTS)}: got {counts[name]}"
+                f"{len(part)} good rows are too few for a {name} split into {', '.join(PARTS)}: got {counts[name]}; "
+                "10 different texts are needed, and 3 of a label before any of it is held out at random"
             )
         np.save(folder / "splits" / f"{name}.npy", part)
     duplicates = {"rows": len(rows.labels) - len(groups.size), "conflicting_texts": groups.count_conflicts(rows.labels)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from bertforge.data.clean import find_problems
-from bertforge.data.features import derive
+from bertforge.data.features import derive, named_as_derived
 from bertforge.data.prepared import join_texts
 from bertforge.data.rows import Rows
 from bertforge.data.schema import Schema, require_columns
@@ -24,14 +24,14 @@ class RawRows:
     """Consecutive rows of a raw table, nothing dropped."""
 
     frame: pd.DataFrame
-    """Source columns as strings, then the derived columns whose sources the table has; a row that could not be read
-    (broken quoting, wrong encoding) is all "" here."""
+    """Source columns as strings, then the derived columns whose sources the table has, which take the place of source
+    columns of their names; a row that could not be read (broken quoting, wrong encoding) is all "" here."""
     texts: list[str]
     """What the tokenizer reads."""
     labels: NDArray[np.int64] | None
     """[rows] index into the schema's label names, -1 where there is none or an unknown one; None when not asked for."""
     problems: list[str]
-    """[rows] why `prepare` would set the row aside; "" for a good row."""
+    """[rows] why `prepare` would set the row aside, or which of the `numbers` is none; "" for a good row."""
     dates: NDArray[np.datetime64] | None
     """[rows] of the schema's date column, NaT where it can't be read; None when there is no such column."""
     lines: NDArray[np.int64]
@@ -40,20 +40,22 @@ class RawRows:
     """Share of the source read so far."""
 
 
-def read_raw(table: Path | pd.DataFrame, schema: Schema, *, require_labels: bool) -> Iterator[RawRows]:
-    """Yields the whole table in order, in chunks.
+def read_raw(
+    table: Path | pd.DataFrame, schema: Schema, *, require_labels: bool, numbers: Sequence[str] = ()
+) -> Iterator[RawRows]:
+    """Yields the whole table in order, in chunks; `numbers` are the columns that a model reads as numbers.
 
     Raises DataError when a text column is missing, or the label column with `require_labels`. Other columns may be
     missing: the derived columns that need them are then not in `frame`.
     """
-    for number, chunk in enumerate(read_chunks(table)):
+    for number, chunk in enumerate(read_chunks(table, named=schema.required_columns)):
         if number == 0:
             labels = (schema.label_column,) if require_labels else ()
             require_columns((*schema.text_columns, *labels), chunk.table.column_names, "the model needs")
-        yield _with_problems(chunk, schema, require_labels)
+        yield _with_problems(chunk, schema, require_labels, numbers)
 
 
-def _with_problems(chunk: Chunk, schema: Schema, require_labels: bool) -> RawRows:
+def _with_problems(chunk: Chunk, schema: Schema, require_labels: bool, numbers: Sequence[str]) -> RawRows:
     lines = np.concatenate([chunk.line, np.array([bad.line for bad in chunk.bad], dtype=np.int64)])
     order = np.argsort(lines, kind="stable")
     unreadable = np.array([""] * len(chunk.line) + [bad.reason for bad in chunk.bad], dtype=object)[order]
@@ -63,9 +65,11 @@ def _with_problems(chunk: Chunk, schema: Schema, require_labels: bool) -> RawRow
         blanks = pa.table([blank] * table.num_columns, names=table.column_names)
         table = pa.concat_tables([table, blanks]).take(order).combine_chunks()
     rows = Rows(table)
-    problems = np.where(unreadable != "", unreadable, find_problems(rows, schema, labelled=require_labels))
+    found = find_problems(rows, schema, labelled=require_labels, numbers=numbers)
+    problems = np.where(unreadable != "", unreadable, found)
     derived = derive(rows, schema)
-    joined = pa.table([*table.columns, *derived.columns], names=[*table.column_names, *derived.column_names])
+    source = table.drop_columns(named_as_derived(table.column_names, schema))
+    joined = pa.table([*source.columns, *derived.columns], names=[*source.column_names, *derived.column_names])
     return RawRows(
         frame=joined.to_pandas(),
         texts=join_texts(table, schema),

@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from bertforge.data.clean import find_problems
-from bertforge.data.features import derive
+from bertforge.data.clean import UNPARSABLE_DATE, find_problems
+from bertforge.data.features import derive, named_as_derived
 from bertforge.data.prepared import SET_ASIDE_FILE, TABLE_FILE, join_texts
-from bertforge.data.rows import Rows
+from bertforge.data.rows import DATE_FORMATS, Rows
 from bertforge.data.sample import is_made_up
 from bertforge.data.schema import MAX_LABELS, QUESTIONS, Schema, sort_labels
 from bertforge.data.splits import hash_texts
@@ -53,8 +53,13 @@ class RowWriter:
         self._dates: list[NDArray[np.datetime64]] = []
 
     def take(self, chunk: Chunk) -> list[str]:
-        """Writes a chunk and returns the texts of its good rows."""
+        """Writes a chunk and returns the texts of its good rows.
+
+        Raises DataError when a column of the table has the name of a derived one.
+        """
         rows = Rows(chunk.table)
+        if clash := named_as_derived(rows.names, self.schema):
+            raise DataError(f"bertforge derives columns of the names {', '.join(clash)}; rename those of the table")
         problems = find_problems(rows, self.schema, labelled=True)
         good = problems == ""
         keep = pa.array(good)
@@ -158,9 +163,12 @@ class RowWriter:
             )
 
     def _describe_reasons(self) -> str:
-        return "; ".join(
+        described = [
             f"{reason}: {seen['rows']} rows, first line {seen['lines'][0]}" for reason, seen in self._reasons.items()
-        )
+        ]
+        if any(reason.startswith(UNPARSABLE_DATE) for reason in self._reasons):
+            described.append(f"dates are read as {DATE_FORMATS}")
+        return "; ".join(described)
 
 
 def _problem_rows(chunk: Chunk, problems: NDArray[np.object_]) -> list[BadRow]:

@@ -6,6 +6,7 @@ label columns. The schema is saved in `bertforge.json`, so a run knows what it m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -117,6 +118,8 @@ def require_columns(needed: Iterable[str], found: Sequence[str], why: str, hint:
     """Raises DataError naming what is missing and what is there."""
     missing = [column for column in needed if column not in found]
     if missing:
+        if len(found) == 1 and (separator := next((s for s in ";\t" if s in found[0]), None)):
+            hint = f"; columns are separated by commas, not by {separator!r}: convert the table"
         plural = "columns" if len(missing) > 1 else "column"
         raise DataError(f"missing {plural} {', '.join(missing)} ({why} it); columns found: {', '.join(found)}{hint}")
 
@@ -124,6 +127,6 @@ def require_columns(needed: Iterable[str], found: Sequence[str], why: str, hint:
 def sort_labels(values: Iterable[str]) -> tuple[str, ...]:
     """Label names in order: by value when all are whole numbers, else alphabetically."""
     names = list(values)
-    if all(name.lstrip("-").isdecimal() for name in names):
+    if all(re.fullmatch(r"-?\d+", name) for name in names):
         return tuple(sorted(names, key=int))
     return tuple(sorted(names))

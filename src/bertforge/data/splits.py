@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 PARTS = ("train", "validation", "test")
 _SHARES = (0.8, 0.9)  # where validation and test begin
+_SMALL = 8  # texts of a label below which rounding could leave a part without a tenth
 
 Ints = NDArray[np.int64]
 
@@ -53,13 +54,24 @@ class Groups:
 
 
 def split_at_random(groups: Groups, labels: Ints, seed: int) -> NDArray[np.int8]:
-    """80/10/10 within every label; a group counts under the label of its first row."""
+    """80/10/10 within every label; a group counts under the label of its first row.
+
+    A label of fewer than `_SMALL` groups has no whole tenth to give. Such labels stand in one line, of which every ten
+    give one to validation and one to test; a label of one or two groups only trains.
+    """
     label = labels[groups.first_row]  # [groups]
     shuffled = np.random.default_rng(seed).permutation(len(label))
-    part = np.empty(len(label), dtype=np.int8)
+    part = np.zeros(len(label), dtype=np.int8)
+    line: list[Ints] = []
     for value in np.unique(label):
         members = shuffled[label[shuffled] == value]
-        part[members] = _cut(groups.size[members])
+        if len(members) >= _SMALL:
+            part[members] = _cut(groups.size[members])
+        elif len(members) > 2:  # two neighbours are held out, so each label keeps a group that trains
+            line.append(members)
+    if line:
+        in_line = np.concatenate(line)
+        part[in_line[3::10]], part[in_line[4::10]] = 1, 2
     return part[groups.of_row]
 
 

@@ -12,10 +12,13 @@ them runs in C++ without the interpreter lock, beside the tokenizer.
 from __future__ import annotations
 
 import json
+import logging
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -29,6 +32,8 @@ from numpy.typing import NDArray
 
 from bertforge.data.csv_records import CsvRecords
 from bertforge.errors import DataError
+
+log = logging.getLogger(__name__)
 
 CHUNK_ROWS = 8192
 STRING = pa.large_string()  # 64-bit offsets: a chunk of long documents may pass 2 GiB
@@ -58,9 +63,12 @@ class Chunk:
     """Share of the source read so far, 0 to 1, for progress bars."""
 
 
-def read_chunks(source: Path | pd.DataFrame, chunk_rows: int = CHUNK_ROWS) -> Iterator[Chunk]:
+def read_chunks(
+    source: Path | pd.DataFrame, chunk_rows: int = CHUNK_ROWS, *, named: Sequence[str] = ()
+) -> Iterator[Chunk]:
     """Yields the rows of `source` in order, at least one chunk (empty when there is only a header).
 
+    A Parquet column of bytes (images, say) counts as absent unless it is among the `named`, which hold text.
     Raises DataError, before the first chunk, when the source is missing, empty, of unknown format or damaged.
     """
     if isinstance(source, pd.DataFrame):
@@ -69,7 +77,9 @@ def read_chunks(source: Path | pd.DataFrame, chunk_rows: int = CHUNK_ROWS) -> It
         raise DataError(f"{source} is a folder; name the table file in it ({FORMATS})")
     if not source.is_file():
         raise DataError(f"{source} does not exist; name a table ({FORMATS})")
-    readers = {".csv": _csv, ".zip": _zipped_csv, ".parquet": _parquet, ".pq": _parquet}
+    parquet = partial(_parquet, named=named)
+    readers: dict[str, Callable[[Path, int], Iterator[Chunk]]]
+    readers = {".csv": _csv, ".zip": _zipped_csv, ".parquet": parquet, ".pq": parquet}
     readers |= dict.fromkeys((".jsonl", ".ndjson", ".json"), _json_lines)
     reader = readers.get(source.suffix.lower())
     if reader is None:
@@ -152,9 +162,10 @@ def _is_utf8(row: list[str]) -> bool:
 
 
 def _json_lines(path: Path, chunk_rows: int) -> Iterator[Chunk]:
-    """The columns are the keys met in the first chunk; a later row with another key is set aside, not cut."""
+    """The columns are the keys met in the first chunk; what a later row has under another key is left out, and said."""
     size = path.stat().st_size
     columns: list[str] = []
+    late: Counter[str] = Counter()  # rows with a key that is no column
     with path.open("rb") as file:
         if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
             raise DataError(f"{path} is one JSON array, not one object per line; convert it: jq -c '.[]' {path}")
@@ -168,18 +179,22 @@ def _json_lines(path: Path, chunk_rows: int) -> Iterator[Chunk]:
                     raise DataError(
                         f"{path} holds no JSON object in its first {len(group)} lines; one per line is needed"
                     )
+                if broken := [column for column in columns if not _is_utf8([column])]:
+                    raise DataError(f"{path} has a key that is no text (a lone surrogate): {broken[0]!a}; rename it")
             rows: list[list[str]] = []
             lines: list[int] = []
             bad: list[BadRow] = []
             known = set(columns)
             for line, raw, row in parsed:
-                if isinstance(row, dict) and row.keys() <= known:
-                    rows.append([_json_value(row.get(column)) for column in columns])
-                    lines.append(line)
-                else:
-                    reason = row if isinstance(row, str) else "unexpected column " + min(row.keys() - known)
-                    bad.append(BadRow(line, reason, raw.decode(errors="surrogateescape").rstrip("\r\n")))
+                if isinstance(row, str):
+                    bad.append(BadRow(line, row, raw.decode(errors="surrogateescape").rstrip("\r\n")))
+                    continue
+                late.update(row.keys() - known)
+                rows.append([_json_value(row.get(column)) for column in columns])
+                lines.append(line)
             yield _chunk(columns, rows, lines, bad, min(1.0, file.tell() / size))
+    for key, count in sorted(late.items()):
+        log.warning("%s: key %a of %d rows is left out: it is not in the first %d lines", path, key, count, chunk_rows)
 
 
 def _json_object(raw: bytes) -> dict[str, Any] | str:
@@ -204,12 +219,16 @@ def _json_value(value: Any) -> str:
 # ------------------------------------------------------------------------------------ Parquet and frames
 
 
-def _parquet(path: Path, chunk_rows: int) -> Iterator[Chunk]:
+def _parquet(path: Path, chunk_rows: int, *, named: Sequence[str]) -> Iterator[Chunk]:
     try:
         # A small read buffer and no pre-buffering: a row group of a million rows is then never held whole.
         with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
             total = max(1, file.metadata.num_rows)
-            for chunk in _numbered(file.iter_batches(batch_size=chunk_rows), file.schema_arrow):
+            names = file.schema_arrow.names
+            if repeated := sorted({name for name in names if names.count(name) > 1}):
+                raise DataError(f"{path} has two columns of one name: {', '.join(repeated)}; rename one")
+            schema = pa.schema([f for f in file.schema_arrow if f.name in named or not _is_bytes(f.type)])
+            for chunk in _numbered(file.iter_batches(chunk_rows, columns=schema.names), schema):
                 yield replace(chunk, done=chunk.line[-1] / total if len(chunk.line) else 1.0)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a readable Parquet file ({str(error).splitlines()[0]})") from error
@@ -270,6 +289,10 @@ def _strings(column: pa.Array) -> pa.Array:
     else:
         column = column.cast(STRING)
     return pc.fill_null(column, "")
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -8,6 +8,7 @@ The fitted transform is saved as JSON with the model, so prediction prepares col
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any, Self
@@ -15,7 +16,11 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 
+from bertforge.data.features import FEATURES
+from bertforge.data.schema import QUESTIONS
 from bertforge.errors import DataError, UsageError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,12 +90,14 @@ class TabularTransform:
 
     @classmethod
     def fit(cls, train: pd.DataFrame, spec: TabularSpec) -> Self:
-        """Learns from the train rows; raises DataError for a column without a single number."""
+        """Learns from the train rows.
+
+        Raises DataError for a numeric column that is empty or mostly holds something else; where it is the lesser part
+        that can't be read, a warning is logged and it counts as missing.
+        """
         raw = [_numbers(train[name], log=name in spec.log) for name in spec.numeric]
         for name, values in zip(spec.numeric, raw, strict=True):
-            if np.isnan(values).all():
-                example = train[name].iloc[0] if len(train) else "nothing"
-                raise DataError(f"column {name!r} holds no number, but {example!r}; declare it under categorical")
+            _check_numbers(train[name], values)
         mean = [float(np.nanmean(values)) for values in raw]
         std = [float(np.nanstd(values)) or 1.0 for values in raw]  # a constant column becomes all zeros
         indicators = tuple(n for n, values in zip(spec.numeric, raw, strict=True) if np.isnan(values).any())
@@ -116,7 +123,7 @@ class TabularTransform:
     def __call__(self, frame: pd.DataFrame) -> TabularArrays:
         """Transforms any rows; raises DataError naming a column that is not there."""
         if absent := [name for name in self.spec.columns if name not in frame.columns]:
-            raise DataError(f"the model reads column {absent[0]!r}, but the table has {', '.join(frame.columns)}")
+            raise DataError(_describe_absent(absent[0], list(frame.columns)))
         numbers = [
             _numbered(_names(frame[name]), vocabulary)
             for name, vocabulary in zip(self.spec.categorical, self.vocabularies, strict=True)
@@ -174,11 +181,33 @@ class TabularTransform:
         return filled
 
 
+def _describe_absent(name: str, columns: list[str]) -> str:
+    if name in FEATURES and set(QUESTIONS.text_columns) <= set(columns):
+        missing = [source for source in FEATURES[name].sources if source not in columns]
+        found = ", ".join(column for column in columns if column not in FEATURES)
+        return f"the model reads {name!r}, made from {', '.join(missing)}, which the table lacks; it has {found}"
+    return f"the model reads column {name!r}, but the table has {', '.join(columns)}"
+
+
 def _numbers(column: pd.Series[Any], *, log: bool) -> np.ndarray:
     """float64, NaN where there is no finite number."""
     values = pd.to_numeric(column, errors="coerce").to_numpy(np.float64, na_value=np.nan)
     values = np.where(np.isfinite(values), values, np.nan)
     return np.sign(values) * np.log1p(np.abs(values)) if log else values
+
+
+def _check_numbers(column: pd.Series[Any], values: np.ndarray) -> None:
+    """Looks at what stands in `column` where `values` has no number."""
+    unreadable = [text for text in _names(column[np.isnan(values)]) if text.strip()]
+    given = len(unreadable) + int((~np.isnan(values)).sum())
+    if not given:
+        raise DataError(f"column {column.name!r} holds no number in the train rows; remove it from numeric")
+    if not unreadable:
+        return
+    found = f"{len(unreadable):,} of {given:,} values of column {column.name!r} are no numbers: {unreadable[0]!r}"
+    if 2 * len(unreadable) > given:
+        raise DataError(f"{found}; write plain numbers (14013, not 14,013), or declare it under categorical")
+    log.warning("%s; such values count as missing", found)
 
 
 def _names(column: pd.Series[Any]) -> list[str]:

@@ -1,6 +1,6 @@
 """Evaluation: how good are these logits, how sure are we, and where do they go wrong? Knows nothing of BERT.
 
-Everything takes logits `[rows, labels]` and integer labels `[rows]` as NumPy arrays.
+All but the last two take logits `[rows, labels]` and integer labels `[rows]` as NumPy arrays.
 
 - `metrics`: loss, accuracy, precision, recall, F1, ROC-AUC, calibration error and confusion matrix, with intervals.
 - `compare`: a paired test between two runs on the same rows.
@@ -8,5 +8,6 @@ Everything takes logits `[rows, labels]` and integer labels `[rows]` as NumPy ar
 - `curves`: the points of the ROC curve and of the reliability diagram.
 - `report`: all of it as one HTML file (`figures` draws, `report.html.j2` lays out), or as Markdown.
 - `bootstrap`, `scores`: what the above share: estimates with intervals, checked logits.
-- `evaluate`: runs a model over a split and calls the above.
+- `logits`: the one loop that puts rows to a model, whatever it is.
+- `golden`: rows saved with a model, to show later that it still computes the same function.
 """

@@ -12,6 +12,7 @@ import hashlib
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
@@ -67,7 +68,9 @@ def _svg(size: tuple[float, float]) -> Callable[[Callable[Concatenate[Figure, P]
             from matplotlib.figure import Figure
 
             file = io.StringIO()
-            with matplotlib.rc_context(_STYLE):
+            with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+                # The page's own font draws the text; Matplotlib's only measures it, and lacks many scripts.
+                warnings.filterwarnings("ignore", message="Glyph .* missing from font")
                 figure = Figure(figsize=size, layout="constrained")
                 draw(figure, *args, **kwargs)
                 figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
@@ -122,14 +125,17 @@ def roc(figure: Figure, curves: Sequence[RocCurve]) -> None:
     """One line per curve and the diagonal of guessing; a legend when there are few enough lines to tell apart."""
     axes = figure.subplots()
     axes.plot((0, 1), (0, 1), color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+    lines = []
     for index, curve in enumerate(curves):
         shown = np.unique(np.linspace(0, len(curve.thresholds) - 1, _MAX_POINTS).round().astype(int))
         colour, dash = _SERIES[index % len(_SERIES)]
         x, y = curve.false_positive_rate[shown], curve.true_positive_rate[shown]
-        axes.plot(x, y, color=colour, linestyle=dash, label=curve.label)
+        lines += axes.plot(x, y, color=colour, linestyle=dash)
     axes.set(xlabel="false positive rate", ylabel="true positive rate", xlim=(-0.01, 1), ylim=(0, 1.01))
     if len(curves) <= len(_SERIES):
-        axes.legend(loc="lower right")
+        legend = axes.legend(lines, [""] * len(lines), loc="lower right")
+        for text, curve in zip(legend.get_texts(), curves, strict=True):
+            text.set_text(curve.label)  # given to legend(), a label that starts with "_" would be left out
 
 
 @_svg(_SMALL)

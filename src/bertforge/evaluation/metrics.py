@@ -8,7 +8,7 @@ Definitions
   macro mean of one label against the rest. Without both kinds of row it is undefined.
 - calibration error: expected calibration error over 15 equal-width bins of the top probability (Guo et al. 2017,
   section 2, arXiv:1706.04599). Its interval is the mirrored one; `bootstrap` says why.
-- confusion matrix: counts, `[true][predicted]`.
+- confusion matrix: counts, `[true][predicted]`; up to 30 labels, for memory grows with their square, with intervals.
 
 Method. Every metric is a function of the row weights of a resample (see `bootstrap`), and all metrics share the
 resamples. Rows are sorted once per label for the AUC; each resample then needs one cumulative sum.
@@ -28,6 +28,7 @@ from bertforge.evaluation.bootstrap import CONFIDENCE, Estimate, Floats, estimat
 from bertforge.evaluation.scores import Ints, Scores, score
 
 CALIBRATION_BINS = 15
+MOST_LABELS = 30  # with intervals of the confusion matrix: 1,000 resamples of 30 x 30 cells take 7 MB
 # The scalar metrics, in the order in which they are shown.
 SCALARS = ("loss", "accuracy", "precision", "recall", "f1", "roc_auc", "calibration_error")
 
@@ -104,10 +105,11 @@ def classification_metrics(
         for column, name in enumerate(SCALARS)
     }
     scalars["calibration_error"] = mirrored(scalars["calibration_error"])
-    first_cell = len(SCALARS)
     cells = [
-        estimate(on_all_rows[column], on_resamples[:, column], scores.rows)
-        for column in range(first_cell, len(on_all_rows))
+        estimate(count, on_resamples[:, len(SCALARS) + cell], scores.rows)
+        if statistic.with_cells
+        else Estimate(float(count), None, None, f"no interval with more than {MOST_LABELS} labels")
+        for cell, count in enumerate(np.bincount(statistic.cell, minlength=scores.classes**2))
     ]
     return Metrics(
         rows=scores.rows,
@@ -121,10 +123,14 @@ def classification_metrics(
 
 
 class _Statistic:
-    """All metrics of one weighting of the rows: `weights [rows] -> [len(SCALARS) + classes^2]`, NaN where undefined."""
+    """All metrics of one weighting of the rows: `weights [rows] -> [len(SCALARS) + classes^2]`, NaN where undefined.
+
+    With more than `MOST_LABELS` classes the cells of the confusion matrix are left out.
+    """
 
     def __init__(self, scores: Scores) -> None:
         self.scores = scores
+        self.with_cells = scores.classes <= MOST_LABELS
         self.cell = scores.true * scores.classes + scores.predicted
         self.bin = calibration_bins(scores.confidence)
         self.gap = scores.confidence - scores.correct
@@ -140,7 +146,7 @@ class _Statistic:
         gaps = np.bincount(self.bin, weights * self.gap, CALIBRATION_BINS)
         auc = np.mean([ranking.auc(weights) for ranking in self.rankings])
         scalars = [loss, accuracy, *_precision_recall_f1(confusion), auc, np.abs(gaps).sum() / total]
-        return np.concatenate([scalars, cells])
+        return np.concatenate([scalars, cells]) if self.with_cells else np.array(scalars)
 
 
 class Ranking:

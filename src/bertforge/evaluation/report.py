@@ -13,13 +13,17 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bertforge.artifact import write_atomic
 from bertforge.errors import MachineError
 from bertforge.evaluation.bootstrap import Estimate
 from bertforge.evaluation.compare import Comparison
 from bertforge.evaluation.curves import ReliabilityBin, RocCurve
 from bertforge.evaluation.groups import GroupAccuracy, Mistake
-from bertforge.evaluation.metrics import Metrics
+from bertforge.evaluation.metrics import MOST_LABELS, Metrics
+
+_PAIRS = 20  # of labels most often confused, shown where there are too many labels for a matrix
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ def write_report(path: Path, report: Report) -> Path:
         metrics=report.metrics,
         headline=[(name, _SHOWN[name], found) for name, found in report.metrics.scalars().items()],
         method=_method(report.metrics),
+        confused=_most_confused(report.metrics) if len(report.metrics.label_names) > MOST_LABELS else None,
         figures=_figures(report),
         recipe=_flat(report.recipe),
         fingerprint=_flat({"data": report.fingerprint} if isinstance(report.fingerprint, str) else report.fingerprint),
@@ -112,6 +117,20 @@ def _method(metrics: Metrics) -> str:
         f"{metrics.rows:,} rows. Precision, recall, F1 and ROC-AUC: {metrics.average}. "
         f"Intervals are from {metrics.bootstrap:,} bootstrap resamples of the rows."
     )
+
+
+def _most_confused(metrics: Metrics) -> list[tuple[str, str, float, float]]:
+    """The pairs of labels taken most often for one another: true, predicted, rows, share of the true label's rows."""
+    counts = np.array([[cell.value for cell in row] for row in metrics.confusion])
+    totals = counts.sum(axis=1)
+    np.fill_diagonal(counts, 0)
+    ranked = np.argsort(-counts, axis=None, kind="stable")[:_PAIRS]
+    names = metrics.label_names
+    return [
+        (names[true], names[predicted], counts[true, predicted], counts[true, predicted] / totals[true])
+        for true, predicted in zip(*np.unravel_index(ranked, counts.shape), strict=True)
+        if counts[true, predicted]
+    ]
 
 
 def _figures(report: Report) -> dict[str, Any]:

@@ -76,7 +76,7 @@ class Evaluation:
         return write_report(path, report)
 
 
-def evaluate_run(run: Path, data: Path, part: str = "test", against: Path | None = None) -> Evaluation:
+def evaluate_run(run: Path, data: Path, part: str | None = None, against: Path | None = None) -> Evaluation:
     """Scores `run` on a part of prepared data, or on a raw table, and `against` on the same rows."""
     predictor = Predictor.load(run)
     scored = score(predictor, data, part)

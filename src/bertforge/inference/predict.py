@@ -7,11 +7,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bertforge.artifact import check_output
 from bertforge.data.raw import RawRows, read_raw
 from bertforge.data.streaming import progress
 from bertforge.errors import DataError, UsageError
@@ -20,24 +22,37 @@ from bertforge.inference.predictor import Predictor
 FORMATS = (".csv", ".parquet", ".jsonl")
 
 
-def predict_table(predictor: Predictor, table: Path, out: Path) -> tuple[int, int]:
-    """Writes line, label, probability, each label's probability, and problem; returns rows and rows without label.
+class Predicted(NamedTuple):
+    """What `predict_table` wrote."""
+
+    rows: int
+    unlabelled: int
+    """Rows without readable text, and so without a label."""
+    made_up: bool
+    """Rows of the table, or rows the model learnt from, come from `bertforge sample-data`."""
+
+
+def predict_table(predictor: Predictor, table: Path, out: Path) -> Predicted:
+    """Writes line, label, probability, each label's probability, and problem.
 
     A row whose date or number cannot be read is predicted without it and says so under `problem`; only one with no
-    readable text at all has no label. Raises UsageError for a file name that is not one of FORMATS, and leaves nothing
-    half-written.
+    readable text at all has no label. Raises UsageError for an `out` that is not one of FORMATS or is the table itself,
+    and leaves nothing half-written.
     """
-    rows, unlabelled = 0, 0
+    if out.exists() and table.exists() and out.samefile(table):
+        raise UsageError(f"--out {out} is the table itself, which would be overwritten; name another file")
+    rows, unlabelled, made_up = 0, 0, False
     with _writer(out) as write, progress(f"predicting {table.name}") as report:
         for chunk in read_raw(table, predictor.schema, require_labels=False):
             predictions = _predict_chunk(predictor, chunk)
             write(predictions)
             rows += len(predictions)
             unlabelled += int(predictions["label"].isna().sum())
+            made_up = made_up or predictor.made_up(chunk.frame)
             report(rows, chunk.done)
         if rows == 0:
             raise DataError(f"{table} holds no rows to predict")
-    return rows, unlabelled
+    return Predicted(rows, unlabelled, made_up)
 
 
 def _predict_chunk(predictor: Predictor, chunk: RawRows) -> pd.DataFrame:
@@ -56,8 +71,10 @@ def _writer(out: Path) -> Iterator[Callable[[pd.DataFrame], None]]:
     """A function that appends frames to a file beside `out`, renamed into place when the block ends well."""
     if out.suffix not in FORMATS:
         raise UsageError(f"--out {out} should end in {', '.join(FORMATS)}")
+    check_output(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    beside.unlink(missing_ok=True)  # of a process that was killed; rows are appended
     parquet: pq.ParquetWriter | None = None
 
     def write(frame: pd.DataFrame) -> None:

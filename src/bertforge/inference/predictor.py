@@ -13,14 +13,16 @@ import torch
 
 from bertforge.artifact import hash_file, read_manifest
 from bertforge.data.loader import Examples
-from bertforge.data.schema import Schema
+from bertforge.data.sample import is_made_up
+from bertforge.data.schema import STACK_OVERFLOW, Schema
 from bertforge.data.tabular import TabularArrays, TabularTransform
 from bertforge.data.tokens import Tokenizer, TokenStore
-from bertforge.errors import ArtifactError, DataError
+from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.evaluation.golden import TOLERANCE, GoldenRows
 from bertforge.evaluation.logits import predict_logits
 from bertforge.hardware import choose_precision, detect
 from bertforge.lora.adapter_io import ADAPTER_CONFIG, load_adapter
+from bertforge.model import weights
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.config import BertConfig
 from bertforge.models import resolve, weights_file
@@ -74,6 +76,10 @@ class Predictor:
         """Tokens a text is cut to."""
         return int(self.manifest["recipe"]["max_length"])
 
+    def made_up(self, frame: pd.DataFrame) -> bool:
+        """Whether rows of `frame`, or those the model learnt from, come from `bertforge sample-data`."""
+        return bool(self.manifest["data"]["made_up"]) or (self.schema.kind == STACK_OVERFLOW and is_made_up(frame))
+
     def predict(self, texts: Sequence[str], columns: pd.DataFrame | None = None) -> pd.DataFrame:
         """`label`, `probability` (of that label) and one column of probability a label, a row for each text.
 
@@ -96,6 +102,10 @@ class Predictor:
         advance: Callable[[int], None] = lambda rows: None,
     ) -> np.ndarray:
         """Logits `[rows, labels]` float32, in the order of `texts`."""
+        if isinstance(texts, str):
+            raise UsageError("predict takes a list of texts, not one text; write predict([text])")
+        if columns is not None and len(columns) != len(texts):
+            raise UsageError(f"{len(texts)} texts, but columns of {len(columns)} rows; pass one row a text")
         if len(texts) == 0:
             return np.zeros((0, len(self.label_names)), np.float32)
         store = TokenStore(*self.tokenizer.encode(list(texts)))
@@ -122,13 +132,13 @@ def load_model(directory: Path, manifest: dict[str, Any]) -> BertForSequenceClas
     """The model of a run or merged folder, with its adapter where it has one."""
     if not (directory / ADAPTER_CONFIG).is_file():
         return BertForSequenceClassification.from_pretrained(directory)
-    config = BertConfig.load(directory)
     base = resolve(manifest["base"]["model"])
     if (found := hash_file(weights_file(base))) != manifest["base"]["weights"]:
         raise ArtifactError(
             f"the adapter in {directory} was trained on {manifest['base']['model']} with weights "
             f"{manifest['base']['weights']}, but {base} holds {found}"
         )
-    model = BertForSequenceClassification.from_pretrained(base, labels=config.labels, tabular=config.tabular)
+    model = BertForSequenceClassification(BertConfig.load(directory))
+    weights.load(model, base, drop=weights.TASK_HEADS)  # the adapter brings its own
     load_adapter(model, directory)
-    return model
+    return model.eval()

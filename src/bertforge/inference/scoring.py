@@ -10,11 +10,13 @@ import numpy as np
 from bertforge.artifact import MANIFEST
 from bertforge.data.prepared import PreparedData
 from bertforge.data.raw import read_raw
-from bertforge.data.sample import is_made_up
 from bertforge.data.streaming import progress
 from bertforge.data.tokens import TokenStore
-from bertforge.errors import DataError
+from bertforge.errors import DataError, UsageError
 from bertforge.inference.predictor import Predictor
+
+_MAY_BE_KNOWN = " (rows which the run may have been trained on: they are not of its own prepared data)"
+_SHOWN = 5  # unknown labels that an error lists
 
 
 @dataclass(frozen=True)
@@ -35,19 +37,22 @@ class Scored:
     left_out: int
     """Rows of a raw table without a usable label or text."""
     source: str
-    """What was scored, for people."""
+    """What was scored, for people; says so where train rows of the run may be among the rows."""
     fingerprint: str
     """Of the prepared data; empty for a raw table."""
     made_up: bool
 
 
-def score(predictor: Predictor, data: Path, part: str = "test") -> Scored:
-    """Scores a part of a prepared folder's split, or the whole of a raw table.
+def score(predictor: Predictor, data: Path, part: str | None = None) -> Scored:
+    """Scores a part of a prepared folder's split (None: test), or the whole of a raw table.
 
-    Raises DataError when the labels are not those the model knows or no row can be scored.
+    Raises DataError when the labels are not those the model knows or no row can be scored, UsageError for a part of a
+    raw table.
     """
     if (data / MANIFEST).is_file():
-        return _score_prepared(predictor, PreparedData.open(data), part)
+        return _score_prepared(predictor, PreparedData.open(data), part or "test")
+    if part is not None and data.is_file():
+        raise UsageError(f"{data} is a raw table and scored whole; leave --split {part} out, or prepare it first")
     return _score_raw(predictor, data)
 
 
@@ -72,6 +77,7 @@ def _score_prepared(predictor: Predictor, prepared: PreparedData, part: str) -> 
 
         logits = predictor.token_logits(store, rows, tabular, advance)
     dates = prepared.dates
+    source = f"the {part} part of the {split} split of {prepared.manifest['source']['name']}"
     return Scored(
         logits=logits,
         labels=prepared.labels[rows],
@@ -80,23 +86,25 @@ def _score_prepared(predictor: Predictor, prepared: PreparedData, part: str) -> 
         dates=None if dates is None else dates[rows],
         texts=prepared.texts(rows),
         left_out=0,
-        source=f"the {part} part of the {split} split of {prepared.manifest['source']['name']}",
+        source=source if prepared.fingerprint == predictor.manifest["data"]["fingerprint"] else source + _MAY_BE_KNOWN,
         fingerprint=prepared.fingerprint,
-        made_up=bool(prepared.manifest.get("made_up")),
+        made_up=prepared.made_up,
     )
 
 
 def _score_raw(predictor: Predictor, table: Path) -> Scored:
     logits, labels, lengths, lines, dates = [], [], [], [], []
     texts: list[str] = []
-    left_out, made_up = 0, bool(predictor.manifest["data"]["made_up"])
-    date_column = predictor.schema.date_column
+    left_out, made_up = 0, False
+    schema, unknown = predictor.schema, dict[str, None]()  # a set in the order of the table
     with progress(f"scoring {table.name}") as report:
         for chunk in read_raw(table, predictor.schema, require_labels=True):
             assert chunk.labels is not None
-            usable = np.array([not problem for problem in chunk.problems]) & (chunk.labels >= 0)
+            usable = np.array([not problem for problem in chunk.problems], dtype=bool) & (chunk.labels >= 0)
             left_out += int((~usable).sum())
-            made_up |= is_made_up(chunk.frame)
+            made_up = made_up or predictor.made_up(chunk.frame)
+            if len(unknown) < _SHOWN:
+                unknown |= dict.fromkeys(chunk.frame.loc[chunk.labels < 0, schema.label_column])
             kept = [text for text, good in zip(chunk.texts, usable, strict=True) if good]
             if kept:
                 store = TokenStore(*predictor.tokenizer.encode(kept))
@@ -111,16 +119,20 @@ def _score_raw(predictor: Predictor, table: Path) -> Scored:
                 texts += kept
             report(len(texts) + left_out, chunk.done)
     if not texts:
-        raise DataError(f"{table} holds no row with a text and a known {predictor.schema.label_column}")
+        others = f"; unknown: {', '.join(map(repr, list(unknown)[:_SHOWN]))}" if unknown else ""
+        raise DataError(
+            f"{table} holds no row with a text and a known {schema.label_column}; "
+            f"known: {', '.join(predictor.label_names)}{others}"
+        )
     return Scored(
         logits=np.concatenate(logits),
         labels=np.concatenate(labels),
         lengths=np.concatenate(lengths),
         lines=np.concatenate(lines),
-        dates=np.concatenate(dates) if dates and date_column else None,
+        dates=np.concatenate(dates) if dates else None,
         texts=texts,
         left_out=left_out,
-        source=table.name,
+        source=table.name + _MAY_BE_KNOWN,
         fingerprint="",
         made_up=made_up,
     )

@@ -12,6 +12,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from bertforge.artifact import write_atomic, write_json
 from bertforge.errors import ArtifactError
 from bertforge.lora.config import LoraConfig
-from bertforge.lora.inject import inject_lora, named
+from bertforge.lora.inject import find_targets, inject_lora, named
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -59,7 +60,8 @@ def save_adapter(model: nn.Module, config: LoraConfig, directory: str | Path, ba
 def load_adapter(model: nn.Module, directory: str | Path) -> LoraConfig:
     """Injects the adapter in `directory` into the plain `model`, loads its weights and returns its configuration.
 
-    Raises ArtifactError when a tensor is missing (a head, say), left over or of another shape.
+    Raises ArtifactError when a tensor is missing (a head, say), left over or of another shape; `model` is then as it
+    was.
     """
     directory = Path(directory)
     config = read_adapter_config(directory)
@@ -73,15 +75,14 @@ def load_adapter(model: nn.Module, directory: str | Path) -> LoraConfig:
     except (FileNotFoundError, SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())[:120]
         raise ArtifactError(f"{directory / ADAPTER_WEIGHTS} is missing or damaged ({reason})") from error
-    inject_lora(model, config)
-    wanted = _adapter_state(model, config)
     found = {name.removeprefix(_PREFIX): tensor for name, tensor in stored.items()}
-    wrong = [name for name in wanted.keys() | found.keys() if not _fits(wanted.get(name), found.get(name))]
-    if wrong:
+    wanted, given = _adapter_shapes(model, config), {name: tensor.shape for name, tensor in found.items()}
+    if wrong := [name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name)]:
         raise ArtifactError(
             f"the adapter in {directory} does not fit this model: {len(wrong)} tensors are missing, left over or of "
             f"another shape, such as {min(wrong)}; load it on the base model it was trained on"
         )
+    inject_lora(model, config)
     model.load_state_dict(found, strict=False)
     return config
 
@@ -90,11 +91,16 @@ def read_adapter_config(directory: Path) -> LoraConfig:
     """Reads `adapter_config.json`; raises ArtifactError for another method or for an option that is not built here."""
     path = directory / ADAPTER_CONFIG
     try:
-        values = json.loads(path.read_text())
+        return _config_from(json.loads(path.read_text()), path)
     except (FileNotFoundError, json.JSONDecodeError) as error:
         raise ArtifactError(
             f"{path} is missing or not JSON; an adapter folder holds it beside {ADAPTER_WEIGHTS}"
         ) from error
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise ArtifactError(f"{path} is damaged ({error!r}); save the adapter again") from error
+
+
+def _config_from(values: dict[str, Any], path: Path) -> LoraConfig:
     if values.get("peft_type") != "LORA":
         raise ArtifactError(f"{path}: peft_type {values.get('peft_type')!r} is not supported, only LORA is")
     if used := [name for name in _UNSUPPORTED if values.get(name)]:
@@ -125,13 +131,21 @@ def read_adapter_config(directory: Path) -> LoraConfig:
 
 def _adapter_state(model: nn.Module, config: LoraConfig) -> dict[str, Tensor]:
     """Adapter weights and the modules trained in full, buffers included, by their names in `model`."""
-    parts = tuple(f".{name}." for name in config.modules_to_save)
     return {
         name: tensor.detach().cpu().contiguous()
         for name, tensor in model.state_dict().items()
-        if ".lora_A." in name or ".lora_B." in name or any(part in f".{name}" for part in parts)
+        if ".lora_A." in name or ".lora_B." in name or _trained_in_full(name, config)
     }
 
 
-def _fits(wanted: Tensor | None, found: Tensor | None) -> bool:
-    return wanted is not None and found is not None and wanted.shape == found.shape
+def _adapter_shapes(model: nn.Module, config: LoraConfig) -> dict[str, torch.Size]:
+    """Names and shapes of what `_adapter_state` would hold once the plain `model` is adapted."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if _trained_in_full(name, config)}
+    for name, linear in find_targets(model, config)[0].items():
+        shapes[f"{name}.lora_A.weight"] = torch.Size([config.r, linear.in_features])
+        shapes[f"{name}.lora_B.weight"] = torch.Size([linear.out_features, config.r])
+    return shapes
+
+
+def _trained_in_full(name: str, config: LoraConfig) -> bool:
+    return any(f".{module}." in f".{name}" for module in config.modules_to_save)

@@ -18,34 +18,38 @@ def inject_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
 
     Raises UsageError when a target, a layer number or a module to save matches nothing; the message lists what could.
     """
+    targets, saved = find_targets(model, config)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name in saved:
+        model.get_submodule(name).requires_grad_(True)
+    for name, linear in targets.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, LoraLinear(linear, config))
+    return model
+
+
+def find_targets(model: nn.Module, config: LoraConfig) -> tuple[dict[str, nn.Linear], list[str]]:
+    """The layers `inject_lora` would wrap and the modules it would leave trainable, by name; changes nothing."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if any(isinstance(module, LoraLinear) for module in model.modules()):
         raise UsageError("the model holds adapters already; merge them before injecting new ones")
     saved = _saved_modules(model, config)
     candidates = {name: module for name, module in linears.items() if not _within(name, saved)}
-    targets = _matching(candidates, config)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for name in saved:
-        model.get_submodule(name).requires_grad_(True)
-    for name in targets:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LoraLinear(linears[name], config))
-    return model
+    return {name: linears[name] for name in _matching(candidates, config)}, saved
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """A plain copy of `model` with every update added to its weight, in float32; `model` itself stays adapted.
+    """A plain float32 copy of `model` with every update added to its weight; `model` itself stays adapted.
 
     Raises ArtifactError when there is nothing to merge or a merged weight is not finite.
     """
-    merged = copy.deepcopy(model)
+    merged = copy.deepcopy(model).float()  # whole: a layer alone would not fit its neighbours' bfloat16
     adapted = [(name, module) for name, module in merged.named_modules() if isinstance(module, LoraLinear)]
     if not adapted:
         raise ArtifactError("the model holds no adapters, so there is nothing to merge")
     for name, module in adapted:
-        weight = module.base_layer.weight
-        total = weight.detach().float() + module.delta().detach()
+        total = module.base_layer.weight.detach() + module.delta().detach()
         if not torch.isfinite(total).all():
             raise ArtifactError(f"merging {name} gives weights that are not finite; the adapter is damaged")
         module.base_layer.weight = nn.Parameter(total)

@@ -31,9 +31,12 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., out]`."""
+        output: Tensor = self.base_layer(x)
+        if self.base_layer.weight.dtype != self.lora_A.weight.dtype:  # a bfloat16 base; adapters stay float32
+            x = x.to(self.lora_A.weight.dtype)
         low_rank = self.lora_A(F.dropout(x, self.dropout_p, self.training))  # [..., r]
-        output: Tensor = self.base_layer(x) + self.lora_B(low_rank) * self.scaling
-        return output
+        update: Tensor = self.lora_B(low_rank) * self.scaling
+        return output + update.to(output.dtype)
 
     def delta(self) -> Tensor:
         """The update as one matrix `[out, in]`, in float32: bfloat16 would round most of it away."""

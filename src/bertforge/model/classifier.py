@@ -27,6 +27,7 @@ class BertForSequenceClassification(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.config = config
+        self.new_heads: tuple[str, ...] = ()  # what `from_pretrained` drew at random: `bert.pooler`, `classifier`, ...
         self.bert = BertModel(config)
         self.tabular = TabularEncoder(config.tabular) if config.tabular else None
         dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
@@ -65,25 +66,36 @@ class BertForSequenceClassification(nn.Module):
         """Loads `minilm`, a folder, or a Hub id; weights are float32 whatever the file holds.
 
         A checkpoint without a head (a pretrained encoder) gets a new one, and a warning that names it. Every other
-        missing, unexpected or misshapen key raises ArtifactError. `labels` and `tabular` describe a new head; None
-        keeps what the checkpoint says.
+        missing, unexpected or misshapen key raises ArtifactError. None for `labels` and `tabular` keeps what the
+        checkpoint says; other ones than the checkpoint's describe a new head, which takes the place of a stored one.
         """
         directory = resolve(str(name))
-        config = BertConfig.load(directory)
+        stored = BertConfig.load(directory)
         config = replace(
-            config,
-            labels=labels or config.labels,
-            tabular=tabular or config.tabular,
+            stored,
+            labels=labels or stored.labels,
+            tabular=tabular or stored.tabular,
             attention_probs_dropout_prob=(
-                config.attention_probs_dropout_prob if attention_dropout is None else attention_dropout
+                stored.attention_probs_dropout_prob if attention_dropout is None else attention_dropout
             ),
         )
         model = cls(config)
         for module in (model.bert.pooler, model.classifier):
             module.apply(lambda part: _initialise(part, config.initializer_range))
-        new = weights.load(model, directory)
-        if new and labels is None:  # who names the labels knows that the head is new
-            log.warning("%s of %s is new and random: fine-tune it before predicting", " and ".join(new), directory)
+        same = (config.labels, config.tabular) == (stored.labels, stored.tabular)
+        new, dropped = weights.load(model, directory, drop=() if same else weights.TASK_HEADS)
+        model.new_heads = tuple(new)
+        if dropped:
+            log.warning(
+                "%s of %s was made for other labels or columns: a new one takes its place",
+                " and ".join(dropped),
+                directory,
+            )
+        # Who names the labels knows that the classifier and the columns' branch are new.
+        if unexpected := [head for head in new if labels is None or f"{head}." not in weights.TASK_HEADS]:
+            log.warning(
+                "%s of %s is new and random: fine-tune it before predicting", " and ".join(unexpected), directory
+            )
         return model.eval()
 
     def save_pretrained(self, directory: str | Path) -> None:

@@ -78,7 +78,10 @@ class BertConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """From a parsed `config.json`; raises ArtifactError for a model that is not a plain BERT encoder."""
+        """From a parsed `config.json`; raises ArtifactError for a model that is not a plain BERT encoder.
+
+        A value of a wrong type raises what Python raises; `load` turns it into an ArtifactError that names the file.
+        """
         model_type = values.get("model_type", "bert")
         if model_type != "bert":
             raise ArtifactError(f"model_type {model_type!r} is not supported: this is a BERT; name a BERT checkpoint")
@@ -87,6 +90,9 @@ class BertConfig:
             raise ArtifactError(f"only encoders with absolute positions are supported, not {positions!r} or a decoder")
         known = {field.name for field in fields(cls)} - {"labels", "tabular"}
         given = {name: value for name, value in values.items() if name in known and value is not None}
+        for field in fields(cls):
+            if field.type == "int" and type(value := given.get(field.name, 0)) is not int:
+                raise TypeError(f"{field.name} is {value!r}, not a whole number")
         if "id2label" in values:
             names = {int(index): str(name) for index, name in values["id2label"].items()}
             if sorted(names) != list(range(len(names))):
@@ -103,12 +109,13 @@ class BertConfig:
         """Reads `directory/config.json`."""
         path = directory / "config.json"
         try:
-            values = json.loads(path.read_text())
+            return cls.from_dict(json.loads(path.read_text()))
         except FileNotFoundError:
             raise ArtifactError(f"{directory} holds no config.json; it is not a Hugging Face model folder") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ArtifactError(f"{path} is not JSON ({error})") from error
-        return cls.from_dict(values)
+        except (TypeError, ValueError, AttributeError, ZeroDivisionError, KeyError) as error:
+            raise ArtifactError(f"{path} is damaged ({error!r}); make or download the model again") from error
 
     def to_dict(self) -> dict[str, Any]:
         """What transformers reads, and our own tabular branch beside it."""

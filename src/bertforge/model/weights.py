@@ -23,16 +23,20 @@ from bertforge.errors import ArtifactError
 from bertforge.models import weights_file
 
 WEIGHTS = "model.safetensors"
+# What reads the labels and the columns out of the encoder.
+TASK_HEADS = ("classifier.", "tabular.")
 # Parts a pretrained encoder may lack; each is loaded whole or made new.
-_HEADS = ("bert.pooler.", "classifier.", "tabular.")
+_HEADS = ("bert.pooler.", *TASK_HEADS)
 
 
-def load(model: nn.Module, directory: Path) -> list[str]:
-    """Loads the checkpoint in `directory` into `model` and returns the heads that it lacks: they keep their weights.
+def load(model: nn.Module, directory: Path, drop: tuple[str, ...] = ()) -> tuple[list[str], list[str]]:
+    """Loads the checkpoint in `directory` into `model`, the heads `drop` ("classifier.") aside.
 
+    Returns the heads left as they were in `model`, and those among them that the checkpoint holds but were dropped.
     Raises ArtifactError naming every missing, unexpected and misshapen key.
     """
-    found = {name: tensor for key, tensor in read(directory).items() if (name := _current_name(key))}
+    stored = {name: tensor for key, tensor in read(directory).items() if (name := _current_name(key))}
+    found = {name: tensor for name, tensor in stored.items() if not name.startswith(drop)}
     wanted = model.state_dict()
     new = [head for head in _HEADS if not any(name.startswith(head) for name in found)]
     missing = [name for name in wanted if name not in found and not name.startswith(tuple(new))]
@@ -47,7 +51,9 @@ def load(model: nn.Module, directory: Path) -> list[str]:
         listed = "; ".join(f"{problem}: {_abbreviate(names)}" for problem, names in problems.items() if names)
         raise ArtifactError(f"the weights in {directory} do not fit its config.json: {listed}")
     model.load_state_dict(found, strict=False)  # copies into the model's float32
-    return [head.rstrip(".") for head in new if any(name.startswith(head) for name in wanted)]
+    dropped = [head for head in drop if any(name.startswith(head) for name in stored)]
+    new = [head for head in new if any(name.startswith(head) for name in wanted)]
+    return [head.rstrip(".") for head in new], [head.rstrip(".") for head in dropped]
 
 
 def read(directory: Path) -> dict[str, Tensor]:

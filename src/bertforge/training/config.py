@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -95,7 +96,7 @@ class Recipe:
         if not 0 <= self.label_smoothing < 1 or not 0 <= self.warmup <= 1 or not 0 <= self.attention_dropout < 1:
             raise UsageError("label_smoothing, warmup and attention_dropout are shares between 0 and 1")
         for name in ("epochs", "patience", "lr", "max_grad_norm", "tokens_per_step"):
-            if not getattr(self, name) > 0:  # nan is refused too
+            if not getattr(self, name) > 0:
                 raise UsageError(f"{name}={getattr(self, name)} must be above 0")
         for name in ("head_lr", "weight_decay", "seed", "checkpoint_seconds"):
             if not getattr(self, name) >= 0:
@@ -139,9 +140,11 @@ def load_recipe(variant: str | None = None, path: Path | None = None) -> Recipe:
     """The recipe of a variant, or of a TOML file of one's own; raises UsageError listing the variants."""
     if path is not None:
         try:
-            text = path.read_text()
+            text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise UsageError(f"recipe {path} cannot be read ({error.strerror})") from error
+        except UnicodeDecodeError as error:
+            raise UsageError(f"recipe {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
         name = path.stem
     else:
         name = variant or "lora-r8"
@@ -187,6 +190,8 @@ def _coerced(hint: Any, value: Any, name: str) -> Any:
         if isinstance(listed, list | tuple) and all(isinstance(item, get_args(hint)[0]) for item in listed):
             return tuple(listed)
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise UsageError(f"{name}={value} is not a finite number")
         return float(value)
     elif isinstance(hint, type) and type(value) is hint:
         return value

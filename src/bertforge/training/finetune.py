@@ -19,6 +19,7 @@ import torch
 from bertforge.artifact import MANIFEST, hash_file, write_json, write_manifest
 from bertforge.data.loader import Examples
 from bertforge.data.prepared import PreparedData
+from bertforge.data.schema import CLOSED_DATE, STACK_OVERFLOW, Schema
 from bertforge.data.tabular import TabularTransform
 from bertforge.data.tokens import Tokenizer
 from bertforge.determinism import seed_everything
@@ -30,7 +31,7 @@ from bertforge.lora.config import LoraConfig
 from bertforge.lora.inject import inject_lora
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.config import TabularConfig
-from bertforge.models import resolve, weights_file
+from bertforge.models import MINILM, MINILM_HUB_ID, resolve, weights_file
 from bertforge.training.checkpoint import Progress, trainable
 from bertforge.training.config import Recipe
 from bertforge.training.loop import BEST, CHECKPOINT, Split, Trainer
@@ -76,15 +77,21 @@ def finetune(
     """Trains and saves a run in `out`; returns its manifest.
 
     Raises ArtifactError when `out` holds a run already and `resume` is false, or when the run to resume was started
-    with another recipe or other data.
+    with another recipe, other data, another base model or on another kind of device.
     """
     prepared = PreparedData.open(data)
+    _check_folder(out, resume)
     hardware = detect()
     recipe_dict = json.loads(json.dumps(recipe.to_dict()))  # lists for tuples, as they come back from a file
-    identity = {"recipe": recipe_dict, "data": prepared.fingerprint, "device": hardware.device.type}
-    before = _check_folder(out, identity, resume)
+    identity = {
+        "recipe": recipe_dict,
+        "data": prepared.fingerprint,
+        "device": hardware.device.type,
+        "base weights": hash_file(weights_file(resolve(recipe.model))),
+    }
     # "auto" may measure something else on another day, so a resumed run keeps what it began with.
-    precision = choose_precision(hardware, before["precision"] if before else recipe.precision)
+    wanted = _read_running(out / RUNNING, identity) if resume else recipe.precision
+    precision = choose_precision(hardware, wanted)
     seed_everything(recipe.seed)
     run = assemble(prepared, recipe, hardware.device)
     trainer = Trainer(run.model, run.split, recipe, out, precision)
@@ -123,7 +130,10 @@ def finetune(
 
 
 def assemble(prepared: PreparedData, recipe: Recipe, device: torch.device) -> Run:
-    """Loads the model, injects adapters, fits the columns' transform on train rows and joins the data to it."""
+    """Loads the model, injects adapters, fits the columns' transform on train rows and joins the data to it.
+
+    Raises UsageError for a recipe that does not fit the data or the model, DataError for a label without train rows.
+    """
     base = resolve(recipe.model)
     tokenizer = Tokenizer.load(base)
     train, validation = (prepared.rows(recipe.split, part) for part in ("train", "validation"))
@@ -134,6 +144,7 @@ def assemble(prepared: PreparedData, recipe: Recipe, device: torch.device) -> Ru
         raise DataError(f"the train rows hold no {prepared.label_names[absent[0]]!r}; prepare more rows of it")
     transform, arrays = None, None
     if recipe.tabular:
+        _refuse_answers(recipe.tabular.columns, prepared.schema)
         columns = prepared.columns(recipe.tabular.columns)
         transform = TabularTransform.fit(columns.iloc[train], recipe.tabular)
         arrays = transform(columns)
@@ -148,15 +159,28 @@ def assemble(prepared: PreparedData, recipe: Recipe, device: torch.device) -> Ru
             f"max_length={recipe.max_length}, but {recipe.model} holds {model.config.max_position_embeddings} "
             f"positions; --set max_length={model.config.max_position_embeddings}"
         )
+    if model.tabular is not None and transform is None:
+        raise UsageError(
+            f"{recipe.model} reads columns beside the text, but the recipe has no [tabular] section; add the section, "
+            "or name a model of text alone with --model"
+        )
     if transform is not None and model.tabular is not None and model.tabular.numeric is not None:
         model.tabular.numeric.edges.copy_(torch.tensor(transform.edges))
     lora = None
     if recipe.lora:
-        heads = ("classifier", "tabular") if transform else ("classifier",)
+        parts = {"classifier": True, "tabular": transform is not None, "pooler": "bert.pooler" in model.new_heads}
+        heads = tuple(name for name, trained_in_full in parts.items() if trained_in_full)
         lora = recipe.lora.config(model.config.num_hidden_layers, heads)
         inject_lora(model, lora)
     examples = Examples(prepared.tokens(tokenizer), labels, tokenizer.sep_id, recipe.max_length, arrays)
     return Run(model.to(device), Split(examples, train, validation), tokenizer, transform, lora, base)
+
+
+def _refuse_answers(columns: list[str], schema: Schema) -> None:
+    """Raises UsageError when one of `columns` tells the label."""
+    answers = {schema.label_column, *([CLOSED_DATE] if schema.kind == STACK_OVERFLOW else [])}
+    if given := [name for name in columns if name in answers]:
+        raise UsageError(f"[tabular] names {given[0]}, which gives the label away; take it out of the recipe")
 
 
 def tabular_config(transform: TabularTransform) -> TabularConfig:
@@ -181,29 +205,52 @@ def describe(run: Run, prepared: PreparedData, recipe: dict[str, Any]) -> dict[s
         "schema": prepared.schema.to_dict(),
         "tabular": None if run.transform is None else run.transform.to_dict(),
         "data": {"fingerprint": prepared.fingerprint, "made_up": bool(prepared.manifest.get("made_up"))},
-        "base": {"model": recipe["model"], "weights": hash_file(weights_file(run.base))},
+        "base": {"model": _found_anywhere(recipe["model"]), "weights": hash_file(weights_file(run.base))},
     }
 
 
-def _check_folder(out: Path, identity: dict[str, Any], resume: bool) -> dict[str, Any] | None:
-    """What the run to resume was started with, None for a new run; raises ArtifactError when `out` fits neither."""
-    running = out / RUNNING
+def _found_anywhere(model: str) -> str:
+    """`minilm` and Hub ids as they are, a folder by its absolute path: a run may be loaded from another place."""
+    folder = Path(model).expanduser()
+    return str(folder.resolve()) if model != MINILM and folder.is_dir() else model
+
+
+def _check_folder(out: Path, resume: bool) -> None:
+    """Raises ArtifactError when `out` holds no run to resume, or something that a new run must not be mixed with."""
     if (out / MANIFEST).is_file():
         raise ArtifactError(f"{out} holds a finished run; name another folder with --out")
-    if running.is_file():
-        if not resume:
-            raise ArtifactError(f"{out} holds a run that has not ended; go on with --resume, or remove it: rm -r {out}")
-        before: dict[str, Any] = json.loads(running.read_text())
-        if changed := [name for name in identity if before.get(name) != identity[name]]:
-            raise ArtifactError(
-                f"{out} was started with another {' and '.join(changed)}; resume with the same, or start anew"
-            )
-        return before
-    if resume:
+    running = (out / RUNNING).is_file()
+    if resume and not running:
         raise ArtifactError(f"{out} holds no run to resume; start one without --resume")
-    if out.is_file() or (out.exists() and any(out.iterdir())):
+    if running and not resume:
+        raise ArtifactError(f"{out} holds a run that has not ended; go on with --resume, or remove it: rm -r {out}")
+    if not resume and (out.is_file() or (out.exists() and any(out.iterdir()))):
         raise ArtifactError(f"{out} is not an empty folder; name another one with --out")
-    return None
+
+
+def _read_running(path: Path, identity: dict[str, Any]) -> str:
+    """The precision of the run to resume; raises ArtifactError naming the first thing in which `identity` differs."""
+    try:
+        before = json.loads(path.read_text())
+        precision = str(before.pop("precision"))
+        found, given = _flat(before), _flat(identity)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ArtifactError(f"{path} is damaged ({error!r}); start the run anew: rm -r {path.parent}") from error
+    for name in {**given, **found}:
+        if found.get(name) != given.get(name):
+            raise ArtifactError(
+                f"{path.parent} was started with {name.removeprefix('recipe.')} {found.get(name)}, "
+                f"not {given.get(name)}; resume with the same, or start anew"
+            )
+    return precision
+
+
+def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields under dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def _save(run: Run, recipe: Recipe, out: Path) -> None:
@@ -212,7 +259,8 @@ def _save(run: Run, recipe: Recipe, out: Path) -> None:
     if run.lora is None:
         run.model.save_pretrained(out)
     else:
-        save_adapter(run.model, run.lora, out, recipe.model)
+        base = MINILM_HUB_ID if recipe.model == MINILM else _found_anywhere(recipe.model)  # PEFT knows no `minilm`
+        save_adapter(run.model, run.lora, out, base)
 
 
 def _summary(progress: Progress, train_rows: int) -> dict[str, Any]:

@@ -18,13 +18,14 @@ from types import FrameType
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from bertforge.artifact import write_atomic
 from bertforge.data.loader import Examples, PackShape, epoch_plan, load
-from bertforge.errors import DataError
+from bertforge.errors import ArtifactError, DataError
 from bertforge.evaluation.logits import predict_logits
 from bertforge.training import checkpoint
 from bertforge.training.checkpoint import Progress
@@ -77,19 +78,21 @@ class Trainer:
         # In float32, attention on a GPU reads the sequences' lengths back, which no graph can record.
         graphed = self.device.type == "cuda" and precision == "bf16"
         self.step = GraphedStep(eager) if graphed else eager
-        self.shape = PackShape.of(self.plans, recipe.tokens_per_step, recipe.max_length) if graphed else None
+        self.shape = PackShape.of(self.plans, split.examples)
 
     def resume(self) -> None:
         """Goes on from the folder's checkpoint; without one, the run starts from its beginning."""
         path = self.directory / CHECKPOINT
         if path.is_file():
             self.progress = checkpoint.restore(path, self.model, self.optimizer)
+            if self.progress.best_epoch:
+                self._read_best()  # a damaged file is told now, not after the last epoch
 
     def fit(self, show: Callable[[Progress, int, float], None]) -> Progress:
         """Trains to the end, leaves the best epoch's weights in the model and says where the run stands.
 
-        `show(progress, sequences, loss)` is called after every step. An interrupt ends the step under way, saves a
-        checkpoint and raises KeyboardInterrupt.
+        `show(progress, sequences, loss)` is called after every step. An interrupt ends the step or validation under
+        way, saves a checkpoint and raises KeyboardInterrupt.
         """
         with History(self.directory, self.progress.history) as history, _interruptible() as interrupted:
             self._saved_at = time.monotonic()
@@ -98,8 +101,9 @@ class Trainer:
                 self._train_epoch(history, interrupted, show)
                 self._validate(history)
                 self._save()
-        best = self.directory / BEST
-        checkpoint.load_trainable(self.model, load_file(best), best)
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
+        checkpoint.load_trainable(self.model, self._read_best(), self.directory / BEST)
         return self.progress
 
     def _train_epoch(
@@ -175,6 +179,16 @@ class Trainer:
         checkpoint.save(self.directory / CHECKPOINT, self.model, self.optimizer, self.progress)
         self._saved_at = time.monotonic()
 
+    def _read_best(self) -> dict[str, Tensor]:
+        path = self.directory / BEST
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise ArtifactError(
+                f"{path} is missing or damaged ({reason}); start the run anew without --resume"
+            ) from error
+
     def _checkpoint_due(self) -> bool:
         return time.monotonic() - self._saved_at > self.recipe.checkpoint_seconds
 
@@ -192,17 +206,23 @@ def _class_weights(split: Split, recipe: Recipe) -> Tensor:
 
 @contextmanager
 def _interruptible() -> Iterator[threading.Event]:
-    """Turns the first Ctrl-C or SIGTERM into an event that the loop looks at between steps; a second one is raised."""
+    """Turns the first Ctrl-C or SIGTERM into an event that the loop looks at between steps.
+
+    A second one, of either kind, raises KeyboardInterrupt at once.
+    """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
         yield event
         return
 
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
     def remember(number: int, frame: FrameType | None) -> None:
         event.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for each in numbers:
+            signal.signal(each, signal.default_int_handler)
 
-    previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, remember) for number in numbers}
     try:
         yield event
     finally:

@@ -11,11 +11,12 @@ _HEADS = ("classifier.", "tabular.")
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2017) over what is trainable; vectors (biases, LayerNorms) have no weight decay."""
+    """AdamW (Loshchilov & Hutter 2017) over what is trainable; biases and LayerNorms have no weight decay."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((name.startswith(_HEADS), parameter.ndim > 1), []).append(parameter)
+            matrix = parameter.ndim > 1 and not name.endswith("bias")  # each numeric column has a vector of biases
+            groups.setdefault((name.startswith(_HEADS), matrix), []).append(parameter)
     return torch.optim.AdamW(
         [
             {
