@@ -42,8 +42,9 @@ def predict_table(predictor: Predictor, table: Path, out: Path) -> Predicted:
     if out.exists() and table.exists() and out.samefile(table):
         raise UsageError(f"--out {out} is the table itself, which would be overwritten; name another file")
     rows, unlabelled, made_up = 0, 0, False
+    numbers = () if predictor.transform is None else predictor.transform.spec.numeric
     with _writer(out) as write, progress(f"predicting {table.name}") as report:
-        for chunk in read_raw(table, predictor.schema, require_labels=False):
+        for chunk in read_raw(table, predictor.schema, require_labels=False, numbers=numbers):
             predictions = _predict_chunk(predictor, chunk)
             write(predictions)
             rows += len(predictions)
