@@ -28,11 +28,13 @@ _FIELDS = {
     "data": ("fingerprint", "source", "schema", "rows", "label_counts", "columns", "splits", "files", "made_up"),
     "run": ("recipe", "labels", "schema", "tabular", "data", "base", "golden"),
     "model": ("recipe", "labels", "schema", "tabular", "data", "base", "golden"),
+    "engine": ("recipe", "labels", "schema", "tabular", "data", "base", "golden", "target", "precision"),
 }
 _MADE_BY = {
     "data": "bertforge prepare TABLE --out DIR",
     "run": "bertforge train --data DIR --out RUN",
     "model": "bertforge merge RUN --out DIR",
+    "engine": "bertforge compile MODEL --target openvino --precision bf16",
 }
 
 

@@ -72,6 +72,8 @@ class Report:
     recipe: Mapping[str, Any] | None = None
     fingerprint: Mapping[str, Any] | str | None = None
     versions: Mapping[str, str] | None = None
+    engines: Sequence[Mapping[str, Any]] | None = None
+    """Rows of `bertforge benchmark`."""
 
 
 def write_report(path: Path, report: Report) -> Path:
@@ -93,6 +95,7 @@ def write_report(path: Path, report: Report) -> Path:
         method=_method(report.metrics),
         confused=_most_confused(report.metrics) if len(report.metrics.label_names) > MOST_LABELS else None,
         figures=_figures(report),
+        fastest=max((row.get("questions_per_s", 0.0) for row in report.engines or ()), default=0.0),
         recipe=_flat(report.recipe),
         fingerprint=_flat({"data": report.fingerprint} if isinstance(report.fingerprint, str) else report.fingerprint),
     )

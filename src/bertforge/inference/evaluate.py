@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,8 @@ class Evaluation:
             "versions": versions(),
         }
 
-    def write_report(self, path: Path) -> Path:
-        """The HTML report; raises MachineError when the `report` extra is not installed."""
+    def write_report(self, path: Path, engines: Sequence[Mapping[str, Any]] | None = None) -> Path:
+        """The HTML report, with a benchmark's rows if given; raises MachineError without the `report` extra."""
         scored, names = self.scored, self.metrics.label_names
         history = self.manifest.get("history")
         recipe = self.manifest["recipe"]
@@ -72,6 +73,7 @@ class Evaluation:
             recipe=recipe,
             fingerprint=scored.fingerprint or self.manifest["data"],
             versions=self.manifest["versions"],
+            engines=engines,
         )
         return write_report(path, report)
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from bertforge.artifact import MANIFEST, fresh_directory, hash_file, write_manifest
+from bertforge.artifact import MANIFEST, fresh_directory, hash_file, read_manifest, write_manifest
 from bertforge.data.tokens import Tokenizer
 from bertforge.errors import ArtifactError
 from bertforge.evaluation.golden import GoldenRows
 from bertforge.evaluation.logits import predict_logits
-from bertforge.inference.predictor import Predictor, load_model
+from bertforge.hardware import detect
+from bertforge.inference.predictor import load_model, verified_model
 from bertforge.lora.adapter_io import ADAPTER_CONFIG
 from bertforge.lora.inject import merge
 from bertforge.model.classifier import BertForSequenceClassification
@@ -25,19 +26,19 @@ def merge_run(run: Path, out: Path) -> dict[str, Any]:
 
     Raises ArtifactError for a run without adapters, and when the merged model is not the same function.
     """
-    predictor = Predictor.load(run, precision="fp32")
+    manifest = read_manifest(run, "run", "model")
     if not (run / ADAPTER_CONFIG).is_file():
         raise ArtifactError(
             f"{run} was trained in full and is a plain Hugging Face folder already: there is nothing to merge"
         )
-    merged = merge(predictor.model)
+    model = verified_model(run, manifest, detect())
+    merged = merge(model)
     assert isinstance(merged, BertForSequenceClassification)
     merged.eval()
-    golden = GoldenRows.from_dict(predictor.manifest["golden"])
+    golden = GoldenRows.from_dict(manifest["golden"])
     # Both on this device: the golden logits may come from another one, whose rounding is not the merge's.
     unmerged, logits = (
-        predict_logits(model, golden.examples, np.arange(len(golden.logits)), "fp32")
-        for model in (predictor.model, merged)
+        predict_logits(either, golden.examples, np.arange(len(golden.logits)), "fp32") for either in (model, merged)
     )
     measured = {
         "max_logit_difference": float(np.abs(logits - unmerged).max()),
@@ -49,17 +50,17 @@ def merge_run(run: Path, out: Path) -> dict[str, Any]:
             f"the merged model differs from {run} by {measured['max_logit_difference']:.3g} in a logit, more than "
             f"{MAX_DIFFERENCE}; nothing was written"
         )
-    kept = {name: value for name, value in predictor.manifest.items() if name not in ("kind", "versions", "history")}
+    kept = {name: value for name, value in manifest.items() if name not in ("kind", "versions", "history")}
     with fresh_directory(out) as folder:
         merged.save_pretrained(folder)
-        predictor.tokenizer.save(folder)
+        Tokenizer.load(run).save(folder)
         write_manifest(
             folder,
             "model",
             **{**kept, "golden": GoldenRows(golden.examples, logits).to_dict(), "merge": measured},
             parent=hash_file(run / MANIFEST),
         )
-        reloaded = load_model(folder, predictor.manifest)  # what is on disk, not what is in memory
+        reloaded = load_model(folder, manifest)  # what is on disk, not what is in memory
         if GoldenRows(golden.examples, logits).difference(reloaded.to(next(merged.parameters()).device)) != 0:
             raise ArtifactError(f"the weights written to {out} do not reload as they were; nothing was kept")
         Tokenizer.load(folder)

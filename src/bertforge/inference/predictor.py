@@ -1,4 +1,4 @@
-"""A run or a merged model, loaded whole: text and columns in, labels and probabilities out."""
+"""A run, a merged model or an engine, loaded whole: text and columns in, labels and probabilities out."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ import pandas as pd
 import torch
 
 from bertforge.artifact import hash_file, read_manifest
+from bertforge.backends.base import Backend
+from bertforge.backends.pytorch import PyTorchBackend
+from bertforge.backends.registry import open_engine
+from bertforge.backends.run import run
 from bertforge.data.loader import Examples
 from bertforge.data.sample import is_made_up
 from bertforge.data.schema import STACK_OVERFLOW, Schema
@@ -19,8 +23,7 @@ from bertforge.data.tabular import TabularArrays, TabularTransform
 from bertforge.data.tokens import Tokenizer, TokenStore
 from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.evaluation.golden import TOLERANCE, GoldenRows
-from bertforge.evaluation.logits import predict_logits
-from bertforge.hardware import choose_precision, detect
+from bertforge.hardware import Hardware, choose_precision, detect
 from bertforge.lora.adapter_io import ADAPTER_CONFIG, load_adapter
 from bertforge.model import weights
 from bertforge.model.classifier import BertForSequenceClassification
@@ -32,44 +35,49 @@ from bertforge.models import resolve, weights_file
 class Predictor:
     """`Predictor.load("runs/closed").predict(["How do I ...?"])`."""
 
-    model: BertForSequenceClassification
+    backend: Backend
     tokenizer: Tokenizer
     schema: Schema
     transform: TabularTransform | None
     manifest: dict[str, Any]
-    precision: str
-    """fp32 or bf16, what the model computes in."""
 
     @classmethod
     def load(cls, directory: str | Path, precision: str = "auto") -> Self:
-        """Loads a folder made by `bertforge train` or `bertforge merge` on the best device here.
+        """Loads a folder made by `bertforge train`, `merge` or `compile` on the best device here.
 
-        Raises ArtifactError when a file is missing or damaged, when an adapter's base model is not the one it was
-        trained on, or when the golden rows do not give the logits they gave when the model was saved.
+        `precision` is that of a run or merged model: fp32, bf16, or auto; an engine has its own. Raises ArtifactError
+        when a file is missing or damaged, when an adapter's base model is not the one it was trained on, or when the
+        golden rows do not give the logits they gave when the model was saved; UsageError for a precision that the
+        engine was not compiled in.
         """
         directory = Path(directory)
-        manifest = read_manifest(directory, "run", "model")
+        manifest = read_manifest(directory, "run", "model", "engine")
         hardware = detect()
-        model = load_model(directory, manifest).to(hardware.device).eval()
-        difference = GoldenRows.from_dict(manifest["golden"]).difference(model)
-        if not difference <= TOLERANCE:  # NaN is refused too
-            raise ArtifactError(
-                f"{directory} does not compute what it did when it was saved: logits differ by {difference:.3g} on its "
-                "golden rows; its weights were changed or damaged, so make it again"
-            )
+        backend: Backend
+        if manifest["kind"] == "engine":
+            if precision not in ("auto", manifest["precision"]):
+                raise UsageError(f"{directory} was compiled in {manifest['precision']}, not in {precision}")
+            backend = open_engine(directory, manifest["target"], manifest["precision"], hardware)
+        else:
+            model = verified_model(directory, manifest, hardware)
+            backend = PyTorchBackend(model, hardware, choose_precision(hardware, precision))
         return cls(
-            model=model,
+            backend=backend,
             tokenizer=Tokenizer.load(directory),
             schema=Schema.from_dict(manifest["schema"]),
             transform=None if manifest["tabular"] is None else TabularTransform.from_dict(manifest["tabular"]),
             manifest=manifest,
-            precision=choose_precision(hardware, precision),
         )
 
     @property
     def label_names(self) -> tuple[str, ...]:
         """Names in the order of the logits."""
-        return self.model.config.labels
+        return tuple(self.manifest["labels"])
+
+    @property
+    def precision(self) -> str:
+        """What the matrix products run in."""
+        return self.backend.precision
 
     @property
     def max_length(self) -> int:
@@ -125,7 +133,19 @@ class Predictor:
     ) -> np.ndarray:
         """Logits `[rows, labels]` of tokenised rows."""
         examples = Examples(store, np.full(len(store), -1), self.tokenizer.sep_id, self.max_length, tabular)
-        return predict_logits(self.model, examples, rows, self.precision, advance)
+        return run(self.backend, examples, rows, advance=advance)
+
+
+def verified_model(directory: Path, manifest: dict[str, Any], hardware: Hardware) -> BertForSequenceClassification:
+    """`load_model` on the device here, once it has given its golden rows' logits; raises ArtifactError otherwise."""
+    model = load_model(directory, manifest).to(hardware.device).eval()
+    difference = GoldenRows.from_dict(manifest["golden"]).difference(model)
+    if not difference <= TOLERANCE:  # NaN is refused too
+        raise ArtifactError(
+            f"{directory} does not compute what it did when it was saved: logits differ by {difference:.3g} on its "
+            "golden rows; its weights were changed or damaged, so make it again"
+        )
+    return model
 
 
 def load_model(directory: Path, manifest: dict[str, Any]) -> BertForSequenceClassification:

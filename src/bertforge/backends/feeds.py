@@ -1,0 +1,18 @@
+"""A padded batch as the named arrays that a graph of ours takes."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+import numpy as np
+
+from bertforge.batch import PackedBatch, PaddedBatch
+
+
+def feeds(batch: PaddedBatch | PackedBatch, names: Container[str]) -> dict[str, np.ndarray]:
+    """The inputs among `names`, int64 and float32, as `export.bert_onnx` declares them."""
+    assert isinstance(batch, PaddedBatch)
+    arrays = {"input_ids": batch.input_ids.numpy(), "attention_mask": batch.attention_mask.numpy()}
+    if batch.tabular is not None:
+        arrays |= {name: getattr(batch.tabular, name).numpy() for name in ("numeric", "categorical", "multi")}
+    return {name: array for name, array in arrays.items() if name in names}

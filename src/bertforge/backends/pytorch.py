@@ -1,0 +1,36 @@
+"""PyTorch on packed batches: the reference, and the engine where nothing was compiled."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from bertforge.backends.base import BatchShape
+from bertforge.batch import PackedBatch, PaddedBatch
+from bertforge.hardware import Hardware, autocast
+from bertforge.model.classifier import BertForSequenceClassification
+
+
+class PyTorchBackend:
+    """A model of ours in evaluation mode."""
+
+    name = "pytorch"
+    packed = True
+    shape = BatchShape(tokens=16_384)
+    streams = 1
+
+    def __init__(self, model: BertForSequenceClassification, hardware: Hardware, precision: str) -> None:
+        """`precision` is fp32 or bf16 (autocast)."""
+        self.model = model.to(hardware.device).eval()
+        self.target = hardware.device
+        self.device, self.precision = hardware.name, precision
+
+    @torch.inference_mode()
+    def logits(self, batch: PaddedBatch | PackedBatch) -> np.ndarray:
+        """See `base.Backend`."""
+        with autocast(self.target, self.precision):
+            found: np.ndarray = self.model(batch.to(self.target)).float().cpu().numpy()
+        return found
+
+    def close(self) -> None:
+        """Nothing is held but the model."""

@@ -1,0 +1,64 @@
+"""Target names -> what they can compute in, which library they need, and how an artifact of theirs is opened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import util
+from pathlib import Path
+
+from bertforge.backends.base import Backend
+from bertforge.errors import MachineError, UsageError
+from bertforge.hardware import Hardware
+
+
+@dataclass(frozen=True)
+class Target:
+    """An engine that `bertforge compile` builds for."""
+
+    precisions: tuple[str, ...]
+    libraries: tuple[str, ...]
+    """Modules to import, all of them."""
+    extra: str
+    """Of bertforge, which installs them."""
+    file: str
+    """What the engine is loaded from, in its folder."""
+
+    @property
+    def installed(self) -> bool:
+        """Whether its libraries are there."""
+        return all(util.find_spec(name) for name in self.libraries)
+
+    @property
+    def hint(self) -> str:
+        """The command that installs them."""
+        return f"pip install 'bertforge[{self.extra}]'"
+
+
+TARGETS = {
+    "onnxruntime": Target(("fp32", "int8"), ("onnx", "onnxruntime"), "onnxruntime", "model.onnx"),
+    "openvino": Target(("fp32", "bf16", "int8"), ("onnx", "openvino", "nncf"), "openvino", "model.xml"),
+}
+
+
+def check_target(name: str, precision: str) -> Target:
+    """The target; raises UsageError for a name or precision it does not know, MachineError without its libraries."""
+    if name not in TARGETS:
+        raise UsageError(f"target {name!r} does not exist; choose one of {', '.join(TARGETS)}")
+    target = TARGETS[name]
+    if precision not in target.precisions:
+        raise UsageError(f"{name} has no precision {precision!r}; choose one of {', '.join(target.precisions)}")
+    if not target.installed:
+        raise MachineError(f"{name} needs {', '.join(target.libraries)}; {target.hint}")
+    return target
+
+
+def open_engine(directory: Path, target: str, precision: str, hardware: Hardware) -> Backend:
+    """The engine in `directory`, ready to run."""
+    path = directory / check_target(target, precision).file
+    if target == "onnxruntime":
+        from bertforge.backends.onnxruntime import OnnxRuntimeBackend
+
+        return OnnxRuntimeBackend(path, hardware, precision)
+    from bertforge.backends.openvino import OpenVinoBackend
+
+    return OpenVinoBackend(path, hardware, precision)

@@ -1,0 +1,73 @@
+"""Rows through a backend: sorted by length, grouped as the backend likes, answered in the caller's order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from bertforge.backends.base import Backend, BatchShape
+from bertforge.batch import PackedBatch, PaddedBatch
+from bertforge.data.loader import Examples, tabular_batch
+
+
+def run(
+    backend: Backend,
+    examples: Examples,
+    rows: np.ndarray,
+    *,
+    shape: BatchShape | None = None,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> np.ndarray:
+    """Logits `[rows, labels]` float32 in the order of `rows`; `shape` replaces the backend's own.
+
+    `advance` is told the rows of each batch when it is done.
+    """
+    plan = group(examples.lengths(rows), shape or backend.shape)
+    logits: np.ndarray | None = None
+
+    def compute(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return places, backend.logits(batch_of(examples, rows[places], backend.packed, shape or backend.shape))
+
+    with ThreadPoolExecutor(backend.streams, thread_name_prefix=backend.name) as pool:
+        for places, found in pool.map(compute, plan):
+            if logits is None:
+                logits = np.empty((len(rows), found.shape[1]), np.float32)
+            logits[places] = found
+            advance(len(places))
+    assert logits is not None, "there is at least one row"
+    return logits
+
+
+def group(lengths: np.ndarray, shape: BatchShape) -> list[np.ndarray]:
+    """Places in `lengths`, longest first, cut where another row would pass `shape`; a long row may stand alone."""
+    order = np.argsort(-lengths, kind="stable")
+    return [order[start:stop] for start, stop in _cuts(lengths[order], shape)]
+
+
+def _cuts(lengths: np.ndarray, shape: BatchShape) -> Iterator[tuple[int, int]]:
+    start = 0
+    while start < len(lengths):
+        padded = -(-int(lengths[start]) // shape.multiple) * shape.multiple
+        rows = max(1, shape.tokens // padded)
+        stop = min(len(lengths), start + min(rows, shape.rows or rows))
+        yield start, stop
+        start = stop
+
+
+def batch_of(examples: Examples, rows: np.ndarray, packed: bool, shape: BatchShape) -> PackedBatch | PaddedBatch:
+    """The rows as the backend takes them; padding stands on the right."""
+    if packed:
+        return examples.pack(rows)[0]
+    lengths = examples.lengths(rows)
+    width = min(-(-int(lengths.max()) // shape.multiple) * shape.multiple, max(examples.max_length, int(lengths.max())))
+    mask = np.arange(width) < lengths[:, None]  # [rows, width]
+    ids = np.zeros((len(rows), width), np.int64)
+    ids[mask] = examples.pack(rows)[0].input_ids.numpy()
+    return PaddedBatch(
+        input_ids=torch.from_numpy(ids),
+        attention_mask=torch.from_numpy(mask.astype(np.int64)),
+        tabular=None if examples.tabular is None else tabular_batch(examples.tabular[rows]),
+    )

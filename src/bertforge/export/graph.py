@@ -1,0 +1,66 @@
+"""A thin writer of ONNX graphs: nodes are added one by one, constants are named, everything else is onnx.helper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+OPSET = 20  # the first with Gelu
+IR_VERSION = 10
+TYPES: dict[str, Any] = {
+    "fp32": np.dtype(np.float32),
+    "fp16": np.dtype(np.float16),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class Graph:
+    """Nodes, constants, inputs and outputs of a graph under construction. A value is known by its name, a string."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, onnx.TensorProto] = {}
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.scope = ""
+
+    def input(self, name: str, dtype: Any, shape: Sequence[str | int]) -> str:
+        """Declares an input; strings in `shape` are dynamic axes."""
+        self.inputs.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape))
+        return name
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        """A named constant; the same name means the same value."""
+        if name not in self.constants:
+            self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+        return name
+
+    def ints(self, *values: int) -> str:
+        """A constant `[len(values)]` int64, as axes and shapes are given."""
+        return self.constant("ints_" + "_".join(map(str, values)).replace("-", "m"), np.array(values, np.int64))
+
+    def add(self, op: str, *inputs: str, name: str = "", **attributes: Any) -> str:
+        """Adds a node with one output and returns the output's name."""
+        output = f"{self.scope}{name or op}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op, list(inputs), [output], name=output, **attributes))
+        return output
+
+    def cast(self, value: str, dtype: np.dtype[Any]) -> str:
+        """`value` in another type."""
+        return self.add("Cast", value, to=helper.np_dtype_to_tensor_dtype(dtype))
+
+    def finish(self, output: str, name: str, shape: Sequence[str | int], metadata: dict[str, str]) -> onnx.ModelProto:
+        """The checked model, with `output` (float32) under `name`."""
+        self.nodes.append(helper.make_node("Identity", [output], [name], name=name))
+        result = helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        graph = helper.make_graph(self.nodes, "bertforge", self.inputs, [result], list(self.constants.values()))
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="bertforge"
+        )
+        helper.set_model_props(model, metadata)
+        onnx.checker.check_model(model, full_check=True)
+        return model

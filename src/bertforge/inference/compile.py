@@ -1,0 +1,173 @@
+"""A merged model -> an engine in a folder that proves itself before it counts as built.
+
+The engine is written, loaded again from what was written, and run on the model's golden rows and, where prepared data
+is given, on validation rows of mixed length. It is kept when its logits are those of the model up to what its precision
+allows; otherwise nothing is left behind. Calibration reads train rows, the judgement validation rows, the test rows
+nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bertforge.artifact import MANIFEST, fresh_directory, hash_file, read_manifest, write_manifest
+from bertforge.backends.base import Backend, BatchShape
+from bertforge.backends.feeds import feeds
+from bertforge.backends.pytorch import PyTorchBackend
+from bertforge.backends.registry import TARGETS, check_target, open_engine
+from bertforge.backends.run import batch_of, run
+from bertforge.data.loader import Examples
+from bertforge.data.prepared import PreparedData
+from bertforge.errors import ArtifactError, DataError, UsageError
+from bertforge.evaluation.agreement import Agreement
+from bertforge.evaluation.golden import GoldenRows
+from bertforge.hardware import Hardware, detect
+from bertforge.inference.predictor import Predictor
+from bertforge.lora.adapter_io import ADAPTER_CONFIG
+
+CALIBRATION_ROWS = 300
+VALIDATION_ROWS = 1000
+MAX_DROP = 0.003  # accuracy on validation rows an engine may cost, a fraction
+# What a logit may differ on golden rows, whose logits are float32's.
+_TOLERANCE = {"fp32": 2e-3, "bf16": 0.25, "int8": 1.0}
+_KEPT = ("recipe", "labels", "schema", "tabular", "data", "base", "golden")
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of prepared data for one purpose."""
+
+    examples: Examples
+    rows: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:
+        return np.asarray(self.examples.labels[self.rows])
+
+    def one_by_one(self) -> list[dict[str, np.ndarray]]:
+        """Each row as the inputs of a graph, without padding."""
+        names = ("input_ids", "attention_mask", "numeric", "categorical", "multi")
+        shape = BatchShape(tokens=1)
+        return [
+            feeds(batch_of(self.examples, self.rows[i : i + 1], False, shape), names) for i in range(len(self.rows))
+        ]
+
+
+def compile_model(model: Path, target: str, precision: str, data: Path | None, out: Path) -> dict[str, Any]:
+    """Builds an engine in `out` and returns its receipt.
+
+    Raises ArtifactError for a run with adapters and for an engine that does not compute what the model does,
+    UsageError for INT8 without data.
+    """
+    check_target(target, precision)
+    read_manifest(model, "run", "model")
+    if (model / ADAPTER_CONFIG).is_file():
+        raise ArtifactError(
+            f"{model} still has its adapter beside the base; merge first: bertforge merge {model} --out DIR"
+        )
+    if precision == "int8" and data is None:
+        raise UsageError("int8 is calibrated on train rows; say where they are: --data DIR")
+    hardware = detect()
+    predictor = Predictor.load(model, "fp32")
+    assert isinstance(predictor.backend, PyTorchBackend)  # neither an engine nor a quantized model can be compiled
+    if predictor.transform is not None:
+        raise UsageError(f"{model} reads columns beside the text, which engines do not yet; predict with it as it is")
+    prepared = None if data is None else PreparedData.open(data)
+    start = time.monotonic()
+    with fresh_directory(out) as folder:
+        _build(folder, predictor, target, precision, prepared)
+        seconds = time.monotonic() - start
+        backend = open_engine(folder, target, precision, hardware)
+        receipt = {
+            "target": target,
+            "precision": precision,
+            "device": hardware.name,
+            "build_seconds": round(seconds, 1),
+            "bytes": sum(path.stat().st_size for path in folder.iterdir()),
+            **_proof(predictor, backend, prepared, hardware),
+        }
+        backend.close()
+        kept = {name: predictor.manifest[name] for name in _KEPT}
+        predictor.tokenizer.save(folder)
+        write_manifest(folder, "engine", **kept, **receipt, parent=hash_file(model / MANIFEST))
+    return receipt
+
+
+def default_folder(model: Path, target: str, precision: str) -> Path:
+    """Where an engine of `model` lies unless told otherwise."""
+    return model / "engines" / f"{target}-{precision}"
+
+
+def _build(folder: Path, predictor: Predictor, target: str, precision: str, prepared: PreparedData | None) -> None:
+    from bertforge.export.bert_onnx import export_onnx
+
+    graph = export_onnx(predictor.backend.model, folder / "graph.onnx")
+    wanted = folder / TARGETS[target].file
+    if target == "openvino":
+        from bertforge.export.openvino_convert import convert
+
+        if precision == "int8":
+            assert prepared is not None
+            train, validation = _rows(predictor, prepared, "train"), _rows(predictor, prepared, "validation")
+            if len(np.unique(train.labels)) < 2:
+                raise DataError("the calibration rows hold one class only; prepare a table with rows of every class")
+            convert(
+                graph,
+                wanted,
+                calibration=train.one_by_one(),
+                validation=validation.one_by_one(),
+                accuracy=lambda logits: float((logits.argmax(1) == validation.labels).mean()),
+                max_drop=MAX_DROP,
+            )
+        else:
+            convert(graph, wanted)
+        graph.unlink()
+    elif precision == "int8":
+        from bertforge.export.onnx_int8 import quantize_dynamically
+
+        quantize_dynamically(graph, wanted)
+        graph.unlink()
+    else:
+        graph.rename(wanted)
+
+
+def _proof(predictor: Predictor, backend: Backend, prepared: PreparedData | None, hardware: Hardware) -> dict[str, Any]:
+    """Agreement with the model on golden rows and, with data, on validation rows; raises ArtifactError without it."""
+    golden = GoldenRows.from_dict(predictor.manifest["golden"])
+    agreement = Agreement.of(golden.logits, run(backend, golden.examples, np.arange(len(golden.logits))))
+    if not agreement.max_logit_difference <= _TOLERANCE[backend.precision]:
+        raise ArtifactError(
+            f"the {backend.name} engine differs from the model by {agreement.max_logit_difference:.3g} in a logit of "
+            f"its golden rows, more than {_TOLERANCE[backend.precision]} for {backend.precision}; nothing was written"
+        )
+    proof: dict[str, Any] = {"golden_agreement": agreement.to_dict()}
+    if prepared is not None:
+        rows = _rows(predictor, prepared, "validation")
+        reference = run(PyTorchBackend(predictor.backend.model, hardware, "fp32"), rows.examples, rows.rows)
+        found = run(backend, rows.examples, rows.rows)
+        before, after = ((logits.argmax(1) == rows.labels).mean() for logits in (reference, found))
+        proof["validation_agreement"] = Agreement.of(reference, found).to_dict()
+        proof |= {"validation_accuracy": float(after), "validation_accuracy_fp32": float(before)}
+        if not before - after <= MAX_DROP:
+            raise ArtifactError(
+                f"the {backend.name} engine in {backend.precision} loses {before - after:.2%} accuracy on "
+                f"{len(rows.rows):,} validation rows, more than {MAX_DROP:.1%}; nothing was written"
+            )
+    return proof
+
+
+def _rows(predictor: Predictor, prepared: PreparedData, part: str) -> _Rows:
+    """Rows spread over a part of the data: for calibration from train, for judgement from validation."""
+    rows = prepared.rows(predictor.manifest["recipe"]["split"], part)
+    wanted = CALIBRATION_ROWS if part == "train" else VALIDATION_ROWS
+    rows = rows[np.linspace(0, len(rows) - 1, min(wanted, len(rows))).astype(int)]
+    transform = predictor.transform
+    tabular = None if transform is None else transform(prepared.columns(transform.spec.columns))
+    store = prepared.tokens(predictor.tokenizer)
+    examples = Examples(store, prepared.labels, predictor.tokenizer.sep_id, predictor.max_length, tabular)
+    return _Rows(examples, rows)

@@ -1,0 +1,93 @@
+"""An engine proves itself before it is kept, and predicts like the model it was compiled from."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from bertforge.artifact import read_manifest
+from bertforge.errors import ArtifactError, UsageError
+from bertforge.inference.compile import compile_model
+from bertforge.inference.predictor import Predictor
+from tests.runs import run_command
+
+TEXTS = ["How do I sort a list?", "Which laptop is best?", "a " * 60]
+
+
+@pytest.fixture(scope="module")
+def engines(runs, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engines")
+    pairs = [("onnxruntime", "fp32"), ("openvino", "bf16"), ("openvino", "int8")]
+    for target, precision in pairs:
+        compile_model(runs["full"], target, precision, data, folder / f"{target}-{precision}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"), [("onnxruntime-fp32", 1e-5), ("openvino-bf16", 5e-2), ("openvino-int8", 0.2)]
+)
+def test_an_engine_predicts_like_its_model(engines, runs, name, tolerance):
+    model, engine = Predictor.load(runs["full"], "fp32"), Predictor.load(engines / name)
+    np.testing.assert_allclose(engine.logits(TEXTS), model.logits(TEXTS), atol=tolerance)
+    assert list(engine.predict(TEXTS).columns) == list(model.predict(TEXTS).columns)
+
+
+def test_the_receipt_says_what_was_shown(engines):
+    receipt = read_manifest(engines / "openvino-int8", "engine")
+    assert receipt["golden_agreement"]["rows"] == 16
+    assert receipt["validation_agreement"]["rows"] == receipt["validation_agreement"]["rows"] > 10
+    assert receipt["validation_accuracy"] >= receipt["validation_accuracy_fp32"] - 0.003
+    assert {"build_seconds", "bytes", "device", "parent", "versions"} <= receipt.keys()
+
+
+def test_what_cannot_be_compiled_is_refused_and_nothing_written(tmp_path, runs, engines, data):
+    out = tmp_path / "engine"
+    with pytest.raises(ArtifactError, match="merge first: bertforge merge"):
+        compile_model(runs["lora"], "onnxruntime", "fp32", None, out)
+    with pytest.raises(UsageError, match="--data DIR"):
+        compile_model(runs["full"], "openvino", "int8", None, out)
+    with pytest.raises(UsageError, match="choose one of fp32, bf16, int8"):
+        compile_model(runs["full"], "openvino", "fp4", None, out)
+    with pytest.raises(UsageError, match="choose one of onnxruntime, openvino"):
+        compile_model(runs["full"], "tpu", "fp32", None, out)
+    with pytest.raises(ArtifactError, match="is of kind 'engine'"):
+        compile_model(engines / "openvino-bf16", "openvino", "bf16", None, out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_engine_that_computes_something_else_is_not_kept(tmp_path, runs):
+    model = tmp_path / "model"
+    shutil.copytree(runs["full"], model)
+    manifest = json.loads((model / "bertforge.json").read_text())
+    for row in manifest["golden"]["logits"]:
+        row[0] += 1.5e-3  # within what the model itself is allowed, so only half of it is left for the engine
+    (model / "bertforge.json").write_text(json.dumps(manifest))
+    compile_model(model, "onnxruntime", "fp32", None, tmp_path / "near")
+    for row in manifest["golden"]["logits"]:
+        row[0] += 1e-3
+    (model / "bertforge.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="does not compute what it did"):
+        compile_model(model, "onnxruntime", "fp32", None, tmp_path / "far")
+    assert not (tmp_path / "far").exists()
+
+
+def test_a_damaged_engine_is_one_line(tmp_path, engines):
+    broken = tmp_path / "engine"
+    shutil.copytree(engines / "openvino-bf16", broken)
+    (broken / "model.xml").write_text("<net")
+    with pytest.raises(ArtifactError, match="compile it again"):
+        Predictor.load(broken)
+    with pytest.raises(UsageError, match="was compiled in bf16, not in fp32"):
+        Predictor.load(engines / "openvino-bf16", "fp32")
+
+
+def test_compile_and_predict_from_the_command_line(tmp_path, runs, data, capsys):
+    engine = tmp_path / "engine"
+    assert run_command("compile", runs["full"], "--target", "openvino", "--data", data, "--out", engine) == 0
+    said = capsys.readouterr().out
+    assert "labels changed" in said
+    assert f"bertforge predict {engine}" in said
+    table = data.with_suffix(".csv")
+    assert run_command("predict", engine, table, "--out", tmp_path / "p.csv") == 0
+    assert len((tmp_path / "p.csv").read_text().splitlines()) == 161
