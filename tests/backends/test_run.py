@@ -1,5 +1,7 @@
 """Rows go through any backend once, grouped as it likes, and come back in the caller's order."""
 
+import ctypes
+
 import numpy as np
 import pytest
 import torch
@@ -67,6 +69,20 @@ def test_padding_goes_to_a_multiple_but_not_past_the_longest_text(examples):
     shape = BatchShape(tokens=1, multiple=32)
     assert batch_of(examples, np.array([shortest]), False, shape).input_ids.shape == (1, 32)
     assert batch_of(examples, np.array([longest]), False, shape).input_ids.shape == (1, 48)
+
+
+def test_signals_of_the_main_thread_keep_their_stack(model, tmp_path):
+    class Stack(ctypes.Structure):
+        _fields_ = (("pointer", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+    def size():
+        stack = Stack()
+        ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack))
+        return stack.size
+
+    before = size()
+    OpenVinoBackend(export_onnx(model, tmp_path / "m.onnx"), detect(), "fp32")
+    assert size() == before, "see data.streaming.in_a_thread"
 
 
 @pytest.mark.parametrize("kind", [OnnxRuntimeBackend, OpenVinoBackend])

@@ -1,6 +1,7 @@
 """Engines side by side: each row a claim that can be checked against the model itself."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,10 +15,16 @@ from bertforge.errors import UsageError
 from tests.runs import run_command
 
 
-def test_a_target_that_is_missing_is_a_row_that_says_how_to_get_it(runs, data, monkeypatch, tmp_path):
+@pytest.fixture
+def model(runs, tmp_path):
+    """A copy: engines are compiled into the model's folder."""
+    return shutil.copytree(runs["full"], tmp_path / "model")
+
+
+def test_a_target_that_is_missing_is_a_row_that_says_how_to_get_it(model, data, monkeypatch):
     absent = Target(("fp32",), ("no_such_library",), "fast", "model.bin")
     monkeypatch.setitem(TARGETS, "absent", absent)
-    found = run_benchmark(runs["full"], data, "absent", split="validation", rows=32, repeats=1, say=lambda text: None)
+    found = run_benchmark(model, data, "absent", split="validation", rows=32, repeats=1, say=lambda text: None)
     assert [row["framework"] for row in found["rows"]] == ["pytorch", "absent"]
     assert "pip install 'bertforge[fast]'" in found["rows"][1]["missing"]
     assert "pip install" in markdown(found)
@@ -28,9 +35,9 @@ def test_a_target_that_is_missing_is_a_row_that_says_how_to_get_it(runs, data, m
     assert reference["p50_ms"] <= reference["p95_ms"] <= reference["p99_ms"]
 
 
-def test_from_the_command_line(runs, data, tmp_path, capsys):
+def test_from_the_command_line(model, data, tmp_path, capsys):
     arguments = ("--data", data, "--targets", "onnxruntime-fp32", "--rows", "32", "--repeats", "1")
-    assert run_command("benchmark", runs["full"], *arguments, "--out", tmp_path) == 0
+    assert run_command("benchmark", model, *arguments, "--out", tmp_path) == 0
     said = capsys.readouterr().out
     assert "| onnxruntime | fp32 |" in said
     rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]

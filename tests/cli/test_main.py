@@ -66,7 +66,11 @@ def one_line(capsys):
         (("predict", "{run}", "absent.csv", "--out", "{new}.csv"), 3, "absent.csv does not exist; name a table"),
         (("evaluate", "{run}", "--data", "{run}/tokenizer.txt"), 3, "tokenizer.txt does not exist"),
         (("train", "--data", "absent", "--out", "{new}"), 4, "absent does not exist; it should be a folder made by"),
-        (("predict", "{data}", "{table}", "--out", "{new}.csv"), 4, "is of kind 'data', but run or model is needed"),
+        (
+            ("predict", "{data}", "{table}", "--out", "{new}.csv"),
+            4,
+            "is of kind 'data', but run or model",
+        ),
         (("train", "--data", "{data}", "--out", "{run}"), 4, "holds a finished run; name another folder with --out"),
         (
             ("train", "--data", "{data}", "--out", "{new}", "--model", "./absent"),

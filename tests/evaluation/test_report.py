@@ -27,6 +27,7 @@ SECTIONS = [
     "Confusion matrix",
     "Accuracy by text length",
     "Accuracy by month",
+    "Engines",
     "Paired tests",
     "Most confident mistakes",
     "Recipe",
@@ -91,6 +92,20 @@ def _made_report(labels: int, names: tuple[str, ...]) -> Report:
         recipe={"variant": "lora-r8", "lora": {"r": 8, "targets": ["query", "value"]}},
         fingerprint="sha256:0123",
         versions={"torch": "2.11.0"},
+        engines=[
+            {
+                "framework": "openvino",
+                "precision": "int8",
+                "questions_per_s": 200.0,
+                "p50_ms": 4,
+                "p95_ms": 9,
+                "accuracy": 0.8,
+                "recovery": 0.999,
+                "changed_labels": 3,
+                "accuracy_rows": 500,
+            },
+            {"framework": "tensorrt", "precision": "fp16", "missing": "pip install it"},
+        ],
     )
 
 

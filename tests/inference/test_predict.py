@@ -167,6 +167,8 @@ def test_a_table_without_rows_is_an_error(tmp_path, predictor):
 class InterruptedPredictor:
     """Predicts one chunk and is interrupted in the second."""
 
+    transform = None
+
     def __init__(self, predictor):
         self.schema, self.made_up, self._predictor, self._chunks = predictor.schema, predictor.made_up, predictor, 0
 

@@ -17,6 +17,7 @@ import numpy as np
 from bertforge.backends.base import BatchShape
 from bertforge.backends.feeds import feeds
 from bertforge.batch import PackedBatch, PaddedBatch
+from bertforge.data.streaming import in_a_thread
 from bertforge.errors import ArtifactError, MachineError
 from bertforge.hardware import Hardware
 
@@ -39,10 +40,10 @@ class OpenVinoBackend:
         self.streams = hardware.cores
         self.device, self.precision = hardware.name, precision
         hint = HINTS[precision] if hardware.bf16 else "f32"
-        settings = {"NUM_STREAMS": self.streams, "INFERENCE_NUM_THREADS": hardware.cores}
+        settings: dict[str, Any] = {"NUM_STREAMS": self.streams, "INFERENCE_NUM_THREADS": hardware.cores}
         try:
-            core = openvino.Core()
-            self.compiled: Any = core.compile_model(str(path), "CPU", {**settings, "INFERENCE_PRECISION_HINT": hint})
+            settings["INFERENCE_PRECISION_HINT"] = hint
+            self.compiled: Any = in_a_thread(lambda: openvino.Core().compile_model(str(path), "CPU", settings))
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise ArtifactError(f"{path} cannot be loaded ({reason}); compile it again: bertforge compile") from error

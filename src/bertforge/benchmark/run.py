@@ -64,9 +64,9 @@ def run_benchmark(
     reference = Predictor.load(model, "fp32")
     work = _workload(reference, PreparedData.open(data), split, rows)
     baseline = run(reference.backend, work.examples, work.rows)
-    found = []
+    found: list[dict[str, Any]] = []
     for target, precision in wanted:
-        name = {"framework": target, "precision": precision}
+        name: dict[str, Any] = {"framework": target, "precision": precision}
         try:
             folder = model if target == "pytorch" else engine(model, target, precision, data, say)
             predictor = Predictor.load(folder, precision)

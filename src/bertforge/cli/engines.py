@@ -17,9 +17,7 @@ def compile_(
     precision: Annotated[str, typer.Option(help="fp32, bf16 or int8, as the target has them.")] = "bf16",
     data: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder made by `bertforge prepare`: int8 is calibrated on its train rows; validation proves."
-        ),
+        typer.Option(help="Folder made by `bertforge prepare`: train rows calibrate int8, validation rows prove it."),
     ] = None,
     out: Annotated[
         Path | None,

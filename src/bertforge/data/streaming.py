@@ -1,4 +1,4 @@
-"""Two helpers of everything that streams: work one step ahead in a thread, and a progress bar."""
+"""What long work needs: a step ahead in a thread, a thread of its own, and a progress bar."""
 
 from __future__ import annotations
 
@@ -26,6 +26,16 @@ def ahead(items: Iterable[T]) -> Generator[T, None, None]:
         while (item := coming.result()) is not _END:
             coming = pool.submit(next, iterator, _END)
             yield item  # type: ignore[misc]  # not the sentinel
+
+
+def in_a_thread(work: Callable[[], T]) -> T:
+    """The result of `work`, done in a thread of its own while the caller waits.
+
+    OpenVINO gives the thread that compiles a model a stack for signals (on CPUs with AMX), too small for Python's
+    handler: there Ctrl-C would end in a segmentation fault. Signals are the main thread's, so it must be another.
+    """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(work).result()
 
 
 @contextmanager

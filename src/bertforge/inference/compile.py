@@ -23,12 +23,14 @@ from bertforge.backends.registry import TARGETS, check_target, open_engine
 from bertforge.backends.run import batch_of, run
 from bertforge.data.loader import Examples
 from bertforge.data.prepared import PreparedData
+from bertforge.data.streaming import in_a_thread
 from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.evaluation.agreement import Agreement
 from bertforge.evaluation.golden import GoldenRows
 from bertforge.hardware import Hardware, detect
 from bertforge.inference.predictor import Predictor
 from bertforge.lora.adapter_io import ADAPTER_CONFIG
+from bertforge.model.classifier import BertForSequenceClassification
 
 CALIBRATION_ROWS = 300
 VALIDATION_ROWS = 1000
@@ -74,7 +76,6 @@ def compile_model(model: Path, target: str, precision: str, data: Path | None, o
         raise UsageError("int8 is calibrated on train rows; say where they are: --data DIR")
     hardware = detect()
     predictor = Predictor.load(model, "fp32")
-    assert isinstance(predictor.backend, PyTorchBackend)  # neither an engine nor a quantized model can be compiled
     if predictor.transform is not None:
         raise UsageError(f"{model} reads columns beside the text, which engines do not yet; predict with it as it is")
     prepared = None if data is None else PreparedData.open(data)
@@ -98,6 +99,12 @@ def compile_model(model: Path, target: str, precision: str, data: Path | None, o
     return receipt
 
 
+def _model(predictor: Predictor) -> BertForSequenceClassification:
+    """The PyTorch model behind a predictor that is no engine."""
+    assert isinstance(predictor.backend, PyTorchBackend)
+    return predictor.backend.model
+
+
 def default_folder(model: Path, target: str, precision: str) -> Path:
     """Where an engine of `model` lies unless told otherwise."""
     return model / "engines" / f"{target}-{precision}"
@@ -106,7 +113,7 @@ def default_folder(model: Path, target: str, precision: str) -> Path:
 def _build(folder: Path, predictor: Predictor, target: str, precision: str, prepared: PreparedData | None) -> None:
     from bertforge.export.bert_onnx import export_onnx
 
-    graph = export_onnx(predictor.backend.model, folder / "graph.onnx")
+    graph = export_onnx(_model(predictor), folder / "graph.onnx")
     wanted = folder / TARGETS[target].file
     if target == "openvino":
         from bertforge.export.openvino_convert import convert
@@ -116,13 +123,15 @@ def _build(folder: Path, predictor: Predictor, target: str, precision: str, prep
             train, validation = _rows(predictor, prepared, "train"), _rows(predictor, prepared, "validation")
             if len(np.unique(train.labels)) < 2:
                 raise DataError("the calibration rows hold one class only; prepare a table with rows of every class")
-            convert(
-                graph,
-                wanted,
-                calibration=train.one_by_one(),
-                validation=validation.one_by_one(),
-                accuracy=lambda logits: float((logits.argmax(1) == validation.labels).mean()),
-                max_drop=MAX_DROP,
+            in_a_thread(
+                lambda: convert(
+                    graph,
+                    wanted,
+                    calibration=train.one_by_one(),
+                    validation=validation.one_by_one(),
+                    accuracy=lambda logits: float((logits.argmax(1) == validation.labels).mean()),
+                    max_drop=MAX_DROP,
+                )
             )
         else:
             convert(graph, wanted)
@@ -148,7 +157,7 @@ def _proof(predictor: Predictor, backend: Backend, prepared: PreparedData | None
     proof: dict[str, Any] = {"golden_agreement": agreement.to_dict()}
     if prepared is not None:
         rows = _rows(predictor, prepared, "validation")
-        reference = run(PyTorchBackend(predictor.backend.model, hardware, "fp32"), rows.examples, rows.rows)
+        reference = run(PyTorchBackend(_model(predictor), hardware, "fp32"), rows.examples, rows.rows)
         found = run(backend, rows.examples, rows.rows)
         before, after = ((logits.argmax(1) == rows.labels).mean() for logits in (reference, found))
         proof["validation_agreement"] = Agreement.of(reference, found).to_dict()
