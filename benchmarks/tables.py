@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from bertforge.evaluation.groups import wilson_interval
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -37,19 +39,20 @@ def variants() -> str:
     rows = []
     for name, runs in _by(found["rows"], "variant").items():
         accuracies = [run["accuracy"] for run in runs]
+        mean, count = statistics.mean(accuracies), runs[0]["rows"]
+        low, high = wilson_interval(round(mean * count), count)
         parameters = next((run["trainable_parameters"] for run in runs if "trainable_parameters" in run), None)
         rows.append(
             [
                 f"`{name}`",
                 f"{parameters:,}" if parameters else "-",
-                _percent(statistics.mean(accuracies)),
-                f"{_percent(min(run['accuracy_low'] for run in runs))} to "
-                f"{_percent(max(run['accuracy_high'] for run in runs))}",
+                _percent(mean),
+                f"{_percent(low)} to {_percent(high)}",
+                ", ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies),
                 f"{statistics.mean(run['loss'] for run in runs):.4f}",
-                str(len(runs)),
             ]
         )
-    header = ["variant", "trainable parameters", "validation accuracy", "95% interval, all seeds", "loss", "seeds"]
+    header = ["variant", "trainable parameters", "validation accuracy", "95% interval", "seed by seed", "loss"]
     return _markdown(header, rows) + _source("variants", found)
 
 
@@ -87,6 +90,26 @@ def train_rate_cpu() -> str:
     ]
     header = ["system", "precision", "questions/s", "spread", "accuracy so far"]
     return _markdown(header, rows) + _source("train_rate_cpu", found)
+
+
+@table
+def inference_cpu() -> str:
+    """Engines on a CPU beside transformers."""
+    found = _record("inference_cpu")
+    slowest = found["rows"][0]["questions_per_s"]
+    rows = [
+        [
+            row["system"],
+            row["framework"],
+            row["precision"],
+            f"{row['questions_per_s']:.1f}",
+            f"{row['questions_per_s'] / slowest:.1f}",
+            _percent(row["accuracy"]),
+        ]
+        for row in found["rows"]
+    ]
+    header = ["system", "framework", "precision", "questions/s", "speed-up", "accuracy"]
+    return _markdown(header, rows) + _source("inference_cpu", found)
 
 
 @table
@@ -150,7 +173,10 @@ def main() -> int:
 
 
 def _record(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        sys.exit(f"{path.relative_to(ROOT)} is missing; the script of that name under benchmarks/ makes it")
+    found: dict[str, Any] = json.loads(path.read_text())
     return found
 
 
