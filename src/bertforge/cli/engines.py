@@ -61,7 +61,7 @@ def benchmark(
     rows: Annotated[int, typer.Option(min=32, help="Rows timed, spread over the part.")] = 500,
     repeats: Annotated[int, typer.Option(min=1, help="Times each figure is measured.")] = 5,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for table, JSON and chart.", show_default="MODEL/benchmark")
+        Path | None, typer.Option(help="Folder for the table and its JSON.", show_default="MODEL/benchmark")
     ] = None,
 ) -> None:
     """Compare engines and precisions: speed, latency, accuracy and what it costs.

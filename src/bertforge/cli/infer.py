@@ -10,7 +10,7 @@ from rich.console import Console
 
 _MADE_UP = "made-up data: rows scored or learnt from come from `bertforge sample-data` and say nothing about the world"
 
-RunFolder = Annotated[Path, typer.Argument(help="Folder made by `bertforge train` or `bertforge merge`.")]
+RunFolder = Annotated[Path, typer.Argument(help="Folder made by `bertforge train`, `merge` or `compile`.")]
 
 
 def evaluate(

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from bertforge.training.config import Recipe
     from bertforge.training.finetune import Plan
 
+FEW_STEPS = 50
+
 
 def _list_variants(variant: str | None) -> str | None:
     from bertforge.training.config import variants
@@ -94,6 +96,11 @@ def run(data: Path, out: Path, recipe: Recipe, *, resume: bool = False) -> dict[
             f"{plan.train_rows:,} train and {plan.validation_rows:,} validation rows, "
             f"{plan.hardware.name}, {plan.precision}"
         )
+        if plan.total_steps < FEW_STEPS:
+            console.print(
+                f"only {plan.total_steps} steps in all, too few to learn much: "
+                f"a smaller --set tokens_per_step (now {plan.recipe.tokens_per_step}) or more epochs make more"
+            )
         if plan.resumed_step:
             console.print(f"resuming after step {plan.resumed_step:,} of {plan.total_steps:,}")
         bar.start()
