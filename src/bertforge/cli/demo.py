@@ -60,7 +60,13 @@ def demo(
     console.print(f"wrote {out / 'model'}: largest logit difference {measured['max_logit_difference']:.2g}")
     console.rule("6 of 7: compile for this CPU, and compare engines on validation rows")
     found = run_benchmark(
-        out / "model", out / "data", "openvino", split="validation", rows=48, repeats=2, say=console.print
+        out / "model",
+        out / "data",
+        "openvino-bf16,openvino-int8",
+        split="validation",
+        rows=48,
+        repeats=2,
+        say=console.print,
     )
     write(out / "model" / "benchmark", found)
     console.print(markdown(found), markup=False)
