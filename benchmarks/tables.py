@@ -47,7 +47,7 @@ def variants() -> str:
                 f"`{name}`",
                 f"{parameters:,}" if parameters else "-",
                 _percent(mean),
-                f"{_percent(low)} to {_percent(high)}",
+                _interval(low, high),
                 ", ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies),
                 f"{statistics.mean(run['loss'] for run in runs):.4f}",
             ]
@@ -64,7 +64,7 @@ def main_job() -> str:
     for row in found["rows"]:
         result = []
         if "accuracy" in row:
-            interval = f"{_percent(row['accuracy_low'])} to {_percent(row['accuracy_high'])}"
+            interval = _interval(row["accuracy_low"], row["accuracy_high"])
             result.append(f"accuracy {_percent(row['accuracy'])} ({interval})")
         if "max_logit_difference" in row:
             result.append(f"largest logit difference {row['max_logit_difference']:.1e}")
@@ -140,7 +140,7 @@ def columns_alone() -> str:
             row["variant"],
             str(len(row["columns"])),
             _percent(row["accuracy"]),
-            f"{_percent(row['accuracy_low'])} to {_percent(row['accuracy_high'])}",
+            _interval(row["accuracy_low"], row["accuracy_high"]),
             f"{row['loss']:.4f}",
         ]
         for row in found["rows"]
@@ -189,6 +189,10 @@ def _by(rows: Iterable[dict[str, Any]], key: str) -> dict[str, list[dict[str, An
 
 def _percent(share: float) -> str:
     return f"{share:.2%}"
+
+
+def _interval(low: float, high: float) -> str:
+    return f"{_percent(low)} to {_percent(high)}"
 
 
 def _markdown(header: list[str], rows: list[list[str]]) -> str:

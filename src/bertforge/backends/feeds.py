@@ -10,9 +10,7 @@ from bertforge.batch import PackedBatch, PaddedBatch
 
 
 def feeds(batch: PaddedBatch | PackedBatch, names: Container[str]) -> dict[str, np.ndarray]:
-    """The inputs among `names`, int64 and float32, as `export.bert_onnx` declares them."""
+    """The inputs among `names`, int64, as `export.bert_onnx` declares them."""
     assert isinstance(batch, PaddedBatch)
     arrays = {"input_ids": batch.input_ids.numpy(), "attention_mask": batch.attention_mask.numpy()}
-    if batch.tabular is not None:
-        arrays |= {name: getattr(batch.tabular, name).numpy() for name in ("numeric", "categorical", "multi")}
     return {name: array for name, array in arrays.items() if name in names}

@@ -40,9 +40,12 @@ class OpenVinoBackend:
         self.streams = hardware.cores
         self.device, self.precision = hardware.name, precision
         hint = HINTS[precision] if hardware.bf16 else "f32"
-        settings: dict[str, Any] = {"NUM_STREAMS": self.streams, "INFERENCE_NUM_THREADS": hardware.cores}
+        settings: dict[str, Any] = {
+            "NUM_STREAMS": self.streams,
+            "INFERENCE_NUM_THREADS": hardware.cores,
+            "INFERENCE_PRECISION_HINT": hint,
+        }
         try:
-            settings["INFERENCE_PRECISION_HINT"] = hint
             self.compiled: Any = in_a_thread(lambda: openvino.Core().compile_model(str(path), "CPU", settings))
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]

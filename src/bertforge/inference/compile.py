@@ -27,7 +27,7 @@ from bertforge.data.streaming import in_a_thread
 from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.evaluation.agreement import Agreement
 from bertforge.evaluation.golden import GoldenRows
-from bertforge.hardware import Hardware, detect
+from bertforge.hardware import detect
 from bertforge.inference.predictor import Predictor
 from bertforge.lora.adapter_io import ADAPTER_CONFIG
 from bertforge.model.classifier import BertForSequenceClassification
@@ -53,7 +53,7 @@ class _Rows:
 
     def one_by_one(self) -> list[dict[str, np.ndarray]]:
         """Each row as the inputs of a graph, without padding."""
-        names = ("input_ids", "attention_mask", "numeric", "categorical", "multi")
+        names = ("input_ids", "attention_mask")
         shape = BatchShape(tokens=1)
         return [
             feeds(batch_of(self.examples, self.rows[i : i + 1], False, shape), names) for i in range(len(self.rows))
@@ -90,7 +90,7 @@ def compile_model(model: Path, target: str, precision: str, data: Path | None, o
             "device": hardware.name,
             "build_seconds": round(seconds, 1),
             "bytes": sum(path.stat().st_size for path in folder.iterdir()),
-            **_proof(predictor, backend, prepared, hardware),
+            **_proof(predictor, backend, prepared),
         }
         backend.close()
         kept = {name: predictor.manifest[name] for name in _KEPT}
@@ -145,7 +145,7 @@ def _build(folder: Path, predictor: Predictor, target: str, precision: str, prep
         graph.rename(wanted)
 
 
-def _proof(predictor: Predictor, backend: Backend, prepared: PreparedData | None, hardware: Hardware) -> dict[str, Any]:
+def _proof(predictor: Predictor, backend: Backend, prepared: PreparedData | None) -> dict[str, Any]:
     """Agreement with the model on golden rows and, with data, on validation rows; raises ArtifactError without it."""
     golden = GoldenRows.from_dict(predictor.manifest["golden"])
     agreement = Agreement.of(golden.logits, run(backend, golden.examples, np.arange(len(golden.logits))))
@@ -157,7 +157,7 @@ def _proof(predictor: Predictor, backend: Backend, prepared: PreparedData | None
     proof: dict[str, Any] = {"golden_agreement": agreement.to_dict()}
     if prepared is not None:
         rows = _rows(predictor, prepared, "validation")
-        reference = run(PyTorchBackend(_model(predictor), hardware, "fp32"), rows.examples, rows.rows)
+        reference = run(predictor.backend, rows.examples, rows.rows)
         found = run(backend, rows.examples, rows.rows)
         before, after = ((logits.argmax(1) == rows.labels).mean() for logits in (reference, found))
         proof["validation_agreement"] = Agreement.of(reference, found).to_dict()
@@ -175,8 +175,6 @@ def _rows(predictor: Predictor, prepared: PreparedData, part: str) -> _Rows:
     rows = prepared.rows(predictor.manifest["recipe"]["split"], part)
     wanted = CALIBRATION_ROWS if part == "train" else VALIDATION_ROWS
     rows = rows[np.linspace(0, len(rows) - 1, min(wanted, len(rows))).astype(int)]
-    transform = predictor.transform
-    tabular = None if transform is None else transform(prepared.columns(transform.spec.columns))
     store = prepared.tokens(predictor.tokenizer)
-    examples = Examples(store, prepared.labels, predictor.tokenizer.sep_id, predictor.max_length, tabular)
+    examples = Examples(store, prepared.labels, predictor.tokenizer.sep_id, predictor.max_length)
     return _Rows(examples, rows)
