@@ -46,6 +46,15 @@ def test_from_the_command_line(model, data, tmp_path, capsys):
     assert (tmp_path / "table.md").read_text().startswith("| framework |")
 
 
+def test_a_model_with_columns_is_measured_with_them(runs, data, tmp_path):
+    model = shutil.copytree(runs["columns"], tmp_path / "model")
+    found = run_benchmark(
+        model, data, "onnxruntime-fp32", split="validation", rows=32, repeats=1, say=lambda text: None
+    )["rows"]
+    assert [row["changed_labels"] for row in found] == [0, 0]
+    assert found[1]["end_to_end_questions_per_s"] > 0
+
+
 def test_targets_are_chosen_by_name_and_the_reference_is_always_there():
     assert chosen("openvino-int8") == [("pytorch", "fp32"), ("openvino", "int8")]
     assert chosen("pytorch") == [("pytorch", "fp32"), ("pytorch", "bf16")]

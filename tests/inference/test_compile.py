@@ -4,13 +4,16 @@ import json
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from bertforge.artifact import read_manifest
 from bertforge.errors import ArtifactError, UsageError
 from bertforge.inference.compile import compile_model
+from bertforge.inference.predict import predict_table
 from bertforge.inference.predictor import Predictor
-from tests.runs import run_command
+from bertforge.training.finetune import finetune
+from tests.runs import made_up, prepare_frame, quick_recipe, run_command
 
 TEXTS = ["How do I sort a list?", "Which laptop is best?", "a " * 60]
 
@@ -31,6 +34,43 @@ def test_an_engine_predicts_like_its_model(engines, runs, name, tolerance):
     model, engine = Predictor.load(runs["full"], "fp32"), Predictor.load(engines / name)
     np.testing.assert_allclose(engine.logits(TEXTS), model.logits(TEXTS), atol=tolerance)
     assert list(engine.predict(TEXTS).columns) == list(model.predict(TEXTS).columns)
+
+
+@pytest.fixture(scope="module")
+def with_gaps(tmp_path_factory, base):
+    """A run on a table of which numbers and dates are missing here and there, and the table."""
+    folder = tmp_path_factory.mktemp("gaps")
+    frame = made_up(160)
+    frame.loc[::5, "ReputationAtPostCreation"] = ""
+    data = prepare_frame(frame, folder / "questions", base)
+    finetune(data, folder / "run", quick_recipe(base, "columns", epochs=1))
+    return folder / "run", data
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "tolerance"),
+    [
+        ("onnxruntime", "fp32", 1e-5),
+        ("onnxruntime", "int8", 0.2),
+        ("openvino", "bf16", 5e-2),
+        ("openvino", "int8", 0.2),
+    ],
+)
+def test_a_model_with_columns_takes_the_raw_table(tmp_path, with_gaps, target, precision, tolerance):
+    model, data = with_gaps
+    receipt = compile_model(model, target, precision, data, tmp_path / "engine")
+    assert receipt["golden_agreement"]["max_logit_difference"] < tolerance
+    engine, reference = Predictor.load(tmp_path / "engine"), Predictor.load(model, "fp32")
+    assert engine.transform.indicators == ("reputation",)
+    frame = made_up(40, seed=5)
+    frame.loc[3:9, "ReputationAtPostCreation"] = ["", "many", "1e400", "-5", "1e6", "0", "7"]
+    frame.loc[10, "Tag1"] = "never-seen"
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    for predictor, name in ((engine, "engine"), (reference, "model")):
+        assert predict_table(predictor, tmp_path / "t.csv", tmp_path / f"{name}.csv").rows == 40
+    found, wanted = (pd.read_csv(tmp_path / f"{name}.csv")["p_closed"] for name in ("engine", "model"))
+    np.testing.assert_allclose(found, wanted, atol=tolerance)
+    assert wanted.std() > 1e-3
 
 
 def test_the_receipt_says_what_was_shown(engines):
