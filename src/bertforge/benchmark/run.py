@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from bertforge.artifact import MANIFEST, hash_file, read_manifest, versions
 from bertforge.backends.base import Backend, BatchShape
@@ -41,6 +42,8 @@ class Workload:
     timed: np.ndarray
     texts: list[str]
     """Of the timed rows."""
+    columns: pd.DataFrame | None
+    """Of the timed rows, where the model reads columns beside the text."""
 
     @property
     def labels(self) -> np.ndarray:
@@ -118,9 +121,8 @@ def _workload(predictor: Predictor, prepared: PreparedData, split: str, rows: in
     whole = prepared.rows(predictor.manifest["recipe"]["split"], split)
     timed = whole[np.linspace(0, len(whole) - 1, min(rows, len(whole))).astype(int)]
     timed = np.random.default_rng(0).permutation(timed)  # as questions come: in no order of length
-    store = prepared.tokens(predictor.tokenizer)
-    examples = Examples(store, prepared.labels, predictor.tokenizer.sep_id, predictor.max_length)
-    return Workload(examples, whole, timed, prepared.texts(timed))
+    columns = predictor.columns(prepared, timed)
+    return Workload(predictor.examples(prepared, whole), whole, timed, prepared.texts(timed), columns)
 
 
 def _row(predictor: Predictor, work: Workload, baseline: np.ndarray, repeats: int) -> dict[str, Any]:
@@ -129,7 +131,7 @@ def _row(predictor: Predictor, work: Workload, baseline: np.ndarray, repeats: in
     compared = compare(baseline, logits, labels)
     low, high = wilson_interval(int((logits.argmax(1) == labels).sum()), len(labels))
     best = throughput(backend, work.examples, work.timed, backend.shape, repeats)
-    from_text = rate(lambda: predictor.logits(work.texts), len(work.timed), repeats)
+    from_text = rate(lambda: predictor.logits(work.texts, work.columns), len(work.timed), repeats)
     calls = latencies_ms(backend, work.examples, work.timed[:LATENCY_ROWS], repeats)
     p50, p95, p99 = (float(value) for value in np.percentile(calls, [50, 95, 99]))
     return {

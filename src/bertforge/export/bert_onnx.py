@@ -1,7 +1,8 @@
 """A BERT classifier as an ONNX graph over padded batches.
 
-Inputs: `input_ids` and `attention_mask`, `[batch, seq]`, both axes dynamic; where the model reads columns also
-`numeric` (raw numbers, NaN where missing), `categorical` and `multi`. Output: `logits` `[batch, labels]` float32.
+Inputs: `input_ids` and `attention_mask`, `[batch, seq]`, both axes dynamic; where the model reads columns also some of
+`numeric` (raw numbers, NaN where missing), `categorical` and `multi`, see `tabular_onnx`. Output: `logits`
+`[batch, labels]` float32.
 
 Types are in the graph: matrix products in `precision`; LayerNorm, softmax, the head and the columns in float32, which
 float16 would overflow or blur (Kim et al. 2021, "I-BERT", keeps the same ones apart). The mask is a finite constant:
@@ -28,6 +29,7 @@ from torch import nn
 from bertforge.artifact import write_atomic
 from bertforge.errors import ArtifactError, UsageError
 from bertforge.export.graph import TYPES, Graph
+from bertforge.export.tabular_onnx import add_columns
 from bertforge.model.attention import BertAttention
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.encoder import BertLayer
@@ -83,10 +85,14 @@ class _Exporter:
             assert isinstance(layer, BertLayer)
             graph.scope = f"layer{index}/"
             hidden = self.layer(layer, hidden, bias, first_only=index == last)
+        columns = None
+        if self.model.tabular is not None and config.tabular is not None:
+            columns = add_columns(graph, self.model.tabular, config.tabular)  # [batch, columns]
         graph.scope = "head/"
         first = graph.cast(graph.add("Squeeze", hidden, graph.ints(1)), TYPES["fp32"])  # [batch, hidden]
         pooled = graph.add("Tanh", self.dense(self.model.bert.pooler.dense, first))
-        logits = self.dense(self.model.classifier, pooled)  # [batch, labels]
+        features = pooled if columns is None else graph.add("Concat", pooled, columns, axis=1)
+        logits = self.dense(self.model.classifier, features)  # [batch, labels]
         return graph.finish(
             logits,
             "logits",
@@ -233,9 +239,7 @@ class _Exporter:
 
     def dense(self, linear: nn.Linear, value: str) -> str:
         """The head's layers stay in float32."""
-        graph, name = self.graph, self.names[linear]
-        weight = graph.constant(f"{name}.weight", _array(linear.weight).T)
-        return graph.add("Add", graph.add("MatMul", value, weight), graph.constant(f"{name}.bias", _array(linear.bias)))
+        return self.graph.dense(value, self.names[linear], _array(linear.weight), _array(linear.bias))
 
     def _ids(self, name: str) -> Any:
         from onnx import helper

@@ -9,6 +9,7 @@ nothing.
 from __future__ import annotations
 
 import time
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,8 @@ class _Rows:
     def labels(self) -> np.ndarray:
         return np.asarray(self.examples.labels[self.rows])
 
-    def one_by_one(self) -> list[dict[str, np.ndarray]]:
-        """Each row as the inputs of a graph, without padding."""
-        names = ("input_ids", "attention_mask")
+    def one_by_one(self, names: Container[str]) -> list[dict[str, np.ndarray]]:
+        """Each row as the inputs `names` of a graph, without padding."""
         shape = BatchShape(tokens=1)
         return [
             feeds(batch_of(self.examples, self.rows[i : i + 1], False, shape), names) for i in range(len(self.rows))
@@ -76,8 +76,6 @@ def compile_model(model: Path, target: str, precision: str, data: Path | None, o
         raise UsageError("int8 is calibrated on train rows; say where they are: --data DIR")
     hardware = detect()
     predictor = Predictor.load(model, "fp32")
-    if predictor.transform is not None:
-        raise UsageError(f"{model} reads columns beside the text, which engines do not yet; predict with it as it is")
     prepared = None if data is None else PreparedData.open(data)
     start = time.monotonic()
     with fresh_directory(out) as folder:
@@ -112,6 +110,7 @@ def default_folder(model: Path, target: str, precision: str) -> Path:
 
 def _build(folder: Path, predictor: Predictor, target: str, precision: str, prepared: PreparedData | None) -> None:
     from bertforge.export.bert_onnx import export_onnx
+    from bertforge.export.graph import input_names
 
     graph = export_onnx(_model(predictor), folder / "graph.onnx")
     wanted = folder / TARGETS[target].file
@@ -123,12 +122,13 @@ def _build(folder: Path, predictor: Predictor, target: str, precision: str, prep
             train, validation = _rows(predictor, prepared, "train"), _rows(predictor, prepared, "validation")
             if len(np.unique(train.labels)) < 2:
                 raise DataError("the calibration rows hold one class only; prepare a table with rows of every class")
+            names = input_names(graph)
             in_a_thread(
                 lambda: convert(
                     graph,
                     wanted,
-                    calibration=train.one_by_one(),
-                    validation=validation.one_by_one(),
+                    calibration=train.one_by_one(names),
+                    validation=validation.one_by_one(names),
                     accuracy=lambda logits: float((logits.argmax(1) == validation.labels).mean()),
                     max_drop=MAX_DROP,
                 )
@@ -175,6 +175,4 @@ def _rows(predictor: Predictor, prepared: PreparedData, part: str) -> _Rows:
     rows = prepared.rows(predictor.manifest["recipe"]["split"], part)
     wanted = CALIBRATION_ROWS if part == "train" else VALIDATION_ROWS
     rows = rows[np.linspace(0, len(rows) - 1, min(wanted, len(rows))).astype(int)]
-    store = prepared.tokens(predictor.tokenizer)
-    examples = Examples(store, prepared.labels, predictor.tokenizer.sep_id, predictor.max_length)
-    return _Rows(examples, rows)
+    return _Rows(predictor.examples(prepared, rows), rows)

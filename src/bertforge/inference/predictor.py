@@ -18,6 +18,7 @@ from bertforge.backends.pytorch import PyTorchBackend
 from bertforge.backends.registry import open_engine
 from bertforge.backends.run import run
 from bertforge.data.loader import Examples
+from bertforge.data.prepared import PreparedData
 from bertforge.data.sample import is_made_up
 from bertforge.data.schema import STACK_OVERFLOW, Schema
 from bertforge.data.tabular import TabularArrays, TabularTransform
@@ -127,6 +128,18 @@ class Predictor:
                 raise DataError(f"this model reads columns beside the text: {', '.join(self.transform.spec.columns)}")
             arrays = self.transform(columns)
         return self.token_logits(store, np.arange(len(texts)), arrays, advance)
+
+    def examples(self, prepared: PreparedData, rows: np.ndarray) -> Examples:
+        """Prepared data as this model reads it; of the columns, if it reads any, `rows` alone."""
+        columns, tabular = self.columns(prepared, rows), None
+        if self.transform is not None and columns is not None:
+            tabular = self.transform(columns).among(rows, len(prepared))
+        store = prepared.tokens(self.tokenizer)
+        return Examples(store, prepared.labels, self.tokenizer.sep_id, self.max_length, tabular)
+
+    def columns(self, prepared: PreparedData, rows: np.ndarray) -> pd.DataFrame | None:
+        """The columns this model reads beside the text, of some rows; None when it reads the text alone."""
+        return None if self.transform is None else prepared.columns(self.transform.spec.columns).iloc[rows]
 
     def token_logits(
         self,
