@@ -62,5 +62,5 @@ class Scales:
             raise ArtifactError(
                 f"{path} is missing or damaged ({str(error)[:120]}); make the folder again: bertforge quantize"
             ) from error
-        activations = {point: float(value) for point, value in parts["activations"].items()}
+        activations = {point: float(value.item()) for point, value in parts["activations"].items()}
         return cls(form, activations, parts["weights"], parts["smooth"])

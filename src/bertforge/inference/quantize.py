@@ -27,7 +27,6 @@ from bertforge.inference.predictor import Predictor, load_model, plain_model
 from bertforge.lora.adapter_io import ADAPTER_CONFIG
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.weights import WEIGHTS
-from bertforge.quantize.points import PRESETS
 from bertforge.scales import FORMATS
 
 RANKING_SHARE = 4  # one validation row in four ranks methods and layers; all of them give the verdict
@@ -57,6 +56,8 @@ class QuantizeOptions:
     """Accuracy that may be lost on them, a fraction: units are taken back to full precision until it holds."""
 
     def __post_init__(self) -> None:
+        from bertforge.quantize.points import PRESETS
+
         methods = ("best", "max", "entropy", "mse", "percentile")
         for name, allowed in (("precision", tuple(FORMATS)), ("preset", tuple(PRESETS)), ("calibration", methods)):
             if getattr(self, name) not in allowed:

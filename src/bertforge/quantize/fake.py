@@ -39,7 +39,8 @@ class _QuantSelfAttention(BertSelfAttention):
 
     def forward(self, hidden: Tensor, core: AttentionCore) -> Tensor:
         """`[..., hidden]` -> `[..., hidden]`."""
-        if all(not getattr(self, name).is_enabled for name in PRODUCTS):
+        quantizers = [getattr(self, name) for name in PRODUCTS]
+        if not any(quantizer.is_enabled or quantizer._forward_hooks for quantizer in quantizers):  # off and unwatched
             return super().forward(hidden, core)
         assert isinstance(core, PackedCore), "quantized attention is simulated on packed batches"
         return super().forward(hidden, _QuantizedCore(self, core))
@@ -69,7 +70,7 @@ class _QuantizedCore:
         scores = q @ of.key_out(padded(key)).transpose(2, 3)  # [sequences, heads, seq, seq]
         masked = scores.float().masked_fill(~real[:, None, None, :], torch.finfo(torch.float32).min)
         shares = nn.functional.dropout(masked.softmax(-1).to(query.dtype), dropout_p)
-        attended = of.shares(shares) @ of.value_out(padded(value))
+        attended: Tensor = of.shares(shares) @ of.value_out(padded(value))
         return attended.transpose(1, 2)[rows, places]  # [tokens, heads, head_dim]
 
 

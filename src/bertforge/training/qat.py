@@ -1,7 +1,7 @@
 """Quantization-aware training: the ordinary loop on a model whose quantizers stand in the forward pass.
 
-Rounding has no slope, so gradients pass it as if it were not there, and stop where a value was clipped (the
-straight-through estimator, Bengio et al. 2013, arXiv 1308.3432). Ranges stay as calibration set them.
+Rounding has no slope, so gradients pass it as if it were not there (the straight-through estimator, Bengio et al. 2013,
+arXiv 1308.3432). Ranges stay as calibration set them.
 """
 
 from __future__ import annotations
