@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
@@ -31,11 +29,10 @@ from torch.nn.attention.varlen import varlen_attn
 
 from bertforge.artifact import write_json
 from bertforge.kernels.attention_triton import TILINGS, Tiling, Tilings, backward, forward
+from gpu_time import attempt
 from record import record
 
 SEED = 42
-CALLS = 10  # in a graph
-REPLAYS = 20
 MODELS = {"bert-base": (12, 12, 64), "minilm": (6, 12, 32)}  # layers, heads, head_dim
 TRIED = {
     "forward": [
@@ -177,41 +174,6 @@ def tune(model: str, packed: tuple[Inputs, Tensor]) -> Tilings:
         if times:
             chosen = replace(chosen, **{kernel: min(times, key=lambda tiling: times[tiling])})
     return chosen
-
-
-def attempt(name: str, call: Callable[[], Any]) -> float | None:
-    """Seconds, printed, or None with the reason printed: one failure costs one line of the table."""
-    try:
-        time_s = seconds(call)
-    except Exception as error:
-        print(f"{name}: {type(error).__name__}: {str(error)[:150]!r}", flush=True)
-        return None
-    print(f"{name}: {time_s * 1e6:.1f} us", flush=True)
-    return time_s
-
-
-def seconds(call: Callable[[], Any]) -> float:
-    """Of one call: the median over replays of a CUDA graph that holds several."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            call()
-    times = []
-    for _ in range(REPLAYS + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e-3 / CALLS)
-    return statistics.median(times[3:])
 
 
 if __name__ == "__main__":
