@@ -165,7 +165,7 @@ class _Profile:
             for name, buffer in self.inputs.items():
                 buffer.fill(arrays[name])
             self.launch()
-            found: np.ndarray = self.logits[:rows].cpu().numpy()  # waits for the stream
+            found: np.ndarray = self.logits[:rows].to("cpu", copy=True).numpy()  # waits for the stream
         return found
 
 

@@ -15,7 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from bertforge.artifact import MANIFEST, fresh_directory, hash_file, read_manifest, write_manifest
+from bertforge.artifact import (
+    MANIFEST,
+    compile_command,
+    fresh_directory,
+    hash_file,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
 from bertforge.backends.base import Backend, BatchShape
 from bertforge.backends.feeds import feeds
 from bertforge.backends.pytorch import PyTorchBackend
@@ -28,15 +36,17 @@ from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.evaluation.agreement import Agreement
 from bertforge.evaluation.golden import GoldenRows
 from bertforge.hardware import detect
+from bertforge.inference.compile_tensorrt import Order, build_engine
 from bertforge.inference.predictor import Predictor
 from bertforge.lora.adapter_io import ADAPTER_CONFIG
 from bertforge.model.classifier import BertForSequenceClassification
+from bertforge.tensorrt_library import MODULES, unfit
 
 CALIBRATION_ROWS = 300
 VALIDATION_ROWS = 1000
 MAX_DROP = 0.003  # accuracy on validation rows an engine may cost, a fraction
 # What a logit may differ on golden rows, whose logits are float32's.
-_TOLERANCE = {"fp32": 2e-3, "bf16": 0.25, "int8": 1.0}
+_TOLERANCE = {"fp32": 2e-3, "fp16": 0.05, "bf16": 0.25, "int8": 1.0, "fp8": 1.0}
 _KEPT = ("recipe", "labels", "schema", "tabular", "data", "base", "golden")
 
 
@@ -63,14 +73,20 @@ class _Rows:
 def compile_model(model: Path, target: str, precision: str, data: Path | None, out: Path) -> dict[str, Any]:
     """Builds an engine in `out` and returns its receipt.
 
-    Raises ArtifactError for a run with adapters and for an engine that does not compute what the model does,
-    UsageError for INT8 without data.
+    Where no GPU here runs what TensorRT built, `verified` is false in the receipt, `not_verified` says why, and nothing
+    serves the engine until `verify_engine` has proved it. Raises ArtifactError for a run with adapters and for an
+    engine that does not compute what the model does, UsageError for INT8 without data.
     """
     check_target(target, precision)
     read_manifest(model, "run", "model")
     if (model / ADAPTER_CONFIG).is_file():
         raise ArtifactError(
             f"{model} still has its adapter beside the base; merge first: bertforge merge {model} --out DIR"
+        )
+    if target in MODULES and precision in ("int8", "fp8"):
+        raise UsageError(
+            f"{target} takes {precision} from a quantized model: "
+            f"bertforge quantize {model} --precision {precision} --data DIR --out Q, then compile Q"
         )
     if precision == "int8" and data is None:
         raise UsageError("int8 is calibrated on train rows; say where they are: --data DIR")
@@ -80,23 +96,71 @@ def compile_model(model: Path, target: str, precision: str, data: Path | None, o
         raise UsageError(f"{model} reads columns beside the text, which engines do not yet; predict with it as it is")
     prepared = None if data is None else PreparedData.open(data)
     start = time.monotonic()
-    with fresh_directory(out) as folder:
-        _build(folder, predictor, target, precision, prepared)
-        seconds = time.monotonic() - start
-        backend = open_engine(folder, target, precision, hardware)
+    with fresh_directory(out, replace=_renewable(out, target)) as folder:
+        if target in MODULES:
+            lengths = None if prepared is None else _lengths(predictor, prepared)
+            order = Order(target, precision, predictor.max_length, lengths)
+            built = build_engine(folder, _model(predictor), order, hardware, out)
+        else:
+            built = _build(folder, predictor, target, precision, prepared)
         receipt = {
             "target": target,
             "precision": precision,
             "device": hardware.name,
-            "build_seconds": round(seconds, 1),
+            "build_seconds": round(time.monotonic() - start, 1),
             "bytes": sum(path.stat().st_size for path in folder.iterdir()),
-            **_proof(predictor, backend, prepared),
+            **built,
         }
-        backend.close()
+        if target in MODULES and (reason := unfit(target, hardware)):
+            receipt |= {"verified": False, "not_verified": reason}
+        else:
+            receipt |= _verified(folder, predictor, receipt, prepared)
         kept = {name: predictor.manifest[name] for name in _KEPT}
         predictor.tokenizer.save(folder)
         write_manifest(folder, "engine", **kept, **receipt, parent=hash_file(model / MANIFEST))
     return receipt
+
+
+def verify_engine(model: Path, engine: Path, data: Path | None) -> dict[str, Any]:
+    """Proves an engine that was built where nothing could run it, and returns its receipt, which now says so.
+
+    Raises ArtifactError for an engine of another model and for one that does not compute what the model does,
+    MachineError where it cannot run.
+    """
+    manifest = read_manifest(engine, "engine")
+    if manifest["parent"] != hash_file(model / MANIFEST):
+        again = compile_command(engine, manifest["target"], manifest["precision"])
+        raise ArtifactError(
+            f"{engine} was compiled from other weights than those of {model}; compile it again: {again}"
+        )
+    predictor = Predictor.load(model, "fp32")
+    prepared = None if data is None else PreparedData.open(data)
+    manifest.pop("not_verified", None)
+    manifest |= {"device": detect().name, **_verified(engine, predictor, manifest, prepared)}
+    write_json(engine / MANIFEST, manifest)
+    return manifest
+
+
+def _verified(
+    folder: Path, predictor: Predictor, receipt: dict[str, Any], prepared: PreparedData | None
+) -> dict[str, Any]:
+    """The engine in `folder`, loaded from what was written, with its proof."""
+    backend = open_engine(folder, receipt["target"], receipt["precision"], detect())
+    try:
+        return {"verified": True, **_proof(predictor, backend, prepared)}
+    finally:
+        backend.close()
+
+
+def _renewable(out: Path, target: str) -> bool:
+    """Whether `out` holds an engine that a newer one may replace: TensorRT's, which a new version makes useless."""
+    return target in MODULES and (out / MANIFEST).is_file() and read_manifest(out, "engine")["target"] == target
+
+
+def _lengths(predictor: Predictor, prepared: PreparedData) -> np.ndarray:
+    """Tokens of every train row."""
+    rows = prepared.rows(predictor.manifest["recipe"]["split"], "train")
+    return _examples(predictor, prepared).lengths(rows)
 
 
 def _model(predictor: Predictor) -> BertForSequenceClassification:
@@ -110,7 +174,9 @@ def default_folder(model: Path, target: str, precision: str) -> Path:
     return model / "engines" / f"{target}-{precision}"
 
 
-def _build(folder: Path, predictor: Predictor, target: str, precision: str, prepared: PreparedData | None) -> None:
+def _build(
+    folder: Path, predictor: Predictor, target: str, precision: str, prepared: PreparedData | None
+) -> dict[str, Any]:
     from bertforge.export.bert_onnx import export_onnx
 
     graph = export_onnx(_model(predictor), folder / "graph.onnx")
@@ -143,6 +209,7 @@ def _build(folder: Path, predictor: Predictor, target: str, precision: str, prep
         graph.unlink()
     else:
         graph.rename(wanted)
+    return {}
 
 
 def _proof(predictor: Predictor, backend: Backend, prepared: PreparedData | None) -> dict[str, Any]:
@@ -175,6 +242,9 @@ def _rows(predictor: Predictor, prepared: PreparedData, part: str) -> _Rows:
     rows = prepared.rows(predictor.manifest["recipe"]["split"], part)
     wanted = CALIBRATION_ROWS if part == "train" else VALIDATION_ROWS
     rows = rows[np.linspace(0, len(rows) - 1, min(wanted, len(rows))).astype(int)]
+    return _Rows(_examples(predictor, prepared), rows)
+
+
+def _examples(predictor: Predictor, prepared: PreparedData) -> Examples:
     store = prepared.tokens(predictor.tokenizer)
-    examples = Examples(store, prepared.labels, predictor.tokenizer.sep_id, predictor.max_length)
-    return _Rows(examples, rows)
+    return Examples(store, prepared.labels, predictor.tokenizer.sep_id, predictor.max_length)
