@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from bertforge.data.loader import Examples
 from bertforge.data.tokens import TokenStore
 from bertforge.errors import ArtifactError, MachineError, UsageError
 from bertforge.export.bert_onnx import export_onnx
+from bertforge.hardware import detect
 from bertforge.tensorrt_library import BuiltFor, unfit
-from tests.backends.fake_tensorrt import GPU, MAGIC, install
+from tests.backends.fake_tensorrt import GPU, MAGIC, FakeContext, install
 from tests.model.tiny import tiny_bert
 
 SHAPES = ((4, 48), (1, 48), (12, 16), (1, 16))
@@ -197,3 +199,41 @@ def test_what_the_library_refuses_is_said(folder, target, monkeypatch):
     monkeypatch.setattr("tests.backends.fake_tensorrt.FakeContext.set_input_shape", lambda *arguments: False)
     with pytest.raises(ArtifactError, match="would not take input_ids of shape"):
         opened(folder, target)
+
+
+class SummingContext(FakeContext):
+    """On a real GPU: sums what stands in the buffers, on the stream it is told, so that graphs can record it."""
+
+    def set_optimization_profile_async(self, index, stream):
+        self.profile = index
+        return True
+
+    def execute_async_v3(self, stream):
+        def tensor(name, shape, kind):
+            memory = {"shape": tuple(shape), "typestr": kind, "data": (self.addresses[name], False), "version": 3}
+            return torch.as_tensor(SimpleNamespace(__cuda_array_interface__=memory), device="cuda")
+
+        with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
+            ids, mask = (tensor(name, self.shapes[name], "<i4") for name in ("input_ids", "attention_mask"))
+            logits = tensor("logits", self.get_tensor_shape("logits"), "<f4")
+            logits[:, 0] = (ids * mask).sum(1)
+            logits[:, 1] = mask.sum(1)
+        return True
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_buffers_streams_and_graphs_on_a_real_gpu(tmp_path, model, monkeypatch):
+    graph = export_onnx(model, tmp_path / "model.onnx", ids="int32")
+    real = replace(detect(), capability=(8, 9))
+    install(monkeypatch, "tensorrt", graph, SHAPES)
+    monkeypatch.setattr("bertforge.backends.tensorrt.cuda", torch.cuda)
+    monkeypatch.setattr("tests.backends.fake_tensorrt.FakeContext", SummingContext)
+    (tmp_path / "model.engine").write_bytes(MAGIC)
+    built = BuiltFor.here("tensorrt", real, hash_file(graph), SHAPES)
+    write_json(tmp_path / "engine.json", {"built_for": built.to_dict()})
+    backend = opened(tmp_path, "tensorrt", real)
+    for rows, width in ((1, 3), (13, 16), (30, 20), (2, 48), (30, 20)):
+        batch = padded(rows, width, seed=rows)
+        expected = torch.stack([batch.input_ids.sum(1), batch.attention_mask.sum(1)], 1).float()
+        np.testing.assert_array_equal(backend.logits(batch), expected.numpy())
+    backend.close()

@@ -48,12 +48,12 @@ def told(model, tmp_path, precision, scales=None):
 
 
 @needs_rtx
-@pytest.mark.parametrize(("precision", "fused"), [("fp32", False), ("fp16", True), ("bf16", True)])
+@pytest.mark.parametrize(("precision", "fused"), [("fp32", 1), ("fp16", 2), ("bf16", 2)])
 def test_products_run_in_the_graphs_type(model, tmp_path, precision, fused):
     found = told(model, tmp_path, precision)
     assert found["gemm_share"][precision] > 0.95, "all but the head"
     assert found["gemm_share"].keys() <= {precision, "fp32"}
-    assert found["fused_attention"] == fused
+    assert (found["fused_attention"], found["softmaxes"]) == (fused, 2)
     assert found["layers"] > 20
 
 
@@ -64,7 +64,7 @@ def test_linear_layers_run_in_eight_bits(model, tmp_path, form, rest):
     found = told(model, tmp_path, rest, scales_of(model, form))
     assert found["gemm_share"][form] > 0.85
     assert found["gemm_share"][rest] > 0.01, "attention"
-    assert found["fused_attention"]
+    assert found["fused_attention"] == 2
 
 
 @needs_rtx
@@ -72,7 +72,7 @@ def test_attention_runs_in_fp8_too(model, tmp_path):
     plain = told(model, tmp_path, "fp16", scales_of(model, "fp8"))
     found = told(model, tmp_path, "fp16", scales_of(model, "fp8", attention=True))
     assert found["gemm_share"]["fp8"] > plain["gemm_share"]["fp8"]
-    assert found["fused_attention"]
+    assert found["fused_attention"] == 2
 
 
 @needs_rtx
@@ -132,7 +132,7 @@ def test_the_first_layer_that_names_a_product_computes_it():
     )
     assert [layer.precision for layer in parse(listing)] == ["int8", "fp16", "fp16", "fp32"]
     found = summary(listing, {"a/MatMul_1": 60, "a/MatMul_3": 20, "a/MatMul_5": 20})
-    assert found == {"layers": 4, "gemm_share": {"fp16": 0.4, "int8": 0.6}, "fused_attention": True}
+    assert found == {"layers": 4, "gemm_share": {"fp16": 0.4, "int8": 0.6}, "softmaxes": 1, "fused_attention": 1}
 
 
 def test_a_softmax_of_its_own_is_no_fused_attention():
@@ -142,11 +142,11 @@ def test_a_softmax_of_its_own_is_no_fused_attention():
         line("g1", ["BFloat16"], ["a/MatMul_5"]),
     ]
     found = summary("\n".join(layers), {"a/MatMul_3": 1, "a/MatMul_5": 1})
-    assert found == {"layers": 3, "gemm_share": {"bf16": 1.0}, "fused_attention": False}
+    assert found == {"layers": 3, "gemm_share": {"bf16": 1.0}, "softmaxes": 1, "fused_attention": 0}
 
 
 def test_nothing_told_is_nothing_claimed():
-    assert summary("", {"a/MatMul_1": 1}) == {"layers": 0, "gemm_share": {}, "fused_attention": None}
+    assert summary("", {"a/MatMul_1": 1}) == {"layers": 0, "gemm_share": {}, "softmaxes": 0, "fused_attention": 0}
 
 
 @pytest.mark.parametrize(

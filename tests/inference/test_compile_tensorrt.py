@@ -166,7 +166,7 @@ def test_from_the_command_line(copied, engine, capsys, monkeypatch):
     assert run_command(*arguments) == 0
     said = capsys.readouterr().out
     assert "in fp16" in said
-    assert "attention fused" in said or "attention not fused" in said
+    assert "attention fused in" in said
     assert "not verified: this machine has no NVIDIA GPU" in said
     assert f"bertforge compile {copied} --target {TARGET} --precision fp16 --verify" in said
     on_a_gpu(monkeypatch, engine)

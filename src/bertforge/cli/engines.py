@@ -63,8 +63,8 @@ def compile_(
 def _say_layers(console: Console, receipt: dict[str, Any]) -> None:
     if (layers := receipt.get("layers")) and layers["gemm_share"]:
         share = ", ".join(f"{part:.1%} in {name}" for name, part in layers["gemm_share"].items())
-        fused = "fused" if layers["fused_attention"] else "not fused"
-        console.print(f"matrix products: {share}; attention {fused}")
+        fused = f"{layers['fused_attention']} of {layers['softmaxes']}"
+        console.print(f"matrix products: {share}; attention fused in {fused} layers")
 
 
 def _say_proof(console: Console, receipt: dict[str, Any]) -> None:

@@ -49,6 +49,7 @@ def build(target: str, graph: Path, shapes: Sequence[tuple[int, int]], timings: 
         raise ArtifactError(f"{target} cannot read {graph}: {_first_error(parser)}")
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default; it rounds float32 products to 10 bits
     for shape in shapes:
         profile = builder.create_optimization_profile()
         for name, sizes in _inputs(network, shape).items():

@@ -62,10 +62,11 @@ def parse(listing: str) -> list[Layer]:
 
 
 def summary(listing: str, work: dict[str, float]) -> dict[str, Any]:
-    """`layers`, `gemm_share` (precision -> share of `work`, which is that of each product) and `fused_attention`.
+    """Counts and shares for the receipt.
 
-    `fused_attention` is true when every softmax is computed by a layer that also computes a product. It is None, and
-    the shares are empty, when the list names no product.
+    `layers`; `gemm_share`, precision -> share of `work`, which is that of each product; `softmaxes`, and of them
+    `fused_attention`: how many are computed by a layer that also computes a product. All empty or 0 when the list tells
+    nothing.
     """
     layers = parse(listing)
     owner: dict[str, Layer] = {}
@@ -82,7 +83,8 @@ def summary(listing: str, work: dict[str, float]) -> dict[str, Any]:
     return {
         "layers": len(layers),
         "gemm_share": {name: round(value, 4) for name, value in sorted(share.items())},
-        "fused_attention": all(name in computing for name in softmaxes) if products and softmaxes else None,
+        "softmaxes": len(softmaxes),
+        "fused_attention": sum(name in computing for name in softmaxes),
     }
 
 
