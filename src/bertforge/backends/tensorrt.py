@@ -54,7 +54,7 @@ class TensorRtBackend:
             raise MachineError(f"{path.parent} cannot run here, for {reason}")
         self.name, self.precision, self.device = target, precision, hardware.name
         again = compile_command(path.parent, target, precision)
-        _check(path.parent, hardware, again)
+        _check(path.parent, target, hardware, again)
         log = new_log(trt)
         self.runtime = trt.Runtime(log)
         engine = self.runtime.deserialize_cuda_engine(path.read_bytes()) if path.is_file() else None
@@ -63,15 +63,13 @@ class TensorRtBackend:
         self.engine = engine
         self.stream = cuda.Stream(hardware.device)  # type: ignore[no-untyped-call]
         jit = _Jit(engine, path.with_name(RUNTIME_CACHE)) if target == "tensorrt-rtx" else None
-        self.profiles = {
-            profile.bucket: profile
-            for profile in (
-                _Profile(engine, index, jit.context() if jit else engine.create_execution_context(), self.stream)
-                for index in range(engine.num_optimization_profiles)
-            )
-        }
-        for profile in self.profiles.values():
+        self.profiles: dict[Bucket, _Profile] = {}
+        for index in range(engine.num_optimization_profiles):
+            context = jit.context() if jit else engine.create_execution_context()
+            with cuda.stream(self.stream):  # buffers are cleared on the stream that will write them
+                profile = _Profile(engine, index, context, self.stream)
             profile.record(by_library=jit is not None)
+            self.profiles[profile.bucket] = profile
         if jit:
             jit.keep()
         edges = tuple(sorted({bucket.length for bucket in self.profiles}))
@@ -193,14 +191,13 @@ class _Jit:
             write_atomic(self.path, bytes(self.cache.serialize()))
 
 
-def _check(folder: Path, hardware: Hardware, again: str) -> None:
+def _check(folder: Path, target: str, hardware: Hardware, again: str) -> None:
     """Raises ArtifactError when the engine was built by another version or for another GPU than are here."""
     built = BuiltFor.read(folder)
-    here = BuiltFor.here(built.target, hardware, built.graph, built.shapes)
+    here = BuiltFor.here(target, hardware, built.graph, built.shapes)
     if built.version != here.version:
         raise ArtifactError(
-            f"{folder} was built by {built.target} {built.version}, and {here.version} is installed; "
-            f"build it again: {again}"
+            f"{folder} was built by {target} {built.version}, and {here.version} is installed; build it again: {again}"
         )
     if built.gpu != here.gpu:
         raise ArtifactError(f"{folder} was built for {built.gpu}, and this is {here.gpu}; build it again: {again}")
