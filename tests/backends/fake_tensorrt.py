@@ -8,6 +8,7 @@ addresses it is given.
 import contextlib
 import ctypes
 import importlib.machinery
+import sys
 import types
 from enum import Enum
 
@@ -159,6 +160,6 @@ def install(monkeypatch, name, graph, shapes, version="1.7.1"):
     module.__version__, module.ILogger, module.Runtime = version, Logger, Runtime
     module.CudaGraphStrategy = Enum("CudaGraphStrategy", "DISABLED WHOLE_GRAPH_CAPTURE")
     module.DynamicShapesKernelSpecializationStrategy = Enum("Strategy", "LAZY EAGER NONE")
-    monkeypatch.setitem(__import__("sys").modules, name, module)
+    monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(backend, "cuda", cuda)
     return cuda

@@ -1,6 +1,7 @@
 """Real engines of TensorRT-RTX, built on the CPU, and what their layers say: types are kept, attention is fused."""
 
 import importlib.util
+import sys
 
 import onnx
 import pytest
@@ -105,8 +106,20 @@ def test_a_shape_the_model_has_no_positions_for_is_one_line(model, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@needs_rtx
+@pytest.mark.filterwarnings("ignore:.*Timing cache.*:DeprecationWarning")
+def test_timings_are_kept_for_the_next_build(model, tmp_path, monkeypatch):
+    """TensorRT's own path, run by its sibling of the same API, whose timing cache is an empty one."""
+    monkeypatch.setitem(sys.modules, "tensorrt", importlib.import_module("tensorrt_rtx"))
+    graph = export_onnx(model, tmp_path / "m.onnx")
+    first = build("tensorrt", graph, SHAPES[:1])
+    assert first.timings
+    assert build("tensorrt", graph, SHAPES[:1], first.timings).timings == first.timings
+    assert build("tensorrt", graph, SHAPES[:1], b"of another kind").timings, "refused and begun anew"
+
+
 def test_a_library_that_is_missing_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(MachineError, match=r"pip install 'bertforge\[tensorrt\]'"):
         load_library("tensorrt")
 
