@@ -59,6 +59,5 @@ def padding_waste(lengths: np.ndarray, packed: bool, shape: BatchShape) -> float
         return 0.0
     computed = 0
     for places in group(lengths, shape):
-        width = -(-int(lengths[places].max()) // shape.multiple) * shape.multiple
-        computed += width * len(places)
+        computed += shape.padded(int(lengths[places].max())) * len(places)
     return computed / int(lengths.sum()) - 1

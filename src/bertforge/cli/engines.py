@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+
+from bertforge.artifact import compile_command
 
 Model = Annotated[Path, typer.Argument(help="Folder made by `bertforge merge`, or by `train` in full.")]
 
 
 def compile_(
     model: Model,
-    target: Annotated[str, typer.Option(help="openvino or onnxruntime.")] = "openvino",
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or int8, as the target has them.")] = "bf16",
+    target: Annotated[str, typer.Option(help="openvino, onnxruntime, tensorrt or tensorrt-rtx.")] = "openvino",
+    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or fp8, as the target has them.")] = "bf16",
     data: Annotated[
         Path | None,
         typer.Option(help="Folder made by `bertforge prepare`: train rows calibrate int8, validation rows prove it."),
@@ -23,6 +25,7 @@ def compile_(
         Path | None,
         typer.Option(help="Folder of the engine; made here.", show_default="MODEL/engines/TARGET-PRECISION"),
     ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Build nothing; prove the engine that is there.")] = False,
 ) -> None:
     """Build an engine and show that it computes what the model does.
 
@@ -30,25 +33,48 @@ def compile_(
     rows, and on validation rows with --data. One that differs too much is
     not kept. `bertforge predict ENGINE TABLE` runs it.
 
+    tensorrt builds on the GPU it will run on. tensorrt-rtx builds anywhere
+    and runs on GPUs of compute capability 8.0, 8.6, 8.9 and 12.x; what was
+    built without one is served once --verify has proved it on one.
+
     Example:
 
         bertforge compile models/first --target openvino --precision int8 \\
             --data data
     """
-    from bertforge.evaluation.agreement import Agreement
-    from bertforge.inference.compile import compile_model, default_folder
+    from bertforge.inference.compile import compile_model, default_folder, verify_engine
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
     folder = out or default_folder(model, target, precision)
-    with Console(stderr=True).status(f"building {target} {precision}"):
-        receipt = compile_model(model, target, precision, data, folder)
+    with Console(stderr=True).status(f"{'verifying' if verify else 'building'} {target} {precision}"):
+        receipt = (
+            verify_engine(model, folder, data) if verify else compile_model(model, target, precision, data, folder)
+        )
+    _say_layers(console, receipt)
+    console.print(f"wrote {folder}: {receipt['bytes'] / 1e6:,.0f} MB, built in {receipt['build_seconds']:.0f} s")
+    if receipt["verified"]:
+        _say_proof(console, receipt)
+        console.print(f"next: bertforge predict {folder} TABLE --out predictions.csv")
+    else:
+        console.print(f"not verified: {receipt['not_verified']}")
+        console.print(f"next, where it runs: {compile_command(folder, target, precision)} --verify")
+
+
+def _say_layers(console: Console, receipt: dict[str, Any]) -> None:
+    if (layers := receipt.get("layers")) and layers["gemm_share"]:
+        share = ", ".join(f"{part:.1%} in {name}" for name, part in layers["gemm_share"].items())
+        fused = f"{layers['fused_attention']} of {layers['softmaxes']}"
+        console.print(f"matrix products: {share}; attention fused in {fused} layers")
+
+
+def _say_proof(console: Console, receipt: dict[str, Any]) -> None:
+    from bertforge.evaluation.agreement import Agreement
+
     console.print(f"golden rows: {Agreement(**receipt['golden_agreement'])}")
     if "validation_agreement" in receipt:
         console.print(f"validation rows: {Agreement(**receipt['validation_agreement'])}")
         before, after = receipt["validation_accuracy_fp32"], receipt["validation_accuracy"]
         console.print(f"accuracy on them: {after:.2%}, {before:.2%} in float32")
-    console.print(f"wrote {folder}: {receipt['bytes'] / 1e6:,.0f} MB, built in {receipt['build_seconds']:.0f} s")
-    console.print(f"next: bertforge predict {folder} TABLE --out predictions.csv")
 
 
 def benchmark(
