@@ -65,9 +65,11 @@ def quantize(
         f"calibrated by {found['chosen_calibration']}; {found['quantized_share_of_work']:.0%} of the encoder's "
         "multiply-adds in 8 bits"
     )
-    for name, title in (("ptq", "quantized"), ("qat", "fine-tuned")):
-        if name in found:
-            console.print(f"{title}: {found[name]['verdict']}")
+    for name, title in (("ptq", "as calibrated"), ("qat", "fine-tuned")):
+        if name in found and found[name].get("kept", True):
+            console.print(f"{title}: {found[name]['recovery']:.2%} of the accuracy; {found[name]['verdict']}")
+    if qat and not found["qat"]["kept"]:
+        console.print("fine-tuning did not lower the validation loss, so the weights stay as they were")
     if json_file:
         console.print(f"wrote {write_json(json_file, found)}")
     console.print(f"wrote {out}")
