@@ -75,10 +75,10 @@ def benchmark(
         bertforge benchmark models/first --data data --targets openvino
     """
     from bertforge.benchmark.run import run_benchmark
-    from bertforge.benchmark.table import markdown, write
+    from bertforge.benchmark.table import summary, write
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
     found = run_benchmark(model, data, targets, split=split, rows=rows, repeats=repeats, say=console.print)
-    console.print(markdown(found))
+    console.print(summary(found))
     for path in write(out or model / "benchmark", found):
         console.print(f"wrote {path}")
