@@ -22,6 +22,7 @@ from typing import Any
 from bertforge.errors import ArtifactError, UsageError
 
 MANIFEST = "bertforge.json"
+RECEIPT = "receipt.json"  # beside an engine: what was shown of it
 _LIBRARIES = ("bertforge", "torch", "numpy", "pandas", "pyarrow", "tokenizers", "safetensors")
 # What every reader of a kind relies on.
 _FIELDS = {
@@ -38,10 +39,10 @@ _MADE_BY = {
 }
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide a result."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python and of the libraries that decide a result, `more` among them."""
     found = {"python": platform.python_version()}
-    for name in _LIBRARIES:
+    for name in (*_LIBRARIES, *more):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:  # running from a source tree that was never installed
@@ -81,6 +82,14 @@ def write_atomic(path: Path, content: str | bytes) -> Path:
 def write_json(path: Path, value: Any) -> Path:
     """Atomically writes `value` as indented JSON; NaN and infinities are refused, for they are not JSON."""
     return write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote; raises ArtifactError when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is missing or damaged ({error}); make {path.parent} again") from error
 
 
 @contextmanager

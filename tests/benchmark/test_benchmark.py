@@ -6,9 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from bertforge.backends.base import BatchShape
 from bertforge.backends.registry import TARGETS, Target
-from bertforge.benchmark.measure import padding_waste, rate
+from bertforge.benchmark.measure import rate
 from bertforge.benchmark.roofline import ceiling, needed_flops
 from bertforge.benchmark.run import _accuracy, _changed, chosen, run_benchmark
 from bertforge.benchmark.table import markdown
@@ -95,14 +94,6 @@ def test_needed_work_by_hand():
 def test_the_ceiling_is_measured_where_torch_has_the_product():
     assert all(ceiling("cpu", precision) > 1e9 for precision in ("fp32", "bf16", "int8"))
     assert ceiling("cpu", "fp8") is None
-
-
-def test_padding_waste_by_hand():
-    lengths = np.array([3, 1, 2, 10])
-    assert padding_waste(lengths, True, BatchShape(8)) == 0
-    assert padding_waste(lengths, False, BatchShape(1)) == 0
-    # (10), (3, 2), (1) in batches of 8 tokens: 10 + 6 + 1 computed for 16
-    assert padding_waste(lengths, False, BatchShape(8, rows=2)) == pytest.approx(17 / 16 - 1)
 
 
 def test_a_rate_is_warmed_up_and_repeated():

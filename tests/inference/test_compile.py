@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from bertforge.artifact import read_manifest
+from bertforge.artifact import RECEIPT, hash_file
 from bertforge.errors import ArtifactError, UsageError
 from bertforge.inference.compile import compile_model
 from bertforge.inference.predictor import Predictor
@@ -34,11 +34,19 @@ def test_an_engine_predicts_like_its_model(engines, runs, name, tolerance):
 
 
 def test_the_receipt_says_what_was_shown(engines):
-    receipt = read_manifest(engines / "openvino-int8", "engine")
+    receipt = json.loads((engines / "openvino-int8" / RECEIPT).read_text())
     assert receipt["golden_agreement"]["rows"] == 16
     assert receipt["validation_agreement"]["rows"] == receipt["validation_agreement"]["rows"] > 10
     assert receipt["validation_accuracy"] >= receipt["validation_accuracy_fp32"] - 0.003
-    assert {"build_seconds", "bytes", "device", "parent", "versions"} <= receipt.keys()
+    assert receipt["padding_waste"] >= 0
+    assert receipt["hashes"]["model.bin"] == hash_file(engines / "openvino-int8" / "model.bin")
+    assert {"openvino", "nncf"} <= receipt["versions"].keys()
+    assert {"build_seconds", "bytes", "device"} <= receipt.keys()
+    products = receipt["products"]
+    assert products["label"] == "int8"
+    assert products["linear_shares"]["int8"] > 0.8
+    assert products["attention_shares"].keys() & {"int8"} == set()
+    assert sum(products["shares"].values()) == pytest.approx(1)
 
 
 def test_what_cannot_be_compiled_is_refused_and_nothing_written(tmp_path, runs, engines, data):
@@ -87,6 +95,7 @@ def test_compile_and_predict_from_the_command_line(tmp_path, runs, data, capsys)
     assert run_command("compile", runs["full"], "--target", "openvino", "--data", data, "--out", engine) == 0
     said = capsys.readouterr().out
     assert "labels changed" in said
+    assert "linear layers run 100% in " in said
     assert f"bertforge predict {engine}" in said
     table = data.with_suffix(".csv")
     assert run_command("predict", engine, table, "--out", tmp_path / "p.csv") == 0

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from bertforge.backends.base import BatchShape
+from bertforge.backends.receipt import Product
 from bertforge.batch import PackedBatch, PaddedBatch
 from bertforge.hardware import Hardware, autocast
 from bertforge.model.classifier import BertForSequenceClassification
@@ -33,6 +34,10 @@ class PyTorchBackend:
         with autocast(self.target, self.precision):
             found: np.ndarray = self.model(batch.to(self.target)).float().cpu().numpy()
         return found
+
+    def products(self, batch: PaddedBatch | PackedBatch) -> list[Product]:
+        """None are told: nothing was compiled."""
+        return []
 
     def close(self) -> None:
         """Nothing is held but the model."""

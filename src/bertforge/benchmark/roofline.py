@@ -15,7 +15,7 @@ import torch
 
 from bertforge.model.config import BertConfig
 
-_REPEATS = 6
+_SECONDS = 1.0  # of measuring a size, so that a moment's other work does not count
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -40,10 +40,10 @@ def ceiling(device: str, precision: str) -> float | None:
 
 
 def _product_seconds(device: str, precision: str, size: int) -> float:
-    """The fastest of a few, after one to warm up."""
+    """The fastest of what fits into `_SECONDS`, after one to warm up."""
     product = _product(device, precision, size)
-    seconds = []
-    for _ in range(_REPEATS):
+    seconds: list[float] = []
+    while len(seconds) < 3 or sum(seconds) < _SECONDS:
         start = time.perf_counter()
         product()
         if device == "cuda":

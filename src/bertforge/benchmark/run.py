@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from bertforge.artifact import MANIFEST, hash_file, read_manifest, versions
+from bertforge.artifact import MANIFEST, RECEIPT, hash_file, read_json, read_manifest, versions
 from bertforge.backends.base import Backend, BatchShape
 from bertforge.backends.pytorch import PyTorchBackend
 from bertforge.backends.registry import TARGETS
-from bertforge.backends.run import run
-from bertforge.benchmark.measure import latencies_ms, padding_waste, rate, throughput
+from bertforge.backends.run import padding_waste, run
+from bertforge.benchmark.measure import latencies_ms, rate, throughput
 from bertforge.benchmark.memory import peak_memory_gb
 from bertforge.benchmark.roofline import ceiling, needed_flops
 from bertforge.benchmark.workload import PADDED, Workload, load
@@ -68,6 +68,8 @@ def run_benchmark(
         row = {**name, **_speed(predictor, work, texts, repeats), "bytes": _bytes(folder)}
         most = ceiling(hardware.device.type, precision)
         row["share_of_ceiling"] = flops * row["questions_per_s"] / most if most else None
+        if not ours:
+            row["products"] = read_json(folder / RECEIPT)["products"]
         row |= _accuracy(baseline, logits, work.labels)
         row["changed_rows"] = _changed(baseline, logits, prepared, work)
         predictor.backend.close()

@@ -45,7 +45,7 @@ def markdown(found: dict[str, Any]) -> str:
     header = ["framework", "precision", "questions/s", "speed-up", *list(_SHOWN)[1:]]
     lines = [header, ["---"] * len(header)]
     for row in found["rows"]:
-        name = [row["framework"], row["precision"]]
+        name = _name(row).split(" ", 1)
         if "missing" in row:
             lines.append([*name, row["missing"], *[""] * (len(header) - 3)])
         else:
@@ -72,9 +72,9 @@ def summary(found: dict[str, Any]) -> Group:
         for title in columns:
             table.add_column(title, justify="right", no_wrap=True)
         for row in measured:
-            table.add_row(f"{row['framework']} {row['precision']}", *_cells(found, row, columns))
+            table.add_row(_name(row), *_cells(found, row, columns))
         tables.append(table)
-    missing = [f"{row['framework']} {row['precision']}: {row['missing']}" for row in found["rows"] if "missing" in row]
+    missing = [f"{_name(row)}: {row['missing']}" for row in found["rows"] if "missing" in row]
     return Group(*tables, *missing)
 
 
@@ -89,6 +89,12 @@ def write(folder: Path, found: dict[str, Any]) -> list[Path]:
     except ImportError:
         return written
     return [*written, write_atomic(folder / "chart.svg", _chart(found))]
+
+
+def _name(row: Row) -> str:
+    """Framework and precision, as its receipt labels it."""
+    is_mixed = (row.get("products") or {}).get("label") == "mixed"
+    return f"{row['framework']} {row['precision']}" + (" mixed" if is_mixed else "")
 
 
 def _cells(found: dict[str, Any], row: Row, titles: Sequence[str]) -> list[str]:
@@ -112,8 +118,7 @@ def _chart(found: dict[str, Any]) -> str:
     with matplotlib.rc_context({"svg.hashsalt": "bertforge", "font.size": 9}):
         figure = Figure(figsize=(7.5, 0.8 + 0.36 * len(rows)), layout="constrained")
         axes = figure.subplots()
-        names = [f"{row['framework']} {row['precision']}" for row in rows]
-        bars = axes.barh(names, [row["questions_per_s"] for row in rows], color=_COLOUR)
+        bars = axes.barh([_name(row) for row in rows], [row["questions_per_s"] for row in rows], color=_COLOUR)
         shown = [f"{row['questions_per_s']:,.0f}   {row['accuracy']:.2%} right" for row in rows]
         axes.bar_label(bars, shown, padding=4)
         axes.invert_yaxis()

@@ -35,6 +35,8 @@ def compile_(
         bertforge compile models/first --target openvino --precision int8 \\
             --data data
     """
+    from bertforge.artifact import RECEIPT
+    from bertforge.backends.receipt import verdict
     from bertforge.evaluation.agreement import Agreement
     from bertforge.inference.compile import compile_model, default_folder
 
@@ -47,7 +49,11 @@ def compile_(
         console.print(f"validation rows: {Agreement(**receipt['validation_agreement'])}")
         before, after = receipt["validation_accuracy_fp32"], receipt["validation_accuracy"]
         console.print(f"accuracy on them: {after:.2%}, {before:.2%} in float32")
-    console.print(f"wrote {folder}: {receipt['bytes'] / 1e6:,.0f} MB, built in {receipt['build_seconds']:.0f} s")
+    if receipt["products"]:
+        console.print(verdict(receipt["products"], receipt["precision"]))
+    console.print(
+        f"wrote {folder}: {receipt['bytes'] / 1e6:,.0f} MB, built in {receipt['build_seconds']:.0f} s; see {RECEIPT}"
+    )
     console.print(f"next: bertforge predict {folder} TABLE --out predictions.csv")
 
 

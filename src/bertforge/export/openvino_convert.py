@@ -15,8 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from bertforge.errors import MachineError
-
 Feeds = dict[str, np.ndarray]
 
 
@@ -32,12 +30,10 @@ def convert(
     """Writes `out` (.xml, with a .bin beside it); with `calibration` rows, in INT8.
 
     With `validation` rows, `accuracy` judges their logits, and NNCF takes layers back to full precision until it has
-    fallen by `max_drop` (a fraction) or less. Raises MachineError without the libraries.
+    fallen by `max_drop` (a fraction) or less.
     """
-    try:
-        import openvino
-    except ImportError:
-        raise MachineError("openvino is not installed; pip install 'bertforge[openvino]'") from None
+    import openvino
+
     model = openvino.Core().read_model(str(graph))
     if calibration:
         model = _quantized(model, calibration, validation, accuracy, max_drop)
@@ -53,10 +49,8 @@ def _quantized(
     max_drop: float,
 ) -> Any:
     os.environ.setdefault("NNCF_CI", "1")  # NNCF would otherwise report its use over the network, unasked
-    try:
-        import nncf
-    except ImportError:
-        raise MachineError("nncf is not installed; pip install 'bertforge[openvino]'") from None
+    import nncf
+
     nncf.set_log_level(logging.ERROR)
     common = {
         "model_type": nncf.ModelType.TRANSFORMER,

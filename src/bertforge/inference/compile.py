@@ -15,12 +15,22 @@ from typing import Any
 
 import numpy as np
 
-from bertforge.artifact import MANIFEST, fresh_directory, hash_file, read_manifest, write_manifest
+from bertforge.artifact import (
+    MANIFEST,
+    RECEIPT,
+    fresh_directory,
+    hash_file,
+    read_manifest,
+    versions,
+    write_json,
+    write_manifest,
+)
+from bertforge.backends import receipt
 from bertforge.backends.base import Backend, BatchShape
 from bertforge.backends.feeds import feeds
 from bertforge.backends.pytorch import PyTorchBackend
 from bertforge.backends.registry import TARGETS, check_target, open_engine
-from bertforge.backends.run import batch_of, run
+from bertforge.backends.run import batch_of, padding_waste, run
 from bertforge.data.loader import Examples
 from bertforge.data.prepared import PreparedData
 from bertforge.data.streaming import in_a_thread
@@ -84,19 +94,24 @@ def compile_model(model: Path, target: str, precision: str, data: Path | None, o
         _build(folder, predictor, target, precision, prepared)
         seconds = time.monotonic() - start
         backend = open_engine(folder, target, precision, hardware)
-        receipt = {
+        files = sorted(path for path in folder.iterdir())
+        parent = hash_file(model / MANIFEST)
+        shown = {
             "target": target,
             "precision": precision,
             "device": hardware.name,
             "build_seconds": round(seconds, 1),
-            "bytes": sum(path.stat().st_size for path in folder.iterdir()),
+            "bytes": sum(path.stat().st_size for path in files),
             **_proof(predictor, backend, prepared),
+            "versions": versions(*TARGETS[target].libraries),
+            "hashes": {"model": parent, **{path.name: hash_file(path) for path in files}},
         }
         backend.close()
         kept = {name: predictor.manifest[name] for name in _KEPT}
         predictor.tokenizer.save(folder)
-        write_manifest(folder, "engine", **kept, **receipt, parent=hash_file(model / MANIFEST))
-    return receipt
+        write_json(folder / RECEIPT, shown)
+        write_manifest(folder, "engine", **kept, target=target, precision=precision, parent=parent)
+    return shown
 
 
 def _model(predictor: Predictor) -> BertForSequenceClassification:
@@ -154,12 +169,13 @@ def _proof(predictor: Predictor, backend: Backend, prepared: PreparedData | None
             f"the {backend.name} engine differs from the model by {agreement.max_logit_difference:.3g} in a logit of "
             f"its golden rows, more than {_TOLERANCE[backend.precision]} for {backend.precision}; nothing was written"
         )
-    proof: dict[str, Any] = {"golden_agreement": agreement.to_dict()}
+    proof: dict[str, Any] = {"products": _products(backend, golden), "golden_agreement": agreement.to_dict()}
     if prepared is not None:
         rows = _rows(predictor, prepared, "validation")
         reference = run(predictor.backend, rows.examples, rows.rows)
         found = run(backend, rows.examples, rows.rows)
         before, after = ((logits.argmax(1) == rows.labels).mean() for logits in (reference, found))
+        proof["padding_waste"] = padding_waste(rows.examples.lengths(rows.rows), backend.packed, backend.shape)
         proof["validation_agreement"] = Agreement.of(reference, found).to_dict()
         proof |= {"validation_accuracy": float(after), "validation_accuracy_fp32": float(before)}
         if not before - after <= MAX_DROP:
@@ -168,6 +184,15 @@ def _proof(predictor: Predictor, backend: Backend, prepared: PreparedData | None
                 f"{len(rows.rows):,} validation rows, more than {MAX_DROP:.1%}; nothing was written"
             )
     return proof
+
+
+def _products(backend: Backend, golden: GoldenRows) -> dict[str, Any] | None:
+    """The receipt's part on matrix products, of the golden row of median length; None where the engine tells none."""
+    places = np.arange(len(golden.logits))
+    lengths = golden.examples.lengths(places)
+    middle = np.argsort(lengths, kind="stable")[[len(lengths) // 2]]
+    products = backend.products(batch_of(golden.examples, middle, backend.packed, BatchShape(tokens=1)))
+    return receipt.describe(products, backend.precision, int(lengths[middle[0]])) if products else None
 
 
 def _rows(predictor: Predictor, prepared: PreparedData, part: str) -> _Rows:
