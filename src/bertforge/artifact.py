@@ -22,7 +22,6 @@ from typing import Any
 from bertforge.errors import ArtifactError, UsageError
 
 MANIFEST = "bertforge.json"
-RECEIPT = "receipt.json"  # beside an engine: what was shown of it
 _LIBRARIES = ("bertforge", "torch", "numpy", "pandas", "pyarrow", "tokenizers", "safetensors")
 # What every reader of a kind relies on.
 _FIELDS = {
@@ -82,14 +81,6 @@ def write_atomic(path: Path, content: str | bytes) -> Path:
 def write_json(path: Path, value: Any) -> Path:
     """Atomically writes `value` as indented JSON; NaN and infinities are refused, for they are not JSON."""
     return write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """What `write_json` wrote; raises ArtifactError when it is missing or damaged."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} is missing or damaged ({error}); make {path.parent} again") from error
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from bertforge.artifact import RECEIPT, hash_file
+from bertforge.artifact import hash_file, read_manifest
 from bertforge.errors import ArtifactError, UsageError
 from bertforge.inference.compile import compile_model
 from bertforge.inference.predictor import Predictor
@@ -34,14 +34,14 @@ def test_an_engine_predicts_like_its_model(engines, runs, name, tolerance):
 
 
 def test_the_receipt_says_what_was_shown(engines):
-    receipt = json.loads((engines / "openvino-int8" / RECEIPT).read_text())
+    receipt = read_manifest(engines / "openvino-int8", "engine")
     assert receipt["golden_agreement"]["rows"] == 16
     assert receipt["validation_agreement"]["rows"] == receipt["validation_agreement"]["rows"] > 10
     assert receipt["validation_accuracy"] >= receipt["validation_accuracy_fp32"] - 0.003
     assert receipt["padding_waste"] >= 0
     assert receipt["hashes"]["model.bin"] == hash_file(engines / "openvino-int8" / "model.bin")
     assert {"openvino", "nncf"} <= receipt["versions"].keys()
-    assert {"build_seconds", "bytes", "device"} <= receipt.keys()
+    assert {"build_seconds", "bytes", "device", "parent"} <= receipt.keys()
     products = receipt["products"]
     assert products["label"] == "int8"
     assert products["linear_shares"]["int8"] > 0.8

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bertforge.artifact import MANIFEST, RECEIPT, hash_file, read_json, read_manifest, versions
+from bertforge.artifact import MANIFEST, hash_file, read_manifest, versions
 from bertforge.backends.base import Backend, BatchShape
 from bertforge.backends.pytorch import PyTorchBackend
 from bertforge.backends.registry import TARGETS
@@ -69,7 +69,7 @@ def run_benchmark(
         most = ceiling(hardware.device.type, precision)
         row["share_of_ceiling"] = flops * row["questions_per_s"] / most if most else None
         if not ours:
-            row["products"] = read_json(folder / RECEIPT)["products"]
+            row["products"] = predictor.manifest["products"]
         row |= _accuracy(baseline, logits, work.labels)
         row["changed_rows"] = _changed(baseline, logits, prepared, work)
         predictor.backend.close()

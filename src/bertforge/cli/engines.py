@@ -35,7 +35,6 @@ def compile_(
         bertforge compile models/first --target openvino --precision int8 \\
             --data data
     """
-    from bertforge.artifact import RECEIPT
     from bertforge.backends.receipt import verdict
     from bertforge.evaluation.agreement import Agreement
     from bertforge.inference.compile import compile_model, default_folder

@@ -17,18 +17,16 @@ import numpy as np
 
 from bertforge.artifact import (
     MANIFEST,
-    RECEIPT,
     fresh_directory,
     hash_file,
     read_manifest,
     versions,
-    write_json,
     write_manifest,
 )
-from bertforge.backends import receipt
 from bertforge.backends.base import Backend, BatchShape
 from bertforge.backends.feeds import feeds
 from bertforge.backends.pytorch import PyTorchBackend
+from bertforge.backends.receipt import describe
 from bertforge.backends.registry import TARGETS, check_target, open_engine
 from bertforge.backends.run import batch_of, padding_waste, run
 from bertforge.data.loader import Examples
@@ -96,7 +94,7 @@ def compile_model(model: Path, target: str, precision: str, data: Path | None, o
         backend = open_engine(folder, target, precision, hardware)
         files = sorted(path for path in folder.iterdir())
         parent = hash_file(model / MANIFEST)
-        shown = {
+        receipt = {
             "target": target,
             "precision": precision,
             "device": hardware.name,
@@ -104,14 +102,13 @@ def compile_model(model: Path, target: str, precision: str, data: Path | None, o
             "bytes": sum(path.stat().st_size for path in files),
             **_proof(predictor, backend, prepared),
             "versions": versions(*TARGETS[target].libraries),
-            "hashes": {"model": parent, **{path.name: hash_file(path) for path in files}},
+            "hashes": {path.name: hash_file(path) for path in files},
         }
         backend.close()
         kept = {name: predictor.manifest[name] for name in _KEPT}
         predictor.tokenizer.save(folder)
-        write_json(folder / RECEIPT, shown)
-        write_manifest(folder, "engine", **kept, target=target, precision=precision, parent=parent)
-    return shown
+        write_manifest(folder, "engine", **receipt, parent=parent, **kept)
+    return receipt
 
 
 def _model(predictor: Predictor) -> BertForSequenceClassification:
@@ -192,7 +189,7 @@ def _products(backend: Backend, golden: GoldenRows) -> dict[str, Any] | None:
     lengths = golden.examples.lengths(places)
     middle = np.argsort(lengths, kind="stable")[[len(lengths) // 2]]
     products = backend.products(batch_of(golden.examples, middle, backend.packed, BatchShape(tokens=1)))
-    return receipt.describe(products, backend.precision, int(lengths[middle[0]])) if products else None
+    return describe(products, backend.precision, int(lengths[middle[0]])) if products else None
 
 
 def _rows(predictor: Predictor, prepared: PreparedData, part: str) -> _Rows:
