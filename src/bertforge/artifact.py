@@ -28,12 +28,14 @@ _FIELDS = {
     "data": ("fingerprint", "source", "schema", "rows", "label_counts", "columns", "splits", "files", "made_up"),
     "run": ("recipe", "labels", "schema", "tabular", "data", "base", "golden"),
     "model": ("recipe", "labels", "schema", "tabular", "data", "base", "golden"),
+    "quantized": ("recipe", "labels", "schema", "tabular", "data", "base", "golden", "quantization"),
     "engine": ("recipe", "labels", "schema", "tabular", "data", "base", "golden", "target", "precision"),
 }
 _MADE_BY = {
     "data": "bertforge prepare TABLE --out DIR",
     "run": "bertforge train --data DIR --out RUN",
     "model": "bertforge merge RUN --out DIR",
+    "quantized": "bertforge quantize MODEL --data DIR --out DIR",
     "engine": "bertforge compile MODEL --target openvino --precision bf16",
 }
 

@@ -52,10 +52,10 @@ class _TensorFields:
 
 @dataclass(frozen=True)
 class TabularBatch(_TensorFields):
-    """The columns that travel beside the text, already scaled and numbered by `data.tabular.TabularTransform`."""
+    """The columns that travel beside the text, names already numbered by `data.tabular.TabularTransform`."""
 
     numeric: Tensor
-    """[sequences, numeric columns] float32."""
+    """[sequences, numeric columns] float32, as the table has them; NaN where there is no finite number."""
     categorical: Tensor
     """[sequences, categorical columns] int64; 0 stands for a missing or unseen value."""
     multi: Tensor

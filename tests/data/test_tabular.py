@@ -27,21 +27,17 @@ def fit(frame=TRAIN, spec=SPEC):
 
 
 def test_worked_by_hand():
-    arrays = fit()(TRAIN)
-    up = 1 / sqrt(2 / 3)
-    assert arrays.numeric.tolist() == [  # n: mean 2, deviation 1; x: mean 0; then whether n is missing
-        pytest.approx([-1, 0, 0], abs=1e-6),
-        pytest.approx([1, up, 0]),
-        pytest.approx([0, -up, 1]),
-    ]
+    transform, arrays = fit(), fit()(TRAIN)
+    np.testing.assert_array_equal(arrays.numeric, np.array([[1, 0], [3, e - 1], [np.nan, 1 - e]], np.float32))
     assert arrays.numeric.dtype == np.float32
+    assert transform.mean == pytest.approx((2, 0), abs=1e-7), "of the signed logs 0, 1 and -1"
+    assert transform.std == pytest.approx((1, sqrt(2 / 3)))
     assert arrays.categorical.tolist() == [[1], [1], [0]], "b occurs once, and min_count is 2"
     assert arrays.multi.tolist() == [[1, 2], [2, 1], [0, 0]], "u occurs once"
 
 
 def test_what_was_learnt_says_how_large_the_model_must_be():
     transform = fit()
-    assert transform.numeric_inputs == 3
     assert transform.category_sizes == (2,)
     assert transform.multi_size == 3
     assert transform.indicators == ("n",)
@@ -52,44 +48,44 @@ def test_rows_that_were_not_fitted_change_nothing():
     before = transform(TRAIN)
     other = pd.DataFrame({"n": ["1000", ""], "x": ["", "-5"], "c": ["zzz", "a"], "m": ["q v", "w"]})
     arrays = transform(pd.concat([TRAIN, other], ignore_index=True))
-    assert np.array_equal(arrays.numeric[:3], before.numeric)
+    assert np.array_equal(arrays.numeric[:3], before.numeric, equal_nan=True)
     assert np.array_equal(arrays.categorical[:3], before.categorical)
     assert np.array_equal(arrays.multi[:3], before.multi)
-    assert arrays.numeric[3, 0] == 998
+    assert arrays.numeric[3, 0] == 1000
     assert arrays.categorical[3:].tolist() == [[0], [1]], "an unseen value is 0"
     assert arrays.multi[3:].tolist() == [[1, 0], [2, 0]], "an unseen value of several is left out"
     # Fitted on them, they do.
     assert fit(pd.concat([TRAIN, other], ignore_index=True)).mean != transform.mean
 
 
-def test_missing_is_the_mean_and_is_told_apart_only_where_training_saw_it():
-    transform = fit()
-    missing = pd.DataFrame({"n": [None, "2"], "x": [np.nan, "0"], "c": [None, np.nan], "m": [None, ""]})
-    arrays = transform(missing)
-    assert arrays.numeric.tolist() == [[0, 0, 1], [0, 0, 0]]
-    assert arrays.categorical.tolist() == [[0], [0]]
+def test_what_is_no_finite_number_is_missing_and_unknown_names_are_zero():
+    frame = pd.DataFrame({"n": [None, "2", "1e400"], "x": [np.nan, "-1e39", "many"], "c": [None, np.nan, "z"], "m": ""})
+    arrays = fit()(frame)
+    assert np.isnan(arrays.numeric).tolist() == [[True, True], [False, True], [True, True]], "1e39 is past float32"
+    assert arrays.categorical.tolist() == [[0], [0], [0]]
     assert not arrays.multi.any()
 
 
 def test_the_log_is_signed_and_only_where_asked_for():
     plain = fit(spec=replace(SPEC, log=()))
-    assert fit().mean[1] == pytest.approx(0, abs=1e-12)
     assert fit().std[1] == pytest.approx(sqrt(2 / 3))
     assert plain.std[1] == pytest.approx((e - 1) * sqrt(2 / 3))
 
 
-def test_a_constant_column_is_zeros():
-    arrays = TabularTransform.fit(pd.DataFrame({"n": [7, 7]}), TabularSpec(numeric=("n",)))(
-        pd.DataFrame({"n": [7, 9, 1e400]})
-    )
-    assert arrays.numeric[:, 0].tolist() == [0, 2, 0], "an infinity counts as missing"
+@pytest.mark.parametrize("value", [7, 0.1])
+def test_a_constant_column_has_deviation_one(value):
+    transform = TabularTransform.fit(pd.DataFrame({"n": [value] * 3}), TabularSpec(numeric=("n",)))
+    assert transform.mean == pytest.approx((value,))
+    assert transform.std == (1,), "and no rounding error as its deviation"
 
 
-def test_bins_are_quantiles_of_the_scaled_train_values():
-    frame = pd.DataFrame({"n": [0, 1, 2, 3, 10]})
-    transform = TabularTransform.fit(frame, TabularSpec(numeric=("n",), bins=2, hidden_size=4))
-    scaled = transform(frame).numeric[:, 0]
-    assert transform.edges == (pytest.approx((scaled[0], scaled[2], scaled[4])),)
+def test_bins_are_quantiles_of_the_scaled_train_values_and_of_where_they_are_missing():
+    spec = TabularSpec(numeric=("n",), bins=2, hidden_size=4)
+    transform = TabularTransform.fit(pd.DataFrame({"n": [0, 1, 2, 3, 10]}), spec)
+    scaled = (np.array([0, 2, 10]) - 3.2) / np.std([0, 1, 2, 3, 10])
+    assert transform.edges == (pytest.approx(tuple(scaled)),)
+    with_gap = TabularTransform.fit(pd.DataFrame({"n": [0, 4, None]}), spec)
+    assert with_gap.edges == ((-1, 0, 1), (0, 0, 1)), "a missing value is the mean"
     assert fit().edges == ()
 
 
@@ -98,7 +94,7 @@ def test_it_comes_back_from_json():
         transform = fit(spec=spec)
         again = TabularTransform.from_dict(json.loads(json.dumps(transform.to_dict())))
         assert again == transform
-        assert np.array_equal(again(TRAIN).numeric, transform(TRAIN).numeric)
+        assert np.array_equal(again(TRAIN).numeric, transform(TRAIN).numeric, equal_nan=True)
 
 
 def test_a_column_of_mostly_words_declared_numeric_is_an_error():
@@ -137,7 +133,15 @@ def test_a_slice_is_the_rows_asked_for():
     arrays = fit()(TRAIN)[np.array([2, 0])]
     assert arrays.categorical.tolist() == [[0], [1]]
     assert arrays.multi.tolist() == [[0, 0], [1, 2]]
-    assert arrays.numeric[:, 2].tolist() == [1, 0]
+    assert np.isnan(arrays.numeric[:, 0]).tolist() == [True, False]
+
+
+def test_rows_are_put_back_where_they_stood():
+    rows, whole = np.array([2, 0]), fit()(TRAIN)
+    among = whole[rows].among(rows, 3)
+    for name, array in vars(among).items():
+        assert np.array_equal(array[rows], getattr(whole, name)[rows], equal_nan=True), name
+        assert not array[1].any(), name
 
 
 def test_a_section_without_columns_or_with_a_stray_log_is_refused():

@@ -10,9 +10,10 @@ import torch
 
 from bertforge.batch import PaddedBatch
 from bertforge.errors import ArtifactError, UsageError
-from bertforge.export.bert_onnx import Scales, export_onnx
+from bertforge.export.bert_onnx import export_onnx
 from bertforge.lora.config import LoraConfig
 from bertforge.lora.inject import inject_lora
+from bertforge.scales import Scales
 from tests.model.tiny import tiny_bert
 
 LENGTHS = (1, 2, 17, 40)

@@ -56,7 +56,7 @@ def test_a_tabular_head_is_saved_with_its_buffers(tmp_path):
     tabular = TabularConfig(numeric=2, categorical=(3,), multi=4, bins=3, embedding_size=4, hidden_size=5)
     config = LoraConfig(modules_to_save=("classifier", "tabular"))
     model = adapted_bert(config, tabular=tabular)
-    model.tabular.numeric.edges.mul_(3)  # as training sets them
+    model.tabular.learn([1, 2], [3, 4], [[0, 1, 2, 3]] * 2)
     save_adapter(model, config, tmp_path, base_model="tiny")
     again = tiny_bert(seed=0, tabular=tabular)
     for parameter in again.tabular.parameters():
@@ -66,7 +66,8 @@ def test_a_tabular_head_is_saved_with_its_buffers(tmp_path):
         torch.tensor([[0.5, -2.0], [0.1, 0.2]]), torch.tensor([[1], [0]]), torch.tensor([[1, 3], [0, 0]])
     )
     batch = PaddedBatch(BATCH.input_ids, BATCH.attention_mask, tabular=columns)
-    assert torch.equal(again.tabular.numeric.edges, model.tabular.numeric.edges)
+    assert again.tabular.numeric.edges.tolist() == [[0, 1, 2, 3]] * 2
+    assert again.tabular.scaler.std.tolist() == [3, 4]
     assert torch.equal(again(batch), model(batch))
 
 

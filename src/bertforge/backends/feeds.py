@@ -10,7 +10,9 @@ from bertforge.batch import PackedBatch, PaddedBatch
 
 
 def feeds(batch: PaddedBatch | PackedBatch, names: Container[str]) -> dict[str, np.ndarray]:
-    """The inputs among `names`, int64, as `export.bert_onnx` declares them."""
+    """The inputs among `names`, as `export.bert_onnx` declares them."""
     assert isinstance(batch, PaddedBatch)
-    arrays = {"input_ids": batch.input_ids.numpy(), "attention_mask": batch.attention_mask.numpy()}
-    return {name: array for name, array in arrays.items() if name in names}
+    tensors = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    if batch.tabular is not None:
+        tensors |= vars(batch.tabular)
+    return {name: tensor.numpy() for name, tensor in tensors.items() if name in names}

@@ -14,7 +14,6 @@ import numpy as np
 
 from bertforge.artifact import MANIFEST, hash_file, read_manifest, versions
 from bertforge.backends.base import Backend, BatchShape
-from bertforge.backends.pytorch import PyTorchBackend
 from bertforge.backends.registry import TARGETS
 from bertforge.backends.run import padding_waste, run
 from bertforge.benchmark.measure import latencies_ms, rate, throughput
@@ -28,6 +27,7 @@ from bertforge.evaluation.groups import wilson_interval
 from bertforge.hardware import detect
 from bertforge.inference.compile import compile_model, default_folder
 from bertforge.inference.predictor import Predictor
+from bertforge.model.config import BertConfig
 
 REFERENCE = ("pytorch", "fp32")
 LATENCY_ROWS = 100
@@ -49,9 +49,8 @@ def run_benchmark(
     reference = Predictor.load(model, "fp32")
     prepared = PreparedData.open(data)
     work = Workload.of(reference, prepared, split, rows)
-    texts, baseline = prepared.texts(work.timed), run(reference.backend, work.examples, work.rows)
-    assert isinstance(reference.backend, PyTorchBackend)
-    flops = needed_flops(reference.backend.model.config, work.examples.lengths(work.timed)) / len(work.timed)
+    baseline = run(reference.backend, work.examples, work.rows)
+    flops = needed_flops(BertConfig.load(model), work.examples.lengths(work.timed)) / len(work.timed)
     found: list[dict[str, Any]] = []
     for framework, precision in wanted:
         name: dict[str, Any] = {"framework": framework, "precision": precision}
@@ -65,7 +64,7 @@ def run_benchmark(
         say(f"measuring {framework} {precision}")
         is_reference = (framework, precision) == REFERENCE
         logits = baseline if is_reference else run(predictor.backend, work.examples, work.rows)
-        row = {**name, **_speed(predictor, work, texts, repeats), "bytes": _bytes(folder)}
+        row = {**name, **_speed(predictor, work, repeats), "bytes": _bytes(folder)}
         most = ceiling(hardware.device.type, precision)
         row["share_of_ceiling"] = flops * row["questions_per_s"] / most if most else None
         if not ours:
@@ -114,10 +113,10 @@ def engine(model: Path, target: str, precision: str, data: Path, say: Callable[[
     return folder
 
 
-def _speed(predictor: Predictor, work: Workload, texts: list[str], repeats: int) -> dict[str, Any]:
+def _speed(predictor: Predictor, work: Workload, repeats: int) -> dict[str, Any]:
     backend = predictor.backend
     best = throughput(backend, work.examples, work.timed, backend.shape, repeats)
-    from_text = rate(lambda: predictor.logits(texts), len(texts), repeats)
+    from_text = rate(lambda: predictor.logits(work.texts, work.columns), len(work.timed), repeats)
     calls = latencies_ms(backend, work.examples, work.timed[:LATENCY_ROWS], repeats)
     p50, p95, p99 = (float(value) for value in np.percentile(calls, [50, 95, 99]))
     return {

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from bertforge.backends.pytorch import PyTorchBackend
 from bertforge.data.loader import Examples
@@ -24,6 +25,10 @@ class Workload:
     rows: np.ndarray
     """The whole part, for accuracy."""
     timed: np.ndarray
+    texts: list[str]
+    """Of the timed rows."""
+    columns: pd.DataFrame | None
+    """Of the timed rows, where the model reads columns beside the text."""
 
     @classmethod
     def of(cls, predictor: Predictor, prepared: PreparedData, split: str, rows: int) -> Workload:
@@ -31,9 +36,8 @@ class Workload:
         whole = prepared.rows(predictor.manifest["recipe"]["split"], split)
         timed = whole[np.linspace(0, len(whole) - 1, min(rows, len(whole))).astype(int)]
         timed = np.random.default_rng(0).permutation(timed)
-        store = prepared.tokens(predictor.tokenizer)
-        examples = Examples(store, prepared.labels, predictor.tokenizer.sep_id, predictor.max_length)
-        return cls(examples, whole, timed)
+        columns = predictor.columns(prepared, timed)
+        return cls(predictor.examples(prepared, whole), whole, timed, prepared.texts(timed), columns)
 
     @property
     def labels(self) -> np.ndarray:

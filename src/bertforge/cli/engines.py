@@ -50,9 +50,8 @@ def compile_(
         console.print(f"accuracy on them: {after:.2%}, {before:.2%} in float32")
     if receipt["products"]:
         console.print(verdict(receipt["products"], receipt["precision"]))
-    console.print(
-        f"wrote {folder}: {receipt['bytes'] / 1e6:,.0f} MB, built in {receipt['build_seconds']:.0f} s; see {RECEIPT}"
-    )
+    size, seconds = receipt["bytes"] / 1e6, receipt["build_seconds"]
+    console.print(f"wrote {folder}: {size:,.0f} MB, built in {seconds:.0f} s; bertforge.json is its receipt")
     console.print(f"next: bertforge predict {folder} TABLE --out predictions.csv")
 
 

@@ -1,9 +1,11 @@
-"""Columns beside the text -> the numbers a model reads, by what was learnt from the train rows alone.
+"""Columns beside the text -> the arrays a model reads, by what was learnt from the train rows alone.
 
-Numeric columns: an optional signed log, then (value - mean) / standard deviation; a missing value becomes the mean, and
-a column that had one in the train rows gets a second column that says where. Categorical columns: each value seen often
-enough gets a number, all others and missing ones share 0. One column may hold several values, separated by spaces.
-The fitted transform is saved as JSON with the model, so prediction prepares columns exactly as training did.
+Numeric columns are read and no more: the model scales them (`model.tabular.ColumnScaler`), with the means, deviations
+and quantiles that are learnt here. An optional signed log, then (value - mean) / standard deviation; a missing value
+becomes the mean, and a column that had one in the train rows gets a second column that says where. Categorical columns:
+each value seen often enough gets a number, all others and missing ones share 0. One column may hold several values,
+separated by spaces. The fitted transform is saved as JSON with the model, so prediction prepares columns exactly as
+training did.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ class TabularArrays:
     """A table's columns as arrays, one row a question; `batch.TabularBatch` is a slice of it."""
 
     numeric: np.ndarray
-    """[rows, numeric] float32."""
+    """[rows, numeric] float32, NaN where there is no finite number."""
     categorical: np.ndarray
     """[rows, categorical] int64."""
     multi: np.ndarray
@@ -72,18 +74,29 @@ class TabularArrays:
     def __getitem__(self, rows: np.ndarray) -> TabularArrays:
         return TabularArrays(self.numeric[rows], self.categorical[rows], self.multi[rows])
 
+    def among(self, rows: np.ndarray, total: int) -> TabularArrays:
+        """A table of `total` rows in which these stand at `rows`; the others are zeros, which take no memory."""
+
+        def place(values: np.ndarray) -> np.ndarray:
+            table = np.zeros((total, values.shape[1]), values.dtype)
+            table[rows] = values
+            return table
+
+        return TabularArrays(place(self.numeric), place(self.categorical), place(self.multi))
+
 
 @dataclass(frozen=True)
 class TabularTransform:
-    """What the train rows taught: means, deviations, quantiles and vocabularies."""
+    """What the train rows taught: vocabularies, used here, and means, deviations and quantiles, used in the model."""
 
     spec: TabularSpec
     mean: tuple[float, ...]
+    """Of each numeric column, of its logarithm where there is one; missing values left out."""
     std: tuple[float, ...]
     indicators: tuple[str, ...]
     """Numeric columns that had missing values, each with an indicator column after the numbers."""
     edges: tuple[tuple[float, ...], ...]
-    """Per numeric input, `bins + 1` ascending quantiles of its scaled train values; empty without bins."""
+    """Per numeric input of the model, `bins + 1` ascending quantiles of its scaled train values; empty without bins."""
     vocabularies: tuple[tuple[str, ...], ...]
     """Known names of each categorical column; a name's number is its place + 1."""
     multi_vocabulary: tuple[str, ...]
@@ -95,18 +108,23 @@ class TabularTransform:
         Raises DataError for a numeric column that is empty or mostly holds something else; where it is the lesser part
         that can't be read, a warning is logged and it counts as missing.
         """
-        raw = [_numbers(train[name], log=name in spec.log) for name in spec.numeric]
-        for name, values in zip(spec.numeric, raw, strict=True):
+        numbers = [_numbers(train[name]) for name in spec.numeric]
+        for name, values in zip(spec.numeric, numbers, strict=True):
             _check_numbers(train[name], values)
-        mean = [float(np.nanmean(values)) for values in raw]
-        std = [float(np.nanstd(values)) or 1.0 for values in raw]  # a constant column becomes all zeros
-        indicators = tuple(n for n, values in zip(spec.numeric, raw, strict=True) if np.isnan(values).any())
-        partial = cls(
+        raw = [_signed_log(v) if n in spec.log else v for n, v in zip(spec.numeric, numbers, strict=True)]
+        mean = [float(np.nanmean(values, dtype=np.float64)) for values in raw]
+        std = [_deviation(values) for values in raw]
+        gaps = [np.isnan(values) for values in raw]
+        edges: list[tuple[float, ...]] = []
+        if spec.bins:
+            scaled = [np.nan_to_num((v - m) / s) for v, m, s in zip(raw, mean, std, strict=True)]
+            edges = [_quantiles(values, spec.bins) for values in [*scaled, *(gap for gap in gaps if gap.any())]]
+        return cls(
             spec=spec,
             mean=tuple(mean),
             std=tuple(std),
-            indicators=indicators,
-            edges=(),
+            indicators=tuple(name for name, gap in zip(spec.numeric, gaps, strict=True) if gap.any()),
+            edges=tuple(edges),
             vocabularies=tuple(_vocabulary(_names(train[name]), spec.min_count) for name in spec.categorical),
             multi_vocabulary=(
                 _vocabulary([value for row in _names(train[spec.multi]) for value in row.split()], spec.min_count)
@@ -114,30 +132,22 @@ class TabularTransform:
                 else ()
             ),
         )
-        if not spec.bins:
-            return partial
-        scaled = partial._numeric(train)
-        quantiles = np.quantile(scaled, np.linspace(0, 1, spec.bins + 1), axis=0).T  # [numeric, bins + 1]
-        return cls(**{**vars(partial), "edges": tuple(tuple(map(float, row)) for row in quantiles)})
 
     def __call__(self, frame: pd.DataFrame) -> TabularArrays:
         """Transforms any rows; raises DataError naming a column that is not there."""
         if absent := [name for name in self.spec.columns if name not in frame.columns]:
             raise DataError(_describe_absent(absent[0], list(frame.columns)))
-        numbers = [
-            _numbered(_names(frame[name]), vocabulary)
-            for name, vocabulary in zip(self.spec.categorical, self.vocabularies, strict=True)
-        ]
+        numeric = np.empty((len(frame), len(self.spec.numeric)), np.float32)
+        for column, name in enumerate(self.spec.numeric):
+            numeric[:, column] = _numbers(frame[name])
+        categorical = np.empty((len(frame), len(self.spec.categorical)), np.int64)
+        for column, name in enumerate(self.spec.categorical):
+            categorical[:, column] = _numbered(_names(frame[name]), self.vocabularies[column])
         return TabularArrays(
-            numeric=self._numeric(frame),
-            categorical=np.stack(numbers, axis=1) if numbers else np.zeros((len(frame), 0), np.int64),
+            numeric=numeric,
+            categorical=categorical,
             multi=self._multi(frame),
         )
-
-    @property
-    def numeric_inputs(self) -> int:
-        """Numeric columns with their indicators."""
-        return len(self.spec.numeric) + len(self.indicators)
 
     @property
     def category_sizes(self) -> tuple[int, ...]:
@@ -161,15 +171,6 @@ class TabularTransform:
         flat: dict[str, Any] = {n: tuple(values[n]) for n in ("mean", "std", "indicators", "multi_vocabulary")}
         return cls(spec=TabularSpec(**saved), **nested, **flat)
 
-    def _numeric(self, frame: pd.DataFrame) -> np.ndarray:
-        scaled = np.zeros((len(frame), self.numeric_inputs), np.float32)
-        for column, name in enumerate(self.spec.numeric):
-            values = (_numbers(frame[name], log=name in self.spec.log) - self.mean[column]) / self.std[column]
-            scaled[:, column] = np.nan_to_num(values, nan=0.0)
-            if name in self.indicators:
-                scaled[:, len(self.spec.numeric) + self.indicators.index(name)] = np.isnan(values)
-        return scaled
-
     def _multi(self, frame: pd.DataFrame) -> np.ndarray:
         if not self.spec.multi:
             return np.zeros((len(frame), 0), np.int64)
@@ -189,11 +190,29 @@ def _describe_absent(name: str, columns: list[str]) -> str:
     return f"the model reads column {name!r}, but the table has {', '.join(columns)}"
 
 
-def _numbers(column: pd.Series[Any], *, log: bool) -> np.ndarray:
-    """float64, NaN where there is no finite number."""
+def _numbers(column: pd.Series[Any]) -> np.ndarray:
+    """float32, NaN where there is no finite number."""
     values = pd.to_numeric(column, errors="coerce").to_numpy(np.float64, na_value=np.nan)
-    values = np.where(np.isfinite(values), values, np.nan)
-    return np.sign(values) * np.log1p(np.abs(values)) if log else values
+    with np.errstate(over="ignore"):  # past float32's range it becomes an infinity
+        numbers = values.astype(np.float32)
+    numbers[~np.isfinite(numbers)] = np.nan
+    return numbers
+
+
+def _signed_log(values: np.ndarray) -> np.ndarray:
+    logs: np.ndarray = np.sign(values) * np.log1p(np.abs(values))
+    return logs
+
+
+def _deviation(values: np.ndarray) -> float:
+    """The standard deviation; 1 for a constant column, which becomes all zeros."""
+    constant = np.nanmin(values) == np.nanmax(values)
+    return 1.0 if constant else float(np.nanstd(values, dtype=np.float64))
+
+
+def _quantiles(values: np.ndarray, bins: int) -> tuple[float, ...]:
+    """`bins + 1` of them, ascending."""
+    return tuple(np.quantile(values.astype(np.float64), np.linspace(0, 1, bins + 1)).tolist())
 
 
 def _check_numbers(column: pd.Series[Any], values: np.ndarray) -> None:

@@ -1,7 +1,7 @@
 """Golden rows: inputs with the logits they gave when the model was saved.
 
-They travel in `bertforge.json` as token ids and prepared columns, so that whoever loads the model, merges it or later
-compiles it can show that it still computes the same function, without the data set.
+They travel in `bertforge.json` as token ids and columns (null for a number that is missing), so that whoever loads the
+model, merges it or later compiles it can show that it still computes the same function, without the data set.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class GoldenRows:
             "offsets": tokens.offsets.tolist(),
             "sep_id": self.examples.sep_id,
             "max_length": self.examples.max_length,
-            "tabular": None if tabular is None else {name: array.tolist() for name, array in vars(tabular).items()},
+            "tabular": None if tabular is None else {name: _nulls(array) for name, array in vars(tabular).items()},
             "logits": self.logits.tolist(),
         }
 
@@ -81,3 +81,10 @@ class GoldenRows:
             ),
             np.array(values["logits"], np.float32),
         )
+
+
+def _nulls(array: np.ndarray) -> list[Any]:
+    """Nested lists with None for NaN, which JSON does not know; `np.array` turns it back."""
+    values = array.astype(object)
+    values[np.isnan(array)] = None
+    return list(values.tolist())

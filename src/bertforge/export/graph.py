@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -17,6 +18,8 @@ TYPES: dict[str, Any] = {
     "fp16": np.dtype(np.float16),
     "bf16": np.dtype(ml_dtypes.bfloat16),
 }
+# Scopes whose nodes stay in float32: nothing that quantizes a graph may touch them.
+FULL_PRECISION = ("columns/", "head/")
 
 
 class Graph:
@@ -36,7 +39,7 @@ class Graph:
     def constant(self, name: str, value: np.ndarray) -> str:
         """A named constant; the same name means the same value."""
         if name not in self.constants:
-            self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+            self.constants[name] = numpy_helper.from_array(np.asarray(value, order="C"), name)
         return name
 
     def ints(self, *values: int) -> str:
@@ -53,6 +56,11 @@ class Graph:
         """`value` in another type."""
         return self.add("Cast", value, to=helper.np_dtype_to_tensor_dtype(dtype))
 
+    def dense(self, value: str, name: str, weight: np.ndarray, bias: np.ndarray) -> str:
+        """A linear layer in the types of its weight `[out, in]` and bias: `[..., in]` -> `[..., out]`."""
+        product = self.add("MatMul", value, self.constant(f"{name}.weight", weight.T))
+        return self.add("Add", product, self.constant(f"{name}.bias", bias))
+
     def finish(self, output: str, name: str, shape: Sequence[str | int], metadata: dict[str, str]) -> onnx.ModelProto:
         """The checked model, with `output` (float32) under `name`."""
         self.nodes.append(helper.make_node("Identity", [output], [name], name=name))
@@ -64,3 +72,8 @@ class Graph:
         helper.set_model_props(model, metadata)
         onnx.checker.check_model(model, full_check=True)
         return model
+
+
+def input_names(path: Path) -> list[str]:
+    """Of the graph in a file."""
+    return [value.name for value in onnx.load(str(path), load_external_data=False).graph.input]

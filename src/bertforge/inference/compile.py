@@ -9,6 +9,7 @@ nothing.
 from __future__ import annotations
 
 import time
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from bertforge.artifact import (
 )
 from bertforge.backends.base import Backend, BatchShape
 from bertforge.backends.feeds import feeds
-from bertforge.backends.pytorch import PyTorchBackend
 from bertforge.backends.receipt import describe
 from bertforge.backends.registry import TARGETS, check_target, open_engine
 from bertforge.backends.run import batch_of, padding_waste, run
@@ -36,15 +36,16 @@ from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.evaluation.agreement import Agreement
 from bertforge.evaluation.golden import GoldenRows
 from bertforge.hardware import detect
-from bertforge.inference.predictor import Predictor
+from bertforge.inference.predictor import Predictor, plain_model
 from bertforge.lora.adapter_io import ADAPTER_CONFIG
 from bertforge.model.classifier import BertForSequenceClassification
+from bertforge.scales import Scales
 
 CALIBRATION_ROWS = 300
 VALIDATION_ROWS = 1000
 MAX_DROP = 0.003  # accuracy on validation rows an engine may cost, a fraction
 # What a logit may differ on golden rows, whose logits are float32's.
-_TOLERANCE = {"fp32": 2e-3, "bf16": 0.25, "int8": 1.0}
+_TOLERANCE = {"fp32": 2e-3, "bf16": 0.25, "int8": 1.0, "fp8": 1.0}
 _KEPT = ("recipe", "labels", "schema", "tabular", "data", "base", "golden")
 
 
@@ -59,13 +60,34 @@ class _Rows:
     def labels(self) -> np.ndarray:
         return np.asarray(self.examples.labels[self.rows])
 
-    def one_by_one(self) -> list[dict[str, np.ndarray]]:
-        """Each row as the inputs of a graph, without padding."""
-        names = ("input_ids", "attention_mask")
+    def one_by_one(self, names: Container[str]) -> list[dict[str, np.ndarray]]:
+        """Each row as the inputs `names` of a graph, without padding."""
         shape = BatchShape(tokens=1)
         return [
             feeds(batch_of(self.examples, self.rows[i : i + 1], False, shape), names) for i in range(len(self.rows))
         ]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What an engine is built from."""
+
+    predictor: Predictor
+    model: Path
+    scales: Scales | None
+    """Of a quantized model: its ranges stand in the graph."""
+    prepared: PreparedData | None
+
+    def network(self) -> BertForSequenceClassification:
+        """The plain model, without simulated quantization."""
+        if self.scales is None:
+            return plain_model(self.predictor)
+        return BertForSequenceClassification.from_pretrained(self.model)
+
+    def rows(self, part: str) -> _Rows:
+        """See `_rows`."""
+        assert self.prepared is not None
+        return _rows(self.predictor, self.prepared, part)
 
 
 def compile_model(model: Path, target: str, precision: str, data: Path | None, out: Path) -> dict[str, Any]:
@@ -75,25 +97,25 @@ def compile_model(model: Path, target: str, precision: str, data: Path | None, o
     UsageError for INT8 without data.
     """
     check_target(target, precision)
-    read_manifest(model, "run", "model")
+    manifest = read_manifest(model, "run", "model", "quantized")
     if (model / ADAPTER_CONFIG).is_file():
         raise ArtifactError(
             f"{model} still has its adapter beside the base; merge first: bertforge merge {model} --out DIR"
         )
-    if precision == "int8" and data is None:
+    scales = Scales.load(model) if manifest["kind"] == "quantized" else None
+    if scales is not None and precision != scales.format:
+        raise UsageError(f"{model} was quantized to {scales.format}, not to {precision}; --precision {scales.format}")
+    if precision == "int8" and scales is None and data is None:
         raise UsageError("int8 is calibrated on train rows; say where they are: --data DIR")
     hardware = detect()
     predictor = Predictor.load(model, "fp32")
-    if predictor.transform is not None:
-        raise UsageError(f"{model} reads columns beside the text, which engines do not yet; predict with it as it is")
     prepared = None if data is None else PreparedData.open(data)
     start = time.monotonic()
     with fresh_directory(out) as folder:
-        _build(folder, predictor, target, precision, prepared)
+        _build(folder, _Source(predictor, model, scales, prepared), target, precision)
         seconds = time.monotonic() - start
         backend = open_engine(folder, target, precision, hardware)
         files = sorted(path for path in folder.iterdir())
-        parent = hash_file(model / MANIFEST)
         receipt = {
             "target": target,
             "precision": precision,
@@ -107,14 +129,8 @@ def compile_model(model: Path, target: str, precision: str, data: Path | None, o
         backend.close()
         kept = {name: predictor.manifest[name] for name in _KEPT}
         predictor.tokenizer.save(folder)
-        write_manifest(folder, "engine", **receipt, parent=parent, **kept)
+        write_manifest(folder, "engine", **receipt, parent=hash_file(model / MANIFEST), **kept)
     return receipt
-
-
-def _model(predictor: Predictor) -> BertForSequenceClassification:
-    """The PyTorch model behind a predictor that is no engine."""
-    assert isinstance(predictor.backend, PyTorchBackend)
-    return predictor.backend.model
 
 
 def default_folder(model: Path, target: str, precision: str) -> Path:
@@ -122,25 +138,27 @@ def default_folder(model: Path, target: str, precision: str) -> Path:
     return model / "engines" / f"{target}-{precision}"
 
 
-def _build(folder: Path, predictor: Predictor, target: str, precision: str, prepared: PreparedData | None) -> None:
+def _build(folder: Path, source: _Source, target: str, precision: str) -> None:
     from bertforge.export.bert_onnx import export_onnx
+    from bertforge.export.graph import input_names
 
-    graph = export_onnx(_model(predictor), folder / "graph.onnx")
+    graph = export_onnx(source.network(), folder / "graph.onnx", scales=source.scales)
+    calibrate = precision == "int8" and source.scales is None
     wanted = folder / TARGETS[target].file
     if target == "openvino":
         from bertforge.export.openvino_convert import convert
 
-        if precision == "int8":
-            assert prepared is not None
-            train, validation = _rows(predictor, prepared, "train"), _rows(predictor, prepared, "validation")
+        if calibrate:
+            train, validation = source.rows("train"), source.rows("validation")
             if len(np.unique(train.labels)) < 2:
                 raise DataError("the calibration rows hold one class only; prepare a table with rows of every class")
+            names = input_names(graph)
             in_a_thread(
                 lambda: convert(
                     graph,
                     wanted,
-                    calibration=train.one_by_one(),
-                    validation=validation.one_by_one(),
+                    calibration=train.one_by_one(names),
+                    validation=validation.one_by_one(names),
                     accuracy=lambda logits: float((logits.argmax(1) == validation.labels).mean()),
                     max_drop=MAX_DROP,
                 )
@@ -148,7 +166,7 @@ def _build(folder: Path, predictor: Predictor, target: str, precision: str, prep
         else:
             convert(graph, wanted)
         graph.unlink()
-    elif precision == "int8":
+    elif calibrate:
         from bertforge.export.onnx_int8 import quantize_dynamically
 
         quantize_dynamically(graph, wanted)
@@ -197,6 +215,4 @@ def _rows(predictor: Predictor, prepared: PreparedData, part: str) -> _Rows:
     rows = prepared.rows(predictor.manifest["recipe"]["split"], part)
     wanted = CALIBRATION_ROWS if part == "train" else VALIDATION_ROWS
     rows = rows[np.linspace(0, len(rows) - 1, min(wanted, len(rows))).astype(int)]
-    store = prepared.tokens(predictor.tokenizer)
-    examples = Examples(store, prepared.labels, predictor.tokenizer.sep_id, predictor.max_length)
-    return _Rows(examples, rows)
+    return _Rows(predictor.examples(prepared, rows), rows)

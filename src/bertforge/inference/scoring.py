@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from bertforge.artifact import MANIFEST
+from bertforge.backends.run import run
 from bertforge.data.prepared import PreparedData
 from bertforge.data.raw import read_raw
 from bertforge.data.streaming import progress
@@ -64,9 +65,7 @@ def _score_prepared(predictor: Predictor, prepared: PreparedData, part: str) -> 
         )
     split = predictor.manifest["recipe"]["split"]
     rows = prepared.rows(split, part)
-    store = prepared.tokens(predictor.tokenizer)
-    transform = predictor.transform
-    tabular = None if transform is None else transform(prepared.columns(transform.spec.columns))
+    examples = predictor.examples(prepared, rows)
     with progress(f"scoring {part}") as report:
         done = 0
 
@@ -75,13 +74,13 @@ def _score_prepared(predictor: Predictor, prepared: PreparedData, part: str) -> 
             done += count
             report(done, done / len(rows))
 
-        logits = predictor.token_logits(store, rows, tabular, advance)
+        logits = run(predictor.backend, examples, rows, advance=advance)
     dates = prepared.dates
     source = f"the {part} part of the {split} split of {prepared.manifest['source']['name']}"
     return Scored(
         logits=logits,
         labels=prepared.labels[rows],
-        lengths=np.minimum(store.lengths[rows], predictor.max_length),
+        lengths=examples.lengths(rows),
         lines=prepared.lines[rows],
         dates=None if dates is None else dates[rows],
         texts=prepared.texts(rows),

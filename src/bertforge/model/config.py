@@ -20,6 +20,10 @@ class TabularConfig:
 
     numeric: int
     """Numeric columns."""
+    log: tuple[int, ...] = ()
+    """Those of them, counted from 0, whose signed logarithm is read."""
+    indicators: tuple[int, ...] = ()
+    """Those with another input that says where they are missing."""
     categorical: tuple[int, ...] = ()
     """Number of known values of each categorical column, the 0 for missing and unseen ones included."""
     multi: int = 0
@@ -35,6 +39,15 @@ class TabularConfig:
     def __post_init__(self) -> None:
         if self.hidden_size == 0 and (self.categorical or self.multi or self.bins):
             raise ArtifactError("columns joined directly (hidden_size = 0) can only be plain numbers; set hidden_size")
+        if unknown := {*self.log, *self.indicators} - set(range(self.numeric)):
+            raise ArtifactError(
+                f"log and indicators name {sorted(unknown)}, but numeric columns are 0 to {self.numeric - 1}"
+            )
+
+    @property
+    def numeric_inputs(self) -> int:
+        """Numeric columns with their indicators."""
+        return self.numeric + len(self.indicators)
 
 
 @dataclass(frozen=True)
@@ -101,7 +114,8 @@ class BertConfig:
         elif "num_labels" in values:
             given["labels"] = tuple(f"LABEL_{index}" for index in range(values["num_labels"]))
         if tabular := values.get(_TABULAR_KEY):
-            given["tabular"] = TabularConfig(**{**tabular, "categorical": tuple(tabular["categorical"])})
+            lists = {name: tuple(value) for name, value in tabular.items() if isinstance(value, list)}
+            given["tabular"] = TabularConfig(**{**tabular, **lists})
         return cls(**given)
 
     @classmethod

@@ -164,8 +164,8 @@ def assemble(prepared: PreparedData, recipe: Recipe, device: torch.device) -> Ru
             f"{recipe.model} reads columns beside the text, but the recipe has no [tabular] section; add the section, "
             "or name a model of text alone with --model"
         )
-    if transform is not None and model.tabular is not None and model.tabular.numeric is not None:
-        model.tabular.numeric.edges.copy_(torch.tensor(transform.edges))
+    if transform is not None and model.tabular is not None:
+        model.tabular.learn(transform.mean, transform.std, transform.edges)
     lora = None
     if recipe.lora:
         parts = {"classifier": True, "tabular": transform is not None, "pooler": "bert.pooler" in model.new_heads}
@@ -187,10 +187,12 @@ def tabular_config(transform: TabularTransform) -> TabularConfig:
     """The shape of the model's branch for these columns."""
     spec = transform.spec
     return TabularConfig(
-        numeric=transform.numeric_inputs,
+        numeric=len(spec.numeric),
+        log=tuple(spec.numeric.index(name) for name in spec.log),
+        indicators=tuple(spec.numeric.index(name) for name in transform.indicators),
         categorical=transform.category_sizes,
         multi=transform.multi_size,
-        bins=spec.bins if transform.numeric_inputs else 0,
+        bins=spec.bins if spec.numeric else 0,
         embedding_size=spec.embedding_size,
         hidden_size=spec.hidden_size,
         dropout=spec.dropout,
