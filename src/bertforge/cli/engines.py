@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from bertforge.benchmark.fastest import Candidate
 
 Model = Annotated[Path, typer.Argument(help="Folder made by `bertforge merge`, or by `train` in full.")]
 
 
 def compile_(
     model: Model,
-    target: Annotated[str, typer.Option(help="openvino or onnxruntime.")] = "openvino",
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or int8, as the target has them.")] = "bf16",
+    target: Annotated[str, typer.Option(help="auto, openvino or onnxruntime.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or int8, as the target has them.")] = "auto",
     data: Annotated[
         Path | None,
         typer.Option(help="Folder made by `bertforge prepare`: train rows calibrate int8, validation rows prove it."),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of the engine; made here.", show_default="MODEL/engines/TARGET-PRECISION"),
+        typer.Option(
+            help="Folder of the engine; made here.",
+            show_default="MODEL/engines/TARGET-PRECISION, or MODEL/engines/auto where candidates are compared",
+        ),
     ] = None,
 ) -> None:
     """Build an engine and show that it computes what the model does.
@@ -30,19 +40,72 @@ def compile_(
     rows, and on validation rows with --data. One that differs too much is
     not kept. `bertforge predict ENGINE TABLE` runs it.
 
+    auto, with --data, builds every engine that this machine can run, times
+    those that keep the accuracy, and keeps the fastest. Without --data it is
+    bfloat16 where the CPU has it, and float32 elsewhere.
+
     Example:
 
-        bertforge compile models/first --target openvino --precision int8 \\
-            --data data
+        bertforge compile models/first --data data
     """
-    from bertforge.backends.receipt import verdict
-    from bertforge.evaluation.agreement import Agreement
+    from bertforge.benchmark.fastest import AUTO, candidates, compile_fastest
+    from bertforge.hardware import detect
     from bertforge.inference.compile import compile_model, default_folder
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    folder = out or default_folder(model, target, precision)
-    with Console(stderr=True).status(f"building {target} {precision}"):
-        receipt = compile_model(model, target, precision, data, folder)
+    wanted = candidates(model, target, precision, detect(), data)
+    with _stages() as say:
+        if data is not None and len(wanted) > 1:
+            folder = out or model / "engines" / AUTO
+            tried = compile_fastest(model, wanted, data, folder, say)
+            receipt = tried[0].receipt
+        else:
+            chosen = wanted[0]
+            folder = out or default_folder(model, chosen.target, chosen.precision)
+            tried, receipt = [], compile_model(model, chosen.target, chosen.precision, data, folder, say)
+    assert receipt is not None, "the one that is kept has one"
+    if tried:
+        console.print(_comparison(tried))
+    _print_receipt(console, receipt)
+    size, seconds = receipt["bytes"] / 1e6, receipt["build_seconds"]
+    console.print(f"wrote {folder}: {size:,.0f} MB, built in {seconds:.0f} s; bertforge.json is its receipt")
+    console.print(f"next: bertforge predict {folder} TABLE --out predictions.csv")
+
+
+@contextmanager
+def _stages() -> Iterator[Callable[[str], None]]:
+    """Says on stderr what is being done; on a terminal a spinner shows that it goes on."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    with console.status("") as status:
+
+        def say(stage: str) -> None:
+            console.print(stage)
+            status.update(stage)
+
+        yield say
+
+
+def _comparison(tried: list[Candidate]) -> Table:
+    """Every candidate, and why all but the first were not kept."""
+    table = Table(box=SIMPLE, pad_edge=False)
+    for title in ("engine", "questions/s", "accuracy"):
+        table.add_column(title, no_wrap=True)
+    table.add_column("")
+    for place, candidate in enumerate(tried):
+        name = f"{candidate.target} {candidate.precision}"
+        if candidate.receipt is None:
+            table.add_row(name, "-", "-", str(candidate.error))
+            continue
+        why = "the fastest: kept" if place == 0 else "slower"
+        accuracy = candidate.receipt["validation_accuracy"]
+        table.add_row(name, f"{candidate.questions_per_s:,.1f}", f"{accuracy:.2%}", why)
+    return table
+
+
+def _print_receipt(console: Console, receipt: dict[str, Any]) -> None:
+    from bertforge.backends.receipt import verdict
+    from bertforge.evaluation.agreement import Agreement
+
     console.print(f"golden rows: {Agreement(**receipt['golden_agreement'])}")
     if "validation_agreement" in receipt:
         console.print(f"validation rows: {Agreement(**receipt['validation_agreement'])}")
@@ -50,9 +113,6 @@ def compile_(
         console.print(f"accuracy on them: {after:.2%}, {before:.2%} in float32")
     if receipt["products"]:
         console.print(verdict(receipt["products"], receipt["precision"]))
-    size, seconds = receipt["bytes"] / 1e6, receipt["build_seconds"]
-    console.print(f"wrote {folder}: {size:,.0f} MB, built in {seconds:.0f} s; bertforge.json is its receipt")
-    console.print(f"next: bertforge predict {folder} TABLE --out predictions.csv")
 
 
 def benchmark(

@@ -9,7 +9,7 @@ nothing.
 from __future__ import annotations
 
 import time
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,8 @@ class _Source:
     scales: Scales | None
     """Of a quantized model: its ranges stand in the graph."""
     prepared: PreparedData | None
+    say: Callable[[str], object]
+    """Told what is being done."""
 
     def network(self) -> BertForSequenceClassification:
         """The plain model, without simulated quantization."""
@@ -90,8 +92,15 @@ class _Source:
         return _rows(self.predictor, self.prepared, part)
 
 
-def compile_model(model: Path, target: str, precision: str, data: Path | None, out: Path) -> dict[str, Any]:
-    """Builds an engine in `out` and returns its receipt.
+def compile_model(
+    model: Path,
+    target: str,
+    precision: str,
+    data: Path | None,
+    out: Path,
+    say: Callable[[str], object] = lambda text: None,
+) -> dict[str, Any]:
+    """Builds an engine in `out` and returns its receipt; `say` is told each stage as it begins.
 
     Raises ArtifactError for a run with adapters and for an engine that does not compute what the model does,
     UsageError for INT8 without data.
@@ -108,11 +117,13 @@ def compile_model(model: Path, target: str, precision: str, data: Path | None, o
     if precision == "int8" and scales is None and data is None:
         raise UsageError("int8 is calibrated on train rows; say where they are: --data DIR")
     hardware = detect()
+    say("loading the model")
     predictor = Predictor.load(model, "fp32")
     prepared = None if data is None else PreparedData.open(data)
     start = time.monotonic()
     with fresh_directory(out) as folder:
-        _build(folder, _Source(predictor, model, scales, prepared), target, precision)
+        _build(folder, _Source(predictor, model, scales, prepared, say), target, precision)
+        say("proving that it computes what the model does")
         seconds = time.monotonic() - start
         backend = open_engine(folder, target, precision, hardware)
         files = sorted(path for path in folder.iterdir())
@@ -142,6 +153,7 @@ def _build(folder: Path, source: _Source, target: str, precision: str) -> None:
     from bertforge.export.bert_onnx import export_onnx
     from bertforge.export.graph import input_names
 
+    source.say("writing the ONNX graph")
     graph = export_onnx(source.network(), folder / "graph.onnx", scales=source.scales)
     calibrate = precision == "int8" and source.scales is None
     wanted = folder / TARGETS[target].file
@@ -153,13 +165,20 @@ def _build(folder: Path, source: _Source, target: str, precision: str) -> None:
             if len(np.unique(train.labels)) < 2:
                 raise DataError("the calibration rows hold one class only; prepare a table with rows of every class")
             names = input_names(graph)
+
+            def accuracy(logits: np.ndarray) -> float:
+                found = float((logits.argmax(1) == validation.labels).mean())
+                source.say(f"accuracy on {len(validation.rows):,} validation rows: {found:.2%}")
+                return found
+
+            source.say(f"calibrating on {len(train.rows)} train rows, with accuracy control")
             in_a_thread(
                 lambda: convert(
                     graph,
                     wanted,
                     calibration=train.one_by_one(names),
                     validation=validation.one_by_one(names),
-                    accuracy=lambda logits: float((logits.argmax(1) == validation.labels).mean()),
+                    accuracy=accuracy,
                     max_drop=MAX_DROP,
                 )
             )
