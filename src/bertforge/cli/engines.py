@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,15 +52,15 @@ def compile_(
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
     wanted = candidates(model, target, precision, detect(), data)
-    with _stages() as say:
-        if data is not None and len(wanted) > 1:
-            folder = out or model / "engines" / AUTO
-            tried = compile_fastest(model, wanted, data, folder, say)
-            receipt = tried[0].receipt
-        else:
-            chosen = wanted[0]
-            folder = out or default_folder(model, chosen.target, chosen.precision)
-            tried, receipt = [], compile_model(model, chosen.target, chosen.precision, data, folder, say)
+    say = Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print
+    if data is not None and len(wanted) > 1:
+        folder = out or model / "engines" / AUTO
+        tried = compile_fastest(model, wanted, data, folder, say)
+        receipt = tried[0].receipt
+    else:
+        chosen = wanted[0]
+        folder = out or default_folder(model, chosen.target, chosen.precision)
+        tried, receipt = [], compile_model(model, chosen.target, chosen.precision, data, folder, say)
     assert receipt is not None, "the one that is kept has one"
     if tried:
         console.print(_comparison(tried))
@@ -70,19 +68,6 @@ def compile_(
     size, seconds = receipt["bytes"] / 1e6, receipt["build_seconds"]
     console.print(f"wrote {folder}: {size:,.0f} MB, built in {seconds:.0f} s; bertforge.json is its receipt")
     console.print(f"next: bertforge predict {folder} TABLE --out predictions.csv")
-
-
-@contextmanager
-def _stages() -> Iterator[Callable[[str], None]]:
-    """Says on stderr what is being done; on a terminal a spinner shows that it goes on."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
-    with console.status("") as status:
-
-        def say(stage: str) -> None:
-            console.print(stage)
-            status.update(stage)
-
-        yield say
 
 
 def _comparison(tried: list[Candidate]) -> Table:
