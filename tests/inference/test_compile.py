@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bertforge.artifact import hash_file, read_manifest
-from bertforge.errors import ArtifactError, UsageError
+from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.inference.compile import compile_model
 from bertforge.inference.predictor import Predictor
 from tests.runs import run_command
@@ -80,14 +80,58 @@ def test_an_engine_that_computes_something_else_is_not_kept(tmp_path, runs):
     assert not (tmp_path / "far").exists()
 
 
-def test_a_damaged_engine_is_one_line(tmp_path, engines):
-    broken = tmp_path / "engine"
-    shutil.copytree(engines / "openvino-bf16", broken)
-    (broken / "model.xml").write_text("<net")
-    with pytest.raises(ArtifactError, match="compile it again"):
-        Predictor.load(broken)
+@pytest.mark.parametrize(
+    ("engine", "file", "keep"),
+    [
+        ("openvino-bf16", "model.xml", 4),
+        ("openvino-bf16", "model.xml", -200),
+        ("openvino-bf16", "model.bin", 1000),
+        ("openvino-bf16", "model.bin", 0),
+        ("onnxruntime-fp32", "model.onnx", 1000),
+        ("onnxruntime-fp32", "model.onnx", 0),
+    ],
+)
+def test_a_file_cut_short_is_one_line_and_nothing_is_written(tmp_path, engines, data, capsys, engine, file, keep):
+    broken, table, out = tmp_path / "engine", data.with_suffix(".csv"), tmp_path / "p.csv"
+    shutil.copytree(engines / engine, broken)
+    (broken / file).write_bytes((broken / file).read_bytes()[:keep])
+    assert run_command("predict", broken, table, "--out", out) == 4
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "compile it again" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"engine"}
+
+
+def test_an_engine_has_one_precision(engines):
     with pytest.raises(UsageError, match="was compiled in bf16, not in fp32"):
         Predictor.load(engines / "openvino-bf16", "fp32")
+
+
+def test_calibration_rows_of_one_class_are_refused(tmp_path, runs, data):
+    one_class = tmp_path / "data"
+    shutil.copytree(data, one_class)
+    np.save(one_class / "labels.npy", np.zeros_like(np.load(data / "labels.npy")))
+    with pytest.raises(DataError, match="the calibration rows hold one class only"):
+        compile_model(runs["full"], "openvino", "int8", one_class, tmp_path / "engine")
+    assert not (tmp_path / "engine").exists()
+
+
+def test_a_model_whose_head_was_never_trained_is_refused(tmp_path, runs, base):
+    with pytest.raises(ArtifactError, match=r"holds no bertforge.json; it should be a folder made by"):
+        compile_model(base, "onnxruntime", "fp32", None, tmp_path / "engine")
+    model = tmp_path / "model"
+    shutil.copytree(runs["full"], model)
+    shutil.copy(base / "model.safetensors", model)  # an encoder without a head
+    with pytest.raises(ArtifactError, match="holds no trained classifier; fine-tune it first: bertforge train"):
+        compile_model(model, "onnxruntime", "fp32", None, tmp_path / "engine")
+    assert not (tmp_path / "engine").exists()
+
+
+def test_a_long_text_is_cut_as_the_model_cuts_it(engines, runs):
+    engine, longest = Predictor.load(engines / "openvino-bf16"), 48 - 2  # [CLS] and [SEP] stay
+    logits = engine.logits(["a " * 3000, "a " * longest, "a " * (longest - 20)])
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-6)
+    assert np.abs(logits[1] - logits[2]).max() > 1e-4
 
 
 def test_compile_and_predict_from_the_command_line(tmp_path, runs, data, capsys):
