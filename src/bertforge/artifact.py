@@ -113,6 +113,13 @@ def fresh_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
             os.replace(aside, path)
 
 
+def compile_command(engine: Path, target: str, precision: str) -> str:
+    """What builds the engine in the folder `engine` again; its model is known where the folder lies in the model's."""
+    if engine.parent.name == "engines":
+        return f"bertforge compile {engine.parent.parent} --target {target} --precision {precision}"
+    return f"bertforge compile MODEL --target {target} --precision {precision} --out {engine}"
+
+
 def write_manifest(directory: Path, kind: str, **fields: Any) -> Path:
     """Writes `bertforge.json` into `directory`: its kind, the versions that made it, and `fields`."""
     return write_json(directory / MANIFEST, {"kind": kind, "versions": versions(), **fields})

@@ -24,6 +24,12 @@ class BatchShape:
     rows: int | None = None
     multiple: int = 1
     """Lengths are padded up to a multiple of this many tokens."""
+    edges: tuple[int, ...] = ()
+    """Where there are any, lengths are padded up to the next of these instead; ascending."""
+
+    def padded(self, length: int) -> int:
+        """Tokens a row takes in a batch whose longest row has `length`."""
+        return next((edge for edge in self.edges if edge >= length), -(-length // self.multiple) * self.multiple)
 
 
 class Backend(Protocol):

@@ -93,11 +93,11 @@ def _try(model: Path, candidate: Candidate, data: Path, folder: Path, say: Calla
     target, precision = candidate.target, candidate.precision
     say(f"{target} {precision}")
     try:
-        receipt = compile_model(model, target, precision, data, folder, say=say)
+        receipt = compile_model(model, target, precision, data, folder, say)
+        predictor = Predictor.load(folder)  # which refuses an engine that this machine can build but not run
     except BertforgeError as error:
         say(str(error))
         return Candidate(target, precision, error=error)
-    predictor = Predictor.load(folder)
     work = Workload.of(predictor, PreparedData.open(data), "validation", TIMED_ROWS)
     say(f"timing {len(work.timed)} validation rows")
     speed = throughput(predictor.backend, work.examples, work.timed, predictor.backend.shape, REPEATS)

@@ -13,13 +13,17 @@ from rich.table import Table
 if TYPE_CHECKING:
     from bertforge.benchmark.fastest import Candidate
 
+from bertforge.artifact import compile_command
+
 Model = Annotated[Path, typer.Argument(help="Folder made by `bertforge merge`, or by `train` in full.")]
 
 
 def compile_(
     model: Model,
-    target: Annotated[str, typer.Option(help="auto, openvino or onnxruntime.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or int8, as the target has them.")] = "auto",
+    target: Annotated[str, typer.Option(help="auto, openvino, onnxruntime, tensorrt or tensorrt-rtx.")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="auto, fp32, fp16, bf16, int8 or fp8, as the target has them.")
+    ] = "auto",
     data: Annotated[
         Path | None,
         typer.Option(help="Folder made by `bertforge prepare`: train rows calibrate int8, validation rows prove it."),
@@ -31,6 +35,7 @@ def compile_(
             show_default="MODEL/engines/TARGET-PRECISION, or MODEL/engines/auto where candidates are compared",
         ),
     ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Build nothing; prove the engine that is there.")] = False,
 ) -> None:
     """Build an engine and show that it computes what the model does.
 
@@ -42,32 +47,41 @@ def compile_(
     those that keep the accuracy, and keeps the fastest. Without --data it is
     bfloat16 where the CPU has it, and float32 elsewhere.
 
+    tensorrt builds on the GPU it will run on. tensorrt-rtx builds anywhere
+    and runs on GPUs of compute capability 8.0, 8.6, 8.9 and 12.x; what was
+    built without one is served once --verify has proved it on one.
+
     Example:
 
         bertforge compile models/first --data data
     """
     from bertforge.benchmark.fastest import AUTO, candidates, compile_fastest
     from bertforge.hardware import detect
-    from bertforge.inference.compile import compile_model, default_folder
+    from bertforge.inference.compile import compile_model, default_folder, verify_engine
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    wanted = candidates(model, target, precision, detect(), data)
     say = Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print
-    if data is not None and len(wanted) > 1:
+    wanted = candidates(model, target, precision, detect(), data)
+    target, precision = wanted[0].target, wanted[0].precision
+    if data is None or len(wanted) == 1 or verify:
+        folder = out or default_folder(model, target, precision)
+        receipt = (
+            verify_engine(model, folder, data) if verify else compile_model(model, target, precision, data, folder, say)
+        )
+    else:
         folder = out or model / "engines" / AUTO
         tried = compile_fastest(model, wanted, data, folder, say)
-        receipt = tried[0].receipt
-    else:
-        chosen = wanted[0]
-        folder = out or default_folder(model, chosen.target, chosen.precision)
-        tried, receipt = [], compile_model(model, chosen.target, chosen.precision, data, folder, say)
-    assert receipt is not None, "the one that is kept has one"
-    if tried:
         console.print(_comparison(tried))
-    _print_receipt(console, receipt)
+        target, precision, receipt = tried[0].target, tried[0].precision, tried[0].receipt or {}
+    _say_layers(console, receipt)
     size, seconds = receipt["bytes"] / 1e6, receipt["build_seconds"]
     console.print(f"wrote {folder}: {size:,.0f} MB, built in {seconds:.0f} s; bertforge.json is its receipt")
-    console.print(f"next: bertforge predict {folder} TABLE --out predictions.csv")
+    if receipt["verified"]:
+        _say_proof(console, receipt)
+        console.print(f"next: bertforge predict {folder} TABLE --out predictions.csv")
+    else:
+        console.print(f"not verified: {receipt['not_verified']}")
+        console.print(f"next, where it runs: {compile_command(folder, target, precision)} --verify")
 
 
 def _comparison(tried: list[Candidate]) -> Table:
@@ -87,7 +101,14 @@ def _comparison(tried: list[Candidate]) -> Table:
     return table
 
 
-def _print_receipt(console: Console, receipt: dict[str, Any]) -> None:
+def _say_layers(console: Console, receipt: dict[str, Any]) -> None:
+    if (layers := receipt.get("layers")) and layers["gemm_share"]:
+        share = ", ".join(f"{part:.1%} in {name}" for name, part in layers["gemm_share"].items())
+        fused = f"{layers['fused_attention']} of {layers['softmaxes']}"
+        console.print(f"matrix products: {share}; attention fused in {fused} layers")
+
+
+def _say_proof(console: Console, receipt: dict[str, Any]) -> None:
     from bertforge.backends.receipt import verdict
     from bertforge.evaluation.agreement import Agreement
 

@@ -71,7 +71,7 @@ def _quantized(
     os.environ.setdefault("NNCF_CI", "1")  # NNCF would otherwise report its use over the network, unasked
     import nncf
 
-    nncf.set_log_level(logging.ERROR)
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # not its handlers, which may be another's too
     common = {
         "model_type": nncf.ModelType.TRANSFORMER,
         "preset": nncf.QuantizationPreset.PERFORMANCE,  # symmetric activations: no zero points to correct for

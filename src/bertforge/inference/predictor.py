@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from bertforge.artifact import hash_file, read_manifest
+from bertforge.artifact import compile_command, hash_file, read_manifest
 from bertforge.backends.base import Backend
 from bertforge.backends.pytorch import PyTorchBackend
 from bertforge.backends.registry import open_engine
@@ -49,9 +49,9 @@ class Predictor:
         """Loads a folder made by `bertforge train`, `merge`, `quantize` or `compile` on the best device here.
 
         `precision` is that of a run or merged model: fp32, bf16, or auto; an engine has its own. Raises ArtifactError
-        when a file is missing or damaged, when an adapter's base model is not the one it was trained on, or when the
-        golden rows do not give the logits they gave when the model was saved; UsageError for a precision that the
-        engine was not compiled in.
+        when a file is missing or damaged, when an adapter's base model is not the one it was trained on, when the
+        golden rows do not give the logits they gave when the model was saved, or when an engine was never verified;
+        UsageError for a precision that the engine was not compiled in.
         """
         directory = Path(directory)
         manifest = read_manifest(directory, "run", "model", "quantized", "engine")
@@ -60,6 +60,12 @@ class Predictor:
         if manifest["kind"] == "engine":
             if precision not in ("auto", manifest["precision"]):
                 raise UsageError(f"{directory} was compiled in {manifest['precision']}, not in {precision}")
+            if manifest.get("verified") is False:
+                prove = compile_command(directory, manifest["target"], manifest["precision"])
+                raise ArtifactError(
+                    f"{directory} was never verified, for nothing that runs it was there when it was built; "
+                    f"where it runs: {prove} --verify"
+                )
             backend = open_engine(directory, manifest["target"], manifest["precision"], hardware)
         else:
             model = verified_model(directory, manifest, hardware)
