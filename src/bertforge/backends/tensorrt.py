@@ -26,6 +26,7 @@ from bertforge.artifact import compile_command, write_atomic
 from bertforge.backends.base import BatchShape
 from bertforge.backends.buckets import Bucket
 from bertforge.backends.feeds import feeds
+from bertforge.backends.receipt import Product
 from bertforge.batch import PackedBatch, PaddedBatch
 from bertforge.errors import ArtifactError, MachineError, UsageError
 from bertforge.hardware import Hardware
@@ -93,6 +94,10 @@ class TensorRtBackend:
             parts.append(self.profiles[bucket].run(part))
             start += bucket.rows
         return np.concatenate(parts)
+
+    def products(self, batch: PaddedBatch | PackedBatch) -> list[Product]:
+        """None: what its layers run in was read when it was built, see `export.tensorrt_layers`."""
+        return []
 
     def close(self) -> None:
         """Drops graphs and contexts before the engine they came from."""

@@ -21,7 +21,6 @@ from xml.etree import ElementTree
 import numpy as np
 
 from bertforge.artifact import write_atomic
-from bertforge.errors import MachineError
 from bertforge.export.graph import FULL_PRECISION
 
 Feeds = dict[str, np.ndarray]
@@ -39,12 +38,10 @@ def convert(
     """Writes `out` (.xml, with a .bin beside it); with `calibration` rows, in INT8.
 
     With `validation` rows, `accuracy` judges their logits, and NNCF takes layers back to full precision until it has
-    fallen by `max_drop` (a fraction) or less. Raises MachineError without the libraries.
+    fallen by `max_drop` (a fraction) or less.
     """
-    try:
-        import openvino
-    except ImportError:
-        raise MachineError("openvino is not installed; pip install 'bertforge[openvino]'") from None
+    import openvino
+
     model = openvino.Core().read_model(str(graph))
     if calibration:
         model = _quantized(model, calibration, validation, accuracy, max_drop)
@@ -72,11 +69,9 @@ def _quantized(
     max_drop: float,
 ) -> Any:
     os.environ.setdefault("NNCF_CI", "1")  # NNCF would otherwise report its use over the network, unasked
-    try:
-        import nncf
-    except ImportError:
-        raise MachineError("nncf is not installed; pip install 'bertforge[openvino]'") from None
-    nncf.set_log_level(logging.ERROR)
+    import nncf
+
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # not its handlers, which may be another's too
     common = {
         "model_type": nncf.ModelType.TRANSFORMER,
         "preset": nncf.QuantizationPreset.PERFORMANCE,  # symmetric activations: no zero points to correct for

@@ -9,6 +9,7 @@ nothing.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from bertforge.artifact import (
     fresh_directory,
     hash_file,
     read_manifest,
+    versions,
     write_json,
     write_manifest,
 )
@@ -52,6 +54,8 @@ class _Source:
     scales: Scales | None
     """Of a quantized model: its ranges stand in the graph."""
     prepared: PreparedData | None
+    say: Callable[[str], object]
+    """Told what is being done."""
 
     def network(self) -> BertForSequenceClassification:
         """The plain model, without simulated quantization."""
@@ -65,8 +69,15 @@ class _Source:
         return some_rows(self.predictor, self.prepared, part)
 
 
-def compile_model(model: Path, target: str, precision: str, data: Path | None, out: Path) -> dict[str, Any]:
-    """Builds an engine in `out` and returns its receipt.
+def compile_model(
+    model: Path,
+    target: str,
+    precision: str,
+    data: Path | None,
+    out: Path,
+    say: Callable[[str], object] = lambda text: None,
+) -> dict[str, Any]:
+    """Builds an engine in `out` and returns its receipt; `say` is told each stage as it begins.
 
     Where no GPU here runs what TensorRT built, `verified` is false in the receipt, `not_verified` says why, and nothing
     serves the engine until `verify_engine` has proved it. Raises ArtifactError for a run with adapters and for an
@@ -75,13 +86,15 @@ def compile_model(model: Path, target: str, precision: str, data: Path | None, o
     check_target(target, precision)
     scales = _scales(model, target, precision, data)
     hardware = detect()
+    say("loading the model")
     predictor = Predictor.load(model, "fp32")
     prepared = None if data is None else PreparedData.open(data)
-    source = _Source(predictor, model, scales, prepared)
+    source = _Source(predictor, model, scales, prepared, say)
     start = time.monotonic()
     with fresh_directory(out, replace=_renewable(out, target)) as folder:
         if target in MODULES:
             lengths = None if prepared is None else _lengths(predictor, prepared)
+            say("building, which takes minutes")
             order = Order(target, precision, predictor.max_length, lengths, scales)
             built = build_engine(folder, source.network(), order, hardware, out)
         else:
@@ -92,15 +105,18 @@ def compile_model(model: Path, target: str, precision: str, data: Path | None, o
             "device": hardware.name,
             "build_seconds": round(time.monotonic() - start, 1),
             "bytes": sum(path.stat().st_size for path in folder.iterdir()),
+            "versions": versions(*TARGETS[target].libraries),
+            "hashes": {path.name: hash_file(path) for path in sorted(folder.iterdir())},
             **built,
         }
         if target in MODULES and (reason := unfit(target, hardware)):
             receipt |= {"verified": False, "not_verified": reason}
         else:
+            say("proving that it computes what the model does")
             receipt |= _verified(folder, predictor, receipt, prepared)
         kept = {name: predictor.manifest[name] for name in _KEPT}
         predictor.tokenizer.save(folder)
-        write_manifest(folder, "engine", **kept, **receipt, parent=hash_file(model / MANIFEST))
+        write_manifest(folder, "engine", **receipt, parent=hash_file(model / MANIFEST), **kept)
     return receipt
 
 
@@ -179,6 +195,7 @@ def _build(folder: Path, source: _Source, target: str, precision: str) -> dict[s
     """Writes what `target` loads; returns what is to be said of it."""
     from bertforge.export.bert_onnx import export_onnx
 
+    source.say("writing the ONNX graph")
     graph = export_onnx(source.network(), folder / "graph.onnx", scales=source.scales)
     calibrate = precision == "int8" and source.scales is None
     wanted = folder / TARGETS[target].file
@@ -215,13 +232,20 @@ def _calibrate_openvino(graph: Path, wanted: Path, source: _Source) -> None:
             feeds(batch_of(rows.examples, rows.rows[i : i + 1], False, shape), names) for i in range(len(rows.rows))
         ]
 
+    def accuracy(logits: np.ndarray) -> float:
+        found = float((logits.argmax(1) == validation.labels).mean())
+        if len(logits) == len(validation.rows):  # NNCF also asks row by row
+            source.say(f"accuracy on {len(logits):,} validation rows: {found:.2%}")
+        return found
+
+    source.say(f"calibrating on {len(train.rows)} train rows, with accuracy control")
     in_a_thread(
         lambda: convert(
             graph,
             wanted,
             calibration=one_by_one(train),
             validation=one_by_one(validation),
-            accuracy=lambda logits: float((logits.argmax(1) == validation.labels).mean()),
+            accuracy=accuracy,
             max_drop=MAX_DROP,
         )
     )
