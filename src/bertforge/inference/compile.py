@@ -219,7 +219,7 @@ def _build(folder: Path, source: _Source, target: str, precision: str) -> dict[s
 def _calibrate_openvino(graph: Path, wanted: Path, source: _Source) -> None:
     """INT8 by NNCF, with accuracy control on validation rows."""
     from bertforge.export.graph import input_names
-    from bertforge.export.openvino_convert import convert
+    from bertforge.export.openvino_convert import Calibration, convert
 
     train, validation = source.rows("train"), source.rows("validation")
     if len(np.unique(train.labels)) < 2:
@@ -232,20 +232,11 @@ def _calibrate_openvino(graph: Path, wanted: Path, source: _Source) -> None:
             feeds(batch_of(rows.examples, rows.rows[i : i + 1], False, shape), names) for i in range(len(rows.rows))
         ]
 
-    def accuracy(logits: np.ndarray) -> float:
-        found = float((logits.argmax(1) == validation.labels).mean())
-        if len(logits) == len(validation.rows):  # NNCF also asks row by row
-            source.say(f"accuracy on {len(logits):,} validation rows: {found:.2%}")
-        return found
-
-    source.say(f"calibrating on {len(train.rows)} train rows, with accuracy control")
-    in_a_thread(
-        lambda: convert(
-            graph,
-            wanted,
-            calibration=one_by_one(train),
-            validation=one_by_one(validation),
-            accuracy=accuracy,
-            max_drop=MAX_DROP,
-        )
+    rows = Calibration(
+        train=one_by_one(train),
+        validation=list(zip(one_by_one(validation), validation.labels.tolist(), strict=True)),
+        max_drop=MAX_DROP,
+        say=source.say,
     )
+    source.say(f"calibrating on {len(train.rows)} train rows, with accuracy control")
+    in_a_thread(lambda: convert(graph, wanted, rows))
