@@ -118,7 +118,7 @@ def test_eight_bits_come_close_and_stand_in_the_graph(tmp_path, batch):
     assert 1e-6 < difference < 5e-2  # seven bits of the largest value, through two layers
     graph = onnx.load(path).graph
     layers = model.config.num_hidden_layers
-    # A layer has 6 weights and 4 inputs, for query, key and value share one; the last layer's query reads the first token.
+    # A layer has 6 weights and 4 inputs: query, key and value share one, but in the last the query reads one token.
     assert Counter(node.op_type for node in graph.node)["DequantizeLinear"] == 10 * layers + 1
     weights = [tensor for tensor in graph.initializer if tensor.name.endswith("weight_int8")]
     assert len(weights) == 6 * layers
