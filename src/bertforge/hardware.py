@@ -28,6 +28,8 @@ class Hardware:
     """CPU cores this process may use."""
     bf16: bool
     """The device multiplies bfloat16 matrices in hardware."""
+    capability: tuple[int, int] | None = None
+    """CUDA compute capability of a GPU, such as (9, 0)."""
 
 
 def detect() -> Hardware:
@@ -41,6 +43,7 @@ def detect() -> Hardware:
             memory_gb=properties.total_memory / 1e9,
             cores=cores,
             bf16=properties.major >= 8,  # Ampere and later
+            capability=(properties.major, properties.minor),
         )
     return Hardware(
         device=torch.device("cpu"),

@@ -11,7 +11,7 @@ from bertforge.backends.base import BatchShape
 from bertforge.backends.onnxruntime import OnnxRuntimeBackend
 from bertforge.backends.openvino import OpenVinoBackend
 from bertforge.backends.pytorch import PyTorchBackend
-from bertforge.backends.run import batch_of, group, run
+from bertforge.backends.run import batch_of, group, padding_waste, run
 from bertforge.data.loader import Examples
 from bertforge.data.tabular import TabularArrays
 from bertforge.data.tokens import TokenStore
@@ -87,6 +87,14 @@ def test_groups_hold_every_place_once_and_keep_to_the_shape():
             width = -(-lengths[places].max() // shape.multiple) * shape.multiple
             assert len(places) == 1 or width * len(places) <= shape.tokens
             assert len(places) <= (shape.rows or 200)
+
+
+def test_padding_waste_by_hand():
+    lengths = np.array([3, 1, 2, 10])
+    assert padding_waste(lengths, True, BatchShape(8)) == 0
+    assert padding_waste(lengths, False, BatchShape(1)) == 0
+    # (10), (3, 2), (1) in batches of 8 tokens: 10 + 6 + 1 computed for 16
+    assert padding_waste(lengths, False, BatchShape(8, rows=2)) == pytest.approx(17 / 16 - 1)
 
 
 def test_padding_goes_to_a_multiple_but_not_past_the_longest_text(examples):

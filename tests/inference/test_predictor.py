@@ -158,5 +158,5 @@ def test_a_missing_file_is_named(copied, kind, name, said):
 
 
 def test_prepared_data_is_no_run(data):
-    with pytest.raises(ArtifactError, match="is of kind 'data', but run or model or engine is needed"):
+    with pytest.raises(ArtifactError, match="is of kind 'data', but run or model or quantized or engine is needed"):
         Predictor.load(data)

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from bertforge.backends.receipt import Product
 from bertforge.batch import PackedBatch, PaddedBatch
 
 
@@ -23,6 +24,12 @@ class BatchShape:
     rows: int | None = None
     multiple: int = 1
     """Lengths are padded up to a multiple of this many tokens."""
+    edges: tuple[int, ...] = ()
+    """Where there are any, lengths are padded up to the next of these instead; ascending."""
+
+    def padded(self, length: int) -> int:
+        """Tokens a row takes in a batch whose longest row has `length`."""
+        return next((edge for edge in self.edges if edge >= length), -(-length // self.multiple) * self.multiple)
 
 
 class Backend(Protocol):
@@ -42,6 +49,10 @@ class Backend(Protocol):
 
     def logits(self, batch: PaddedBatch | PackedBatch) -> np.ndarray:
         """`[sequences, labels]` float32 on the host: the call returns when the work is done."""
+        ...
+
+    def products(self, batch: PaddedBatch | PackedBatch) -> list[Product]:
+        """The matrix products that run for `batch`, as the engine tells; empty where it cannot."""
         ...
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from bertforge.backends.base import Backend
 from bertforge.errors import MachineError, UsageError
 from bertforge.hardware import Hardware
+from bertforge.tensorrt_library import ENGINE, MODULES
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,12 @@ class Target:
         return f"pip install 'bertforge[{self.extra}]'"
 
 
+_ALL = ("fp32", "fp16", "bf16", "int8", "fp8")
 TARGETS = {
     "onnxruntime": Target(("fp32", "int8"), ("onnx", "onnxruntime"), "onnxruntime", "model.onnx"),
     "openvino": Target(("fp32", "bf16", "int8"), ("onnx", "openvino", "nncf"), "openvino", "model.xml"),
+    "tensorrt": Target(_ALL, ("onnx", MODULES["tensorrt"]), "tensorrt", ENGINE),
+    "tensorrt-rtx": Target(_ALL, ("onnx", MODULES["tensorrt-rtx"]), "tensorrt-rtx", ENGINE),
 }
 
 
@@ -59,6 +63,10 @@ def open_engine(directory: Path, target: str, precision: str, hardware: Hardware
         from bertforge.backends.onnxruntime import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend(path, hardware, precision)
+    if target in MODULES:
+        from bertforge.backends.tensorrt import TensorRtBackend
+
+        return TensorRtBackend(path, hardware, precision, target)
     from bertforge.backends.openvino import OpenVinoBackend
 
     return OpenVinoBackend(path, hardware, precision)

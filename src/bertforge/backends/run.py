@@ -50,11 +50,20 @@ def group(lengths: np.ndarray, shape: BatchShape) -> list[np.ndarray]:
 def _cuts(lengths: np.ndarray, shape: BatchShape) -> Iterator[tuple[int, int]]:
     start = 0
     while start < len(lengths):
-        padded = -(-int(lengths[start]) // shape.multiple) * shape.multiple
-        rows = max(1, shape.tokens // padded)
+        rows = max(1, shape.tokens // shape.padded(int(lengths[start])))
         stop = min(len(lengths), start + min(rows, shape.rows or rows))
         yield start, stop
         start = stop
+
+
+def padding_waste(lengths: np.ndarray, packed: bool, shape: BatchShape) -> float:
+    """Tokens computed for one real token, less one: 0 without padding."""
+    if packed:
+        return 0.0
+    computed = 0
+    for places in group(lengths, shape):
+        computed += shape.padded(int(lengths[places].max())) * len(places)
+    return computed / int(lengths.sum()) - 1
 
 
 def batch_of(examples: Examples, rows: np.ndarray, packed: bool, shape: BatchShape) -> PackedBatch | PaddedBatch:
@@ -62,7 +71,7 @@ def batch_of(examples: Examples, rows: np.ndarray, packed: bool, shape: BatchSha
     if packed:
         return examples.pack(rows)[0]
     lengths = examples.lengths(rows)
-    width = min(-(-int(lengths.max()) // shape.multiple) * shape.multiple, max(examples.max_length, int(lengths.max())))
+    width = min(shape.padded(int(lengths.max())), max(examples.max_length, int(lengths.max())))
     mask = np.arange(width) < lengths[:, None]  # [rows, width]
     ids = np.zeros((len(rows), width), np.int64)
     ids[mask] = examples.pack(rows)[0].input_ids.numpy()

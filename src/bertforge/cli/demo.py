@@ -24,7 +24,7 @@ def demo(
     questions are made up, so the figures say how bertforge works and nothing about Stack Overflow.
     """
     from bertforge.benchmark.run import run_benchmark
-    from bertforge.benchmark.table import markdown, write
+    from bertforge.benchmark.table import summary, write
     from bertforge.cli.train import print_result, run
     from bertforge.data.prepare import prepare
     from bertforge.data.sample import sample_rows, write_sample
@@ -69,7 +69,7 @@ def demo(
         say=console.print,
     )
     write(out / "model" / "benchmark", found)
-    console.print(markdown(found), markup=False)
+    console.print(summary(found))
     report = evaluation.write_report(out / "report.html", found["rows"])
     fastest = max(found["rows"], key=lambda row: row.get("questions_per_s", 0.0))
     is_ours = fastest["framework"] == "pytorch"

@@ -16,7 +16,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from bertforge import __version__
-from bertforge.cli import data, demo, doctor, engines, infer, sample, train
+from bertforge.cli import data, demo, doctor, engines, infer, quantize, sample, train
 from bertforge.errors import ArtifactError, BertforgeError, MachineError
 
 
@@ -80,6 +80,7 @@ app.command("train")(train.train)
 app.command("evaluate")(infer.evaluate)
 app.command("predict")(infer.predict)
 app.command("merge")(infer.merge)
+app.command("quantize")(quantize.quantize)
 app.command("compile")(engines.compile_)
 app.command("benchmark")(engines.benchmark)
 

@@ -18,7 +18,7 @@ first token alone. The logits are the same.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,33 +33,13 @@ from bertforge.export.tabular_onnx import add_columns
 from bertforge.model.attention import BertAttention
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.encoder import BertLayer
+from bertforge.scales import Scales
 
 MASKED = -10_000.0  # added to the scores of padding: exp of it is 0 in every type used here
 _ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 
-@dataclass(frozen=True)
-class Scales:
-    """What calibration found: for each quantized point the largest value that is represented."""
-
-    format: str
-    """int8 or fp8 (E4M3)."""
-    activations: dict[str, float]
-    """Point, such as `bert.encoder.layer.0.intermediate.dense` (its input) or `...attention.self.scores` -> amax."""
-    weights: dict[str, np.ndarray] = field(default_factory=dict)
-    """Linear layer -> amax of each output channel; where absent, the weight's own."""
-    smooth: dict[str, np.ndarray] = field(default_factory=dict)
-    """Linear layer -> factor of each input channel, applied before quantization (SmoothQuant)."""
-
-    @property
-    def largest(self) -> float:
-        """The largest number of the format."""
-        return 127.0 if self.format == "int8" else 448.0
-
-    @property
-    def dtype(self) -> Any:
-        """numpy's type of the format."""
-        return np.dtype(np.int8) if self.format == "int8" else np.dtype(ml_dtypes.float8_e4m3fn)
+_STORED: dict[str, Any] = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
 
 
 def export_onnx(
@@ -92,6 +72,7 @@ class _Exporter:
         self.dtype, self.scales = dtype, scales
         self.graph = Graph()
         self.names = {module: name for name, module in model.named_modules()}
+        self.made: dict[tuple[Any, ...], str] = {}
 
     def build(self, ids: np.dtype[Any]) -> Any:
         graph, config = self.graph, self.config
@@ -214,32 +195,47 @@ class _Exporter:
         """The activation behind its Q/DQ pair, and the weight `[in, out]` behind its DequantizeLinear."""
         graph = self.graph
         if (smooth := scales.smooth.get(name)) is not None:
-            value = graph.add("Mul", value, graph.constant(f"{name}.smooth", smooth.astype(self.dtype)))
+            value = self.once(("smooth", value, smooth.tobytes()), lambda: self.smoothed(value, name, smooth))
             weight = weight / smooth
         value = self.quantized(value, name)
         amax = scales.weights.get(name, np.abs(weight).max(axis=1))  # [out]
-        scale = np.maximum(amax, 1e-12) / scales.largest
-        stored = weight / scale[:, None]
+        scale = (np.maximum(amax, 1e-6) / scales.largest).astype(self.dtype)
+        stored = weight / scale[:, None].astype(np.float32)  # by the scale as it is stored
         if scales.format == "int8":
             stored = np.clip(np.rint(stored), -127, 127)
-        stored_name = graph.constant(f"{name}.weight_{scales.format}", stored.T.astype(scales.dtype))
-        scale_name = graph.constant(f"{name}.weight_scale", scale.astype(self.dtype))
+        stored_name = graph.constant(f"{name}.weight_{scales.format}", stored.T.astype(_STORED[scales.format]))
+        scale_name = graph.constant(f"{name}.weight_scale", scale)
         return value, graph.add("DequantizeLinear", stored_name, scale_name, self.zero(scales, len(scale)), axis=1)
 
     def quantized(self, value: str, point: str) -> str:
-        """`value` through QuantizeLinear and DequantizeLinear, if calibration has a scale for `point`."""
+        """`value` through QuantizeLinear and DequantizeLinear, if calibration has a scale for `point`.
+
+        Layers that read one value with one scale share the pair.
+        """
         scales = self.scales
         if scales is None or point not in scales.activations:
             return value
-        graph = self.graph
-        scale = graph.constant(f"{point}.scale", np.asarray(scales.activations[point] / scales.largest, self.dtype))
-        zero = self.zero(scales)
+        amax = scales.activations[point]
+        return self.once(("pair", value, amax), lambda: self.pair(value, point, amax / scales.largest, scales))
+
+    def pair(self, value: str, point: str, size: float, scales: Scales) -> str:
+        graph, zero = self.graph, self.zero(scales)
+        scale = graph.constant(f"{point}.scale", np.asarray(size, self.dtype))
         return graph.add("DequantizeLinear", graph.add("QuantizeLinear", value, scale, zero), scale, zero)
+
+    def smoothed(self, value: str, name: str, factor: np.ndarray) -> str:
+        return self.graph.add("Mul", value, self.graph.constant(f"{name}.smooth", factor.astype(self.dtype)))
+
+    def once(self, key: tuple[Any, ...], make: Callable[[], str]) -> str:
+        """What `make` adds, made the first time `key` is asked for."""
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
 
     def zero(self, scales: Scales, channels: int = 0) -> str:
         """Symmetric: the zero point is 0; its type tells the format."""
         shape = (channels,) if channels else ()
-        return self.graph.constant(f"zero_{scales.format}_{channels}", np.zeros(shape, scales.dtype))
+        return self.graph.constant(f"zero_{scales.format}_{channels}", np.zeros(shape, _STORED[scales.format]))
 
     def dense(self, linear: nn.Linear, value: str) -> str:
         """The head's layers stay in float32."""

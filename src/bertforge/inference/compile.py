@@ -1,4 +1,4 @@
-"""A merged model -> an engine in a folder that proves itself before it counts as built.
+"""A merged or quantized model -> an engine in a folder that proves itself before it counts as built.
 
 The engine is written, loaded again from what was written, and run on the model's golden rows and, where prepared data
 is given, on validation rows of mixed length. It is kept when its logits are those of the model up to what its precision
@@ -9,98 +9,135 @@ nothing.
 from __future__ import annotations
 
 import time
-from collections.abc import Container
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bertforge.artifact import MANIFEST, fresh_directory, hash_file, read_manifest, write_manifest
-from bertforge.backends.base import Backend, BatchShape
+from bertforge.artifact import (
+    MANIFEST,
+    compile_command,
+    fresh_directory,
+    hash_file,
+    read_manifest,
+    versions,
+    write_json,
+    write_manifest,
+)
+from bertforge.backends.base import BatchShape
 from bertforge.backends.feeds import feeds
-from bertforge.backends.pytorch import PyTorchBackend
 from bertforge.backends.registry import TARGETS, check_target, open_engine
-from bertforge.backends.run import batch_of, run
-from bertforge.data.loader import Examples
+from bertforge.backends.run import batch_of
 from bertforge.data.prepared import PreparedData
 from bertforge.data.streaming import in_a_thread
 from bertforge.errors import ArtifactError, DataError, UsageError
-from bertforge.evaluation.agreement import Agreement
-from bertforge.evaluation.golden import GoldenRows
 from bertforge.hardware import detect
-from bertforge.inference.predictor import Predictor
+from bertforge.inference.compile_tensorrt import Order, build_engine
+from bertforge.inference.predictor import Predictor, plain_model
+from bertforge.inference.proof import MAX_DROP, Rows, prove, some_rows
 from bertforge.lora.adapter_io import ADAPTER_CONFIG
 from bertforge.model.classifier import BertForSequenceClassification
+from bertforge.scales import Scales
+from bertforge.tensorrt_library import MODULES, unfit
 
-CALIBRATION_ROWS = 300
-VALIDATION_ROWS = 1000
-MAX_DROP = 0.003  # accuracy on validation rows an engine may cost, a fraction
-# What a logit may differ on golden rows, whose logits are float32's.
-_TOLERANCE = {"fp32": 2e-3, "bf16": 0.25, "int8": 1.0}
 _KEPT = ("recipe", "labels", "schema", "tabular", "data", "base", "golden")
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Rows of prepared data for one purpose."""
+class _Source:
+    """What an engine is built from."""
 
-    examples: Examples
-    rows: np.ndarray
+    predictor: Predictor
+    model: Path
+    scales: Scales | None
+    """Of a quantized model: its ranges stand in the graph."""
+    prepared: PreparedData | None
+    say: Callable[[str], object]
+    """Told what is being done."""
 
-    @property
-    def labels(self) -> np.ndarray:
-        return np.asarray(self.examples.labels[self.rows])
+    def network(self) -> BertForSequenceClassification:
+        """The plain model, without simulated quantization."""
+        if self.scales is None:
+            return plain_model(self.predictor)
+        return BertForSequenceClassification.from_pretrained(self.model)
 
-    def one_by_one(self, names: Container[str]) -> list[dict[str, np.ndarray]]:
-        """Each row as the inputs `names` of a graph, without padding."""
-        shape = BatchShape(tokens=1)
-        return [
-            feeds(batch_of(self.examples, self.rows[i : i + 1], False, shape), names) for i in range(len(self.rows))
-        ]
+    def rows(self, part: str) -> Rows:
+        """See `proof.some_rows`."""
+        assert self.prepared is not None
+        return some_rows(self.predictor, self.prepared, part)
 
 
-def compile_model(model: Path, target: str, precision: str, data: Path | None, out: Path) -> dict[str, Any]:
-    """Builds an engine in `out` and returns its receipt.
+def compile_model(
+    model: Path,
+    target: str,
+    precision: str,
+    data: Path | None,
+    out: Path,
+    say: Callable[[str], object] = lambda text: None,
+) -> dict[str, Any]:
+    """Builds an engine in `out` and returns its receipt; `say` is told each stage as it begins.
 
-    Raises ArtifactError for a run with adapters and for an engine that does not compute what the model does,
-    UsageError for INT8 without data.
+    Where no GPU here runs what TensorRT built, `verified` is false in the receipt, `not_verified` says why, and nothing
+    serves the engine until `verify_engine` has proved it. Raises ArtifactError for a run with adapters and for an
+    engine that does not compute what the model does, UsageError for INT8 without data.
     """
     check_target(target, precision)
-    read_manifest(model, "run", "model")
-    if (model / ADAPTER_CONFIG).is_file():
-        raise ArtifactError(
-            f"{model} still has its adapter beside the base; merge first: bertforge merge {model} --out DIR"
-        )
-    if precision == "int8" and data is None:
-        raise UsageError("int8 is calibrated on train rows; say where they are: --data DIR")
+    scales = _scales(model, target, precision, data)
     hardware = detect()
+    say("loading the model")
     predictor = Predictor.load(model, "fp32")
     prepared = None if data is None else PreparedData.open(data)
+    source = _Source(predictor, model, scales, prepared, say)
     start = time.monotonic()
-    with fresh_directory(out) as folder:
-        _build(folder, predictor, target, precision, prepared)
-        seconds = time.monotonic() - start
-        backend = open_engine(folder, target, precision, hardware)
+    with fresh_directory(out, replace=_renewable(out, target)) as folder:
+        if target in MODULES:
+            lengths = None if prepared is None else _lengths(predictor, prepared)
+            say("building, which takes minutes")
+            order = Order(target, precision, predictor.max_length, lengths, scales)
+            built = build_engine(folder, source.network(), order, hardware, out)
+        else:
+            built = _build(folder, source, target, precision)
         receipt = {
             "target": target,
             "precision": precision,
             "device": hardware.name,
-            "build_seconds": round(seconds, 1),
+            "build_seconds": round(time.monotonic() - start, 1),
             "bytes": sum(path.stat().st_size for path in folder.iterdir()),
-            **_proof(predictor, backend, prepared),
+            "versions": versions(*TARGETS[target].libraries),
+            "hashes": {path.name: hash_file(path) for path in sorted(folder.iterdir())},
+            **built,
         }
-        backend.close()
+        if target in MODULES and (reason := unfit(target, hardware)):
+            receipt |= {"verified": False, "not_verified": reason}
+        else:
+            say("proving that it computes what the model does")
+            receipt |= _verified(folder, predictor, receipt, prepared)
         kept = {name: predictor.manifest[name] for name in _KEPT}
         predictor.tokenizer.save(folder)
-        write_manifest(folder, "engine", **kept, **receipt, parent=hash_file(model / MANIFEST))
+        write_manifest(folder, "engine", **receipt, parent=hash_file(model / MANIFEST), **kept)
     return receipt
 
 
-def _model(predictor: Predictor) -> BertForSequenceClassification:
-    """The PyTorch model behind a predictor that is no engine."""
-    assert isinstance(predictor.backend, PyTorchBackend)
-    return predictor.backend.model
+def verify_engine(model: Path, engine: Path, data: Path | None) -> dict[str, Any]:
+    """Proves an engine that was built where nothing could run it, and returns its receipt, which now says so.
+
+    Raises ArtifactError for an engine of another model and for one that does not compute what the model does,
+    MachineError where it cannot run.
+    """
+    manifest = read_manifest(engine, "engine")
+    if manifest["parent"] != hash_file(model / MANIFEST):
+        again = compile_command(engine, manifest["target"], manifest["precision"])
+        raise ArtifactError(
+            f"{engine} was compiled from other weights than those of {model}; compile it again: {again}"
+        )
+    predictor = Predictor.load(model, "fp32")
+    prepared = None if data is None else PreparedData.open(data)
+    manifest.pop("not_verified", None)
+    manifest |= {"device": detect().name, **_verified(engine, predictor, manifest, prepared)}
+    write_json(engine / MANIFEST, manifest)
+    return manifest
 
 
 def default_folder(model: Path, target: str, precision: str) -> Path:
@@ -108,71 +145,98 @@ def default_folder(model: Path, target: str, precision: str) -> Path:
     return model / "engines" / f"{target}-{precision}"
 
 
-def _build(folder: Path, predictor: Predictor, target: str, precision: str, prepared: PreparedData | None) -> None:
-    from bertforge.export.bert_onnx import export_onnx
-    from bertforge.export.graph import input_names
-
-    graph = export_onnx(_model(predictor), folder / "graph.onnx")
-    wanted = folder / TARGETS[target].file
-    if target == "openvino":
-        from bertforge.export.openvino_convert import convert
-
-        if precision == "int8":
-            assert prepared is not None
-            train, validation = _rows(predictor, prepared, "train"), _rows(predictor, prepared, "validation")
-            if len(np.unique(train.labels)) < 2:
-                raise DataError("the calibration rows hold one class only; prepare a table with rows of every class")
-            names = input_names(graph)
-            in_a_thread(
-                lambda: convert(
-                    graph,
-                    wanted,
-                    calibration=train.one_by_one(names),
-                    validation=validation.one_by_one(names),
-                    accuracy=lambda logits: float((logits.argmax(1) == validation.labels).mean()),
-                    max_drop=MAX_DROP,
-                )
+def _scales(model: Path, target: str, precision: str, data: Path | None) -> Scales | None:
+    """The ranges of a quantized model, None for one that is not; raises when `precision` is not to be had from it."""
+    manifest = read_manifest(model, "run", "model", "quantized")
+    if (model / ADAPTER_CONFIG).is_file():
+        raise ArtifactError(
+            f"{model} still has its adapter beside the base; merge first: bertforge merge {model} --out DIR"
+        )
+    if manifest["kind"] == "quantized":
+        scales = Scales.load(model)
+        if precision != scales.format:
+            raise UsageError(
+                f"{model} was quantized to {scales.format}, not to {precision}; --precision {scales.format}"
             )
-        else:
-            convert(graph, wanted)
-        graph.unlink()
-    elif precision == "int8":
+        return scales
+    if precision == "fp8" or (target in MODULES and precision == "int8"):
+        raise UsageError(
+            f"{target} takes {precision} from a quantized model: "
+            f"bertforge quantize {model} --precision {precision} --data DIR --out Q, then compile Q"
+        )
+    if precision == "int8" and data is None:
+        raise UsageError("int8 is calibrated on train rows; say where they are: --data DIR")
+    return None
+
+
+def _verified(
+    folder: Path, predictor: Predictor, receipt: dict[str, Any], prepared: PreparedData | None
+) -> dict[str, Any]:
+    """The engine in `folder`, loaded from what was written, with its proof."""
+    backend = open_engine(folder, receipt["target"], receipt["precision"], detect())
+    try:
+        return {"verified": True, **prove(predictor, backend, prepared)}
+    finally:
+        backend.close()
+
+
+def _renewable(out: Path, target: str) -> bool:
+    """Whether `out` holds an engine that a newer one may replace: TensorRT's, which a new version makes useless."""
+    return target in MODULES and (out / MANIFEST).is_file() and read_manifest(out, "engine")["target"] == target
+
+
+def _lengths(predictor: Predictor, prepared: PreparedData) -> np.ndarray:
+    """Tokens of every train row, as the model reads it."""
+    rows = prepared.rows(predictor.manifest["recipe"]["split"], "train")
+    return predictor.examples(prepared, rows[:0]).lengths(rows)
+
+
+def _build(folder: Path, source: _Source, target: str, precision: str) -> dict[str, Any]:
+    """Writes what `target` loads; returns what is to be said of it."""
+    from bertforge.export.bert_onnx import export_onnx
+
+    source.say("writing the ONNX graph")
+    graph = export_onnx(source.network(), folder / "graph.onnx", scales=source.scales)
+    calibrate = precision == "int8" and source.scales is None
+    wanted = folder / TARGETS[target].file
+    if target == "onnxruntime" and not calibrate:
+        graph.rename(wanted)
+        return {}
+    if target == "onnxruntime":
         from bertforge.export.onnx_int8 import quantize_dynamically
 
         quantize_dynamically(graph, wanted)
-        graph.unlink()
+    elif calibrate:
+        _calibrate_openvino(graph, wanted, source)
     else:
-        graph.rename(wanted)
+        from bertforge.export.openvino_convert import convert
+
+        convert(graph, wanted)
+    graph.unlink()
+    return {}
 
 
-def _proof(predictor: Predictor, backend: Backend, prepared: PreparedData | None) -> dict[str, Any]:
-    """Agreement with the model on golden rows and, with data, on validation rows; raises ArtifactError without it."""
-    golden = GoldenRows.from_dict(predictor.manifest["golden"])
-    agreement = Agreement.of(golden.logits, run(backend, golden.examples, np.arange(len(golden.logits))))
-    if not agreement.max_logit_difference <= _TOLERANCE[backend.precision]:
-        raise ArtifactError(
-            f"the {backend.name} engine differs from the model by {agreement.max_logit_difference:.3g} in a logit of "
-            f"its golden rows, more than {_TOLERANCE[backend.precision]} for {backend.precision}; nothing was written"
-        )
-    proof: dict[str, Any] = {"golden_agreement": agreement.to_dict()}
-    if prepared is not None:
-        rows = _rows(predictor, prepared, "validation")
-        reference = run(predictor.backend, rows.examples, rows.rows)
-        found = run(backend, rows.examples, rows.rows)
-        before, after = ((logits.argmax(1) == rows.labels).mean() for logits in (reference, found))
-        proof["validation_agreement"] = Agreement.of(reference, found).to_dict()
-        proof |= {"validation_accuracy": float(after), "validation_accuracy_fp32": float(before)}
-        if not before - after <= MAX_DROP:
-            raise ArtifactError(
-                f"the {backend.name} engine in {backend.precision} loses {before - after:.2%} accuracy on "
-                f"{len(rows.rows):,} validation rows, more than {MAX_DROP:.1%}; nothing was written"
-            )
-    return proof
+def _calibrate_openvino(graph: Path, wanted: Path, source: _Source) -> None:
+    """INT8 by NNCF, with accuracy control on validation rows."""
+    from bertforge.export.graph import input_names
+    from bertforge.export.openvino_convert import Calibration, convert
 
+    train, validation = source.rows("train"), source.rows("validation")
+    if len(np.unique(train.labels)) < 2:
+        raise DataError("the calibration rows hold one class only; prepare a table with rows of every class")
+    names = input_names(graph)
 
-def _rows(predictor: Predictor, prepared: PreparedData, part: str) -> _Rows:
-    """Rows spread over a part of the data: for calibration from train, for judgement from validation."""
-    rows = prepared.rows(predictor.manifest["recipe"]["split"], part)
-    wanted = CALIBRATION_ROWS if part == "train" else VALIDATION_ROWS
-    rows = rows[np.linspace(0, len(rows) - 1, min(wanted, len(rows))).astype(int)]
-    return _Rows(predictor.examples(prepared, rows), rows)
+    def one_by_one(rows: Rows) -> list[dict[str, np.ndarray]]:
+        shape = BatchShape(tokens=1)
+        return [
+            feeds(batch_of(rows.examples, rows.rows[i : i + 1], False, shape), names) for i in range(len(rows.rows))
+        ]
+
+    rows = Calibration(
+        train=one_by_one(train),
+        validation=list(zip(one_by_one(validation), validation.labels.tolist(), strict=True)),
+        max_drop=MAX_DROP,
+        say=source.say,
+    )
+    source.say(f"calibrating on {len(train.rows)} train rows, with accuracy control")
+    in_a_thread(lambda: convert(graph, wanted, rows))

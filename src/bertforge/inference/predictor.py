@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import util
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from bertforge.artifact import hash_file, read_manifest
+from bertforge.artifact import compile_command, hash_file, read_manifest
 from bertforge.backends.base import Backend
 from bertforge.backends.pytorch import PyTorchBackend
 from bertforge.backends.registry import open_engine
@@ -22,7 +23,7 @@ from bertforge.data.sample import is_made_up
 from bertforge.data.schema import STACK_OVERFLOW, Schema
 from bertforge.data.tabular import TabularArrays, TabularTransform
 from bertforge.data.tokens import Tokenizer, TokenStore
-from bertforge.errors import ArtifactError, DataError, UsageError
+from bertforge.errors import ArtifactError, DataError, MachineError, UsageError
 from bertforge.evaluation.golden import TOLERANCE, GoldenRows
 from bertforge.hardware import Hardware, choose_precision, detect
 from bertforge.lora.adapter_io import ADAPTER_CONFIG, load_adapter
@@ -30,6 +31,7 @@ from bertforge.model import weights
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.config import BertConfig
 from bertforge.models import resolve, weights_file
+from bertforge.scales import Scales
 
 
 @dataclass(frozen=True)
@@ -44,24 +46,32 @@ class Predictor:
 
     @classmethod
     def load(cls, directory: str | Path, precision: str = "auto") -> Self:
-        """Loads a folder made by `bertforge train`, `merge` or `compile` on the best device here.
+        """Loads a folder made by `bertforge train`, `merge`, `quantize` or `compile` on the best device here.
 
         `precision` is that of a run or merged model: fp32, bf16, or auto; an engine has its own. Raises ArtifactError
-        when a file is missing or damaged, when an adapter's base model is not the one it was trained on, or when the
-        golden rows do not give the logits they gave when the model was saved; UsageError for a precision that the
-        engine was not compiled in.
+        when a file is missing or damaged, when an adapter's base model is not the one it was trained on, when the
+        golden rows do not give the logits they gave when the model was saved, or when an engine was never verified;
+        UsageError for a precision that the engine was not compiled in.
         """
         directory = Path(directory)
-        manifest = read_manifest(directory, "run", "model", "engine")
+        manifest = read_manifest(directory, "run", "model", "quantized", "engine")
         hardware = detect()
         backend: Backend
         if manifest["kind"] == "engine":
             if precision not in ("auto", manifest["precision"]):
                 raise UsageError(f"{directory} was compiled in {manifest['precision']}, not in {precision}")
+            if manifest.get("verified") is False:
+                prove = compile_command(directory, manifest["target"], manifest["precision"])
+                raise ArtifactError(
+                    f"{directory} was never verified, for nothing that runs it was there when it was built; "
+                    f"where it runs: {prove} --verify"
+                )
             backend = open_engine(directory, manifest["target"], manifest["precision"], hardware)
         else:
             model = verified_model(directory, manifest, hardware)
-            backend = PyTorchBackend(model, hardware, choose_precision(hardware, precision))
+            # Simulated 8 bits are exact in float32 alone.
+            wanted = "fp32" if manifest["kind"] == "quantized" else choose_precision(hardware, precision)
+            backend = PyTorchBackend(model, hardware, wanted)
         return cls(
             backend=backend,
             tokenizer=Tokenizer.load(directory),
@@ -164,7 +174,12 @@ def verified_model(directory: Path, manifest: dict[str, Any], hardware: Hardware
 def load_model(directory: Path, manifest: dict[str, Any]) -> BertForSequenceClassification:
     """The model of a run or merged folder, with its adapter where it has one."""
     if not (directory / ADAPTER_CONFIG).is_file():
-        return BertForSequenceClassification.from_pretrained(directory)
+        model = BertForSequenceClassification.from_pretrained(directory, labels=tuple(manifest["labels"]))
+        if model.new_heads:
+            raise ArtifactError(
+                f"{directory} holds no trained {' and '.join(model.new_heads)}; fine-tune it first: bertforge train"
+            )
+        return with_quantizers(model, directory) if manifest["kind"] == "quantized" else model
     base = resolve(manifest["base"]["model"])
     if (found := hash_file(weights_file(base))) != manifest["base"]["weights"]:
         raise ArtifactError(
@@ -175,3 +190,18 @@ def load_model(directory: Path, manifest: dict[str, Any]) -> BertForSequenceClas
     weights.load(model, base, drop=weights.TASK_HEADS)  # the adapter brings its own
     load_adapter(model, directory)
     return model.eval()
+
+
+def with_quantizers(model: BertForSequenceClassification, directory: Path) -> BertForSequenceClassification:
+    """The model of a quantized folder, simulating its 8 bits; raises MachineError without ModelOpt."""
+    if not util.find_spec("modelopt"):
+        raise MachineError(f"{directory} is simulated with NVIDIA ModelOpt; pip install 'bertforge[quantize]'")
+    from bertforge.quantize.fake import with_scales
+
+    return with_scales(model, Scales.load(directory)).eval()
+
+
+def plain_model(predictor: Predictor) -> BertForSequenceClassification:
+    """The PyTorch model behind a predictor that is no engine."""
+    assert isinstance(predictor.backend, PyTorchBackend)
+    return predictor.backend.model

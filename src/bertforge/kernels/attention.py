@@ -1,9 +1,11 @@
 """Bidirectional attention over packed sequences: each token attends to its own sequence only.
 
-Two implementations of one function, equal up to rounding:
+Three implementations of one function, equal up to rounding:
 
-- `varlen`: torch's FlashAttention kernel for packed input, on CUDA in float16 and bfloat16, forward and backward.
-  It has no dropout.
+- `triton`: our kernels for short sequences (attention_triton.py), on CUDA in float16 and bfloat16, forward and
+  backward, for the head sizes in TRITON_HEAD_DIMS. It has no dropout.
+- `varlen`: torch's FlashAttention kernel for packed input, on CUDA in float16 and bfloat16, forward and backward,
+  for any other head size. It has no dropout.
 - `split`: scaled_dot_product_attention on one sequence after another; any device and dtype. On a CPU nothing is lost
   by the loop: a sequence fills the cores, and neither padding nor a mask is ever touched. On CUDA it serves float32,
   which FlashAttention does not take: for checking, not for speed.
@@ -21,6 +23,9 @@ from torch import Tensor
 
 from bertforge.errors import UsageError
 
+# The head sizes for which our kernels beat torch's (benchmarks/attention.py measures both).
+TRITON_HEAD_DIMS = frozenset({32, 64})
+
 
 def varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float = 0.0
@@ -31,7 +36,14 @@ def varlen_attention(
     (Vaswani et al. 2017, section 3.2.1). Raises UsageError for dropout where the kernel has none.
     """
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        return _varlen(query, key, value, cu_seqlens, max_seqlen, dropout_p)
+        if dropout_p:
+            raise UsageError(
+                f"the packed CUDA attention kernel has no dropout, but attention_dropout is {dropout_p}; "
+                "set attention_dropout=0"
+            )
+        if query.shape[-1] in TRITON_HEAD_DIMS:
+            return _triton(query, key, value, cu_seqlens)
+        return _varlen(query, key, value, cu_seqlens, max_seqlen)
     if query.dtype is torch.bfloat16 and query.requires_grad:
         # torch's CPU kernel is quick in bfloat16 forward, but backward takes five times float32's time: half of a whole
         # training step (torch 2.13, a Xeon with AMX).
@@ -40,14 +52,16 @@ def varlen_attention(
     return _split(query, key, value, cu_seqlens, dropout_p)
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float) -> Tensor:
+def _triton(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
+    from bertforge.kernels.attention_triton import packed_attention
+
+    output, _ = packed_attention(query, key, value, cu_seqlens)
+    return cast(Tensor, output)
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    if dropout_p:
-        raise UsageError(
-            f"the packed CUDA attention kernel has no dropout, but attention_dropout is {dropout_p}; "
-            "set attention_dropout=0"
-        )
     # It returns a tuple only when asked for auxiliary outputs.
     return cast(Tensor, varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen))
 

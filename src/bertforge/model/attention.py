@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bertforge.kernels.attention import varlen_attention
+from bertforge.kernels.layer_norm import residual_layer_norm
 from bertforge.model.config import BertConfig
 
 
@@ -92,5 +93,4 @@ class ResidualOutput(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """`x [..., in_features]`, `residual [..., hidden]` -> `[..., hidden]`."""
-        normed: Tensor = self.LayerNorm(self.dropout(self.dense(x)) + residual)
-        return normed
+        return residual_layer_norm(self.dropout(self.dense(x)), residual, self.LayerNorm)

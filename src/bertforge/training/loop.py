@@ -53,7 +53,10 @@ class Split:
 class Trainer:
     """One run in one folder; `fit` may be interrupted and called again on a new Trainer with `resume`."""
 
-    def __init__(self, model: nn.Module, split: Split, recipe: Recipe, directory: Path, precision: str) -> None:
+    def __init__(
+        self, model: nn.Module, split: Split, recipe: Recipe, directory: Path, precision: str, *, eager: bool = False
+    ) -> None:
+        """`eager` records no CUDA graph, for a model that may look at its values on the way (ModelOpt's quantizers)."""
         self.model = model
         self.split = split
         self.recipe = recipe
@@ -68,7 +71,7 @@ class Trainer:
             for epoch in range(recipe.epochs)
         ]
         self.total_steps = sum(map(len, self.plans))
-        eager = EagerStep(
+        step = EagerStep(
             model,
             _class_weights(split, recipe).to(self.device),
             recipe.label_smoothing,
@@ -76,8 +79,8 @@ class Trainer:
             precision,
         )
         # In float32, attention on a GPU reads the sequences' lengths back, which no graph can record.
-        graphed = self.device.type == "cuda" and precision == "bf16"
-        self.step = GraphedStep(eager) if graphed else eager
+        graphed = self.device.type == "cuda" and precision == "bf16" and not eager
+        self.step = GraphedStep(step) if graphed else step
         self.shape = PackShape.of(self.plans, split.examples)
 
     def resume(self) -> None:
@@ -149,12 +152,17 @@ class Trainer:
             raise DataError(f"the loss became {loss} at step {self.progress.step}; lower lr or set precision=fp32")
         return loss
 
-    def _validate(self, history: History) -> None:
-        progress, split = self.progress, self.split
+    def validation(self) -> tuple[float, float]:
+        """Loss (nats) and accuracy (a fraction) of the model as it is on the validation rows."""
+        split = self.split
         logits = torch.from_numpy(predict_logits(self.model, split.examples, split.validation, self.precision))
         labels = torch.from_numpy(split.examples.labels[split.validation])
         loss = self._finite(float(F.cross_entropy(logits, labels)))
-        accuracy = float((logits.argmax(1) == labels).double().mean())
+        return loss, float((logits.argmax(1) == labels).double().mean())
+
+    def _validate(self, history: History) -> None:
+        progress = self.progress
+        loss, accuracy = self.validation()
         train_loss = progress.loss_sum / progress.sequences
         progress.epoch += 1
         history.add(

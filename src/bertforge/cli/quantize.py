@@ -1,0 +1,115 @@
+"""`bertforge quantize`: 8-bit ranges for a merged model, and what they cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+_BAR = 24  # characters of the longest bar
+
+
+def quantize(
+    model: Annotated[Path, typer.Argument(help="Folder made by `bertforge merge`, or by `train` in full.")],
+    data: Annotated[Path, typer.Option(help="Folder made by `bertforge prepare`: train rows calibrate.")],
+    out: Annotated[Path, typer.Option(help="Folder of the quantized model; made here.")],
+    precision: Annotated[str, typer.Option(help="int8, or fp8 (E4M3).")] = "int8",
+    preset: Annotated[
+        str, typer.Option(help="ffn, projections (the rest of the linear layers too), or attention (its products too).")
+    ] = "projections",
+    calibration: Annotated[
+        str, typer.Option(help="best (chosen on validation rows), max, entropy, mse or percentile.")
+    ] = "best",
+    smooth: Annotated[float, typer.Option(help="SmoothQuant's alpha, 0 (off) to 1.")] = 0.0,
+    rows: Annotated[int, typer.Option(min=2, help="Train rows that calibrate.")] = 300,
+    validation_rows: Annotated[int, typer.Option(min=16, help="Validation rows that judge.")] = 1000,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(min=0, help="Points of accuracy that may be lost: layers are spared until it holds."),
+    ] = None,
+    qat: Annotated[bool, typer.Option("--qat", help="Fine-tune the quantized model for an epoch.")] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write what was measured as JSON too.")
+    ] = None,
+) -> None:
+    """Find 8-bit ranges for a model's matrix products, and show what each part of it costs.
+
+    Weights have a scale a channel, activations one a tensor. LayerNorm,
+    softmax and the head stay as they are. Nothing looks at test rows.
+    `bertforge compile OUT` builds engines that compute with these ranges;
+    `bertforge evaluate OUT` simulates them.
+
+    Example:
+
+        bertforge quantize models/first --data data --out models/first-int8 \\
+            --max-drop 0.3
+    """
+    from bertforge.artifact import check_output, write_json
+    from bertforge.inference.quantize import QuantizeOptions, quantize_model
+    from bertforge.training.qat import tune
+
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    if json_file:
+        check_output(json_file)
+    drop = None if max_drop is None else max_drop / 100
+    options = QuantizeOptions(precision, preset, calibration, smooth, rows, validation_rows, drop)
+    with Console(stderr=True).status("loading") as status:
+        found = quantize_model(model, data, out, options, tune if qat else None, status.update)
+    for table in (_calibrations, _sensitivity, _frontier if found["frontier"] else None):
+        if table:
+            console.print(table(found))
+    console.print(
+        f"calibrated by {found['chosen_calibration']}; {found['quantized_share_of_work']:.0%} of the encoder's "
+        "multiply-adds in 8 bits"
+    )
+    for name, title in (("ptq", "as calibrated"), ("qat", "fine-tuned")):
+        if name in found and found[name].get("kept", True):
+            console.print(f"{title}: {found[name]['recovery']:.2%} of the accuracy; {found[name]['verdict']}")
+    if qat and not found["qat"]["kept"]:
+        console.print("fine-tuning did not lower the validation loss, so the weights stay as they were")
+    if json_file:
+        console.print(f"wrote {write_json(json_file, found)}")
+    console.print(f"wrote {out}")
+    console.print(f"next: bertforge compile {out} --data {data}")
+
+
+def _calibrations(found: dict[str, Any]) -> Table:
+    table = Table(title=f"ways to calibrate, {found['ranking_rows']:,} validation rows", title_justify="left", box=None)
+    for name in ("calibration", "divergence", "labels changed"):
+        table.add_column(name, justify="left" if name == "calibration" else "right")
+    for name, cost in found["calibrations"].items():
+        table.add_row(name, f"{cost['divergence']:.5f}", str(cost["changed_labels"]))
+    return table
+
+
+def _sensitivity(found: dict[str, Any]) -> Table:
+    """Two figures a row: what quantizing it alone costs, and what sparing it alone would gain."""
+    everything = found["calibrations"][found["chosen_calibration"]]["divergence"]
+    longest = max(row["alone"]["divergence"] for row in found["sensitivity"]) or 1.0
+    table = Table(title="sensitivity: divergence in nats", title_justify="left", box=None)
+    for name in ("", "work", "alone", "gained if spared"):
+        table.add_column(name, justify="right" if name else "left")
+    table.add_column("alone")
+    for row in found["sensitivity"]:
+        alone, gained = row["alone"]["divergence"], everything - row["spared"]["divergence"]
+        bar = "█" * round(_BAR * alone / longest)
+        table.add_row(row["name"], f"{row['work']:.0%}", f"{alone:.5f}", f"{gained:+.5f}", bar)
+    return table
+
+
+def _frontier(found: dict[str, Any]) -> Table:
+    table = Table(title="frontier: units taken back until the budget holds", title_justify="left", box=None)
+    for name in ("units in 8 bits", "work in 8 bits", "points lost", "labels changed"):
+        table.add_column(name, justify="right")
+    for step in found["frontier"]:
+        cost = step["cost"]
+        table.add_row(
+            str(len(step["quantized"])),
+            f"{step['work']:.0%}",
+            f"{100 * cost['accuracy_drop']:.2f}",
+            str(cost["changed_labels"]),
+        )
+    return table

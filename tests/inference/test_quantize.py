@@ -1,0 +1,125 @@
+"""A quantized folder: what was measured stands in it, it predicts as it did, and engines compute with its ranges."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from bertforge.artifact import read_manifest
+from bertforge.errors import ArtifactError, DataError, UsageError
+from bertforge.inference.compile import compile_model
+from bertforge.inference.predictor import Predictor
+from bertforge.inference.quantize import QuantizeOptions, quantize_model
+from bertforge.training.qat import tune
+
+TEXTS = ["How do I sort a list?", "Which laptop is best?", "a " * 60]
+QUICK = {"rows": 16, "validation_rows": 16}
+
+
+def silent(what):
+    """Takes what a job says of its stages."""
+
+
+@pytest.fixture(scope="module")
+def folders(runs, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("quantized")
+    options = {
+        "plain": QuantizeOptions(calibration="max", **QUICK),
+        "all": QuantizeOptions(preset="attention", smooth=0.5, **QUICK),
+        "fp8": QuantizeOptions("fp8", calibration="percentile", max_drop=0.5, **QUICK),
+    }
+    for name, chosen in options.items():
+        quantize_model(runs["full"], data, out / name, chosen, None, silent)
+    quantize_model(runs["full"], data, out / "tuned", options["plain"], tune, silent)
+    return out
+
+
+@pytest.mark.parametrize("name", ["plain", "all", "fp8", "tuned"])
+def test_a_quantized_folder_predicts_close_to_its_model(folders, runs, name):
+    found = Predictor.load(folders / name).logits(TEXTS)
+    difference = np.abs(found - Predictor.load(runs["full"], "fp32").logits(TEXTS)).max()
+    assert 1e-6 < difference < 0.3
+
+
+def test_fine_tuning_moves_every_kind_of_weight_and_nothing_else_does(folders, runs):
+    before, plain, tuned = (
+        load_file(folder / "model.safetensors") for folder in (runs["full"], folders / "plain", folders / "tuned")
+    )
+    assert before.keys() == plain.keys() == tuned.keys()
+    assert all(np.array_equal(before[name], plain[name]) for name in before)
+    moved = {name for name in before if not np.array_equal(before[name], tuned[name])}
+    assert {"classifier.weight", "bert.encoder.layer.0.output.dense.weight"} <= moved
+    assert not (folders / "tuned" / "tuning").exists()
+
+
+def test_what_was_measured_stands_in_the_manifest(folders):
+    found = read_manifest(folders / "all", "quantized")["quantization"]
+    assert len(found["calibrations"]) == 7
+    best = min(found["calibrations"], key=lambda name: found["calibrations"][name]["divergence"])
+    assert found["chosen_calibration"] == best
+    names = [row["name"] for row in found["sensitivity"]]
+    assert names == ["layer 0", "layer 1", "qkv", "attention-output", "ffn-up", "ffn-down", "attention-products"]
+    assert all(row["alone"]["divergence"] > 0 for row in found["sensitivity"])
+    assert found["quantized_share_of_work"] == pytest.approx(1.0)
+    layers, components = (
+        sum(row["work"] for row in part) for part in (found["sensitivity"][:2], found["sensitivity"][2:])
+    )
+    assert layers == pytest.approx(components) == pytest.approx(1.0)
+    assert found["ptq"]["rows"] == 16
+    assert "qat" not in found
+    tuned = read_manifest(folders / "tuned", "quantized")["quantization"]["qat"]
+    assert tuned["kept"]
+    assert tuned["validation_loss"] < tuned["validation_loss_before"]
+
+
+def test_a_budget_that_all_of_it_meets_takes_nothing_back(folders):
+    found = read_manifest(folders / "fp8", "quantized")["quantization"]
+    assert len(found["frontier"]) == 1
+    assert len(found["frontier"][0]["quantized"]) == 8
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_an_engine_computes_with_the_folders_ranges(tmp_path, folders, target):
+    compile_model(folders / "plain", target, "int8", None, tmp_path / "engine")
+    found, wanted = (Predictor.load(folder).logits(TEXTS) for folder in (tmp_path / "engine", folders / "plain"))
+    np.testing.assert_allclose(found, wanted, atol=0.1)  # a value at the edge of two steps may round to either
+
+
+def test_what_cannot_be_quantized_is_one_line_and_leaves_nothing(tmp_path, runs, folders, data):
+    out = tmp_path / "out"
+    with pytest.raises(ArtifactError, match="merge first: bertforge merge"):
+        quantize_model(runs["lora"], data, out, QuantizeOptions(), None, silent)
+    with pytest.raises(ArtifactError, match="is of kind 'quantized'"):
+        quantize_model(folders / "plain", data, out, QuantizeOptions(), None, silent)
+    with pytest.raises(UsageError, match="choose one of int8, fp8"):
+        QuantizeOptions(precision="int4")
+    with pytest.raises(UsageError, match="choose one of ffn, projections, attention"):
+        QuantizeOptions(preset="everything")
+    with pytest.raises(UsageError, match="lies between 0"):
+        QuantizeOptions(smooth=2)
+    with pytest.raises(UsageError, match="entropy calibration is defined for int8"):
+        QuantizeOptions("fp8", calibration="entropy")
+    with pytest.raises(UsageError, match="was quantized to int8, not to bf16"):
+        compile_model(folders / "plain", "openvino", "bf16", None, out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_calibration_rows_of_one_class_are_refused(tmp_path, runs, data):
+    with pytest.raises(DataError, match="one class only"):
+        quantize_model(runs["full"], data, tmp_path / "out", QuantizeOptions(rows=1), None, silent)
+    assert not list(tmp_path.iterdir())
+
+
+def test_changed_scales_are_noticed(tmp_path, folders):
+    broken = tmp_path / "broken"
+    shutil.copytree(folders / "plain", broken)
+    manifest = json.loads((broken / "bertforge.json").read_text())
+    assert manifest["kind"] == "quantized"
+    shutil.copy(folders / "fp8" / "scales.safetensors", broken / "scales.safetensors")
+    with pytest.raises(ArtifactError, match="does not compute what it did"):
+        Predictor.load(broken)
+    (broken / "scales.safetensors").write_bytes(b"no scales")
+    with pytest.raises(ArtifactError, match="make the folder again: bertforge quantize"):
+        Predictor.load(broken)
