@@ -118,6 +118,44 @@ def inference_cpu() -> str:
 
 
 @table
+def quantization() -> str:
+    """Accuracy in 8 bits."""
+    found = _record("quantization")
+    rows = [
+        [
+            row["precision"],
+            row["split"],
+            f"{row['rows']:,}",
+            _percent(row["accuracy"]),
+            _percent(row["accuracy_fp32"]),
+            f"{_percent(row['recovery'])} ({_interval(row['recovery_low'], row['recovery_high'])})",
+            f"{row['changed_labels']:,}",
+        ]
+        for row in found["rows"]
+    ]
+    header = ["precision", "split", "rows", "accuracy", "in float32", "recovery", "labels changed"]
+    return _markdown(header, rows) + _source("quantization", found)
+
+
+@table
+def sensitivity() -> str:
+    """What each layer and component costs in INT8."""
+    found = _record("quantization")
+    rows = [
+        [
+            row["name"],
+            f"{row['work']:.0%}",
+            f"{row['alone']['divergence']:.5f}",
+            f"{row['spared']['divergence']:.5f}",
+            str(row["alone"]["changed_labels"]),
+        ]
+        for row in found["sensitivity"]["int8"]
+    ]
+    header = ["quantized", "share of the work", "divergence alone", "of all but it", "labels changed alone"]
+    return _markdown(header, rows) + _source("quantization", found)
+
+
+@table
 def prepare_rate() -> str:
     """Preparing beside the bare tokenizer, and memory."""
     found = _record("prepare_rate")

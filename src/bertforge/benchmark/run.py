@@ -28,6 +28,7 @@ from bertforge.hardware import detect
 from bertforge.inference.compile import compile_model, default_folder
 from bertforge.inference.predictor import Predictor
 from bertforge.model.config import BertConfig
+from bertforge.scales import Scales
 
 REFERENCE = ("pytorch", "fp32")
 LATENCY_ROWS = 100
@@ -38,13 +39,18 @@ def run_benchmark(
     data: Path,
     targets: str,
     *,
+    quantized: Path | None = None,
     split: str,
     rows: int,
     repeats: int,
     say: Callable[[str], object],
 ) -> dict[str, Any]:
-    """Measures and returns a record: its rows are engines, `say` tells what is being done."""
+    """Measures and returns a record: its rows are engines, `say` tells what is being done.
+
+    Engines of the 8 bits of `quantized`, a folder made from `model` by `bertforge quantize`, are built from it.
+    """
     wanted = chosen(targets)
+    eight_bits = None if quantized is None else Scales.load(quantized).format
     hardware = detect()
     reference = Predictor.load(model, "fp32")
     prepared = PreparedData.open(data)
@@ -56,7 +62,8 @@ def run_benchmark(
         name: dict[str, Any] = {"framework": framework, "precision": precision}
         try:
             ours = framework in ("pytorch", PADDED)
-            folder = model if ours else engine(model, framework, precision, data, say)
+            source = quantized if quantized and precision == eight_bits else model
+            folder = model if ours else engine(source, framework, precision, data, say)
             predictor = load(folder, framework, precision)
         except BertforgeError as error:
             found.append({**name, "missing": str(error)})

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 from bertforge.artifact import compile_command
 
-Model = Annotated[Path, typer.Argument(help="Folder made by `bertforge merge`, or by `train` in full.")]
+Model = Annotated[Path, typer.Argument(help="Folder made by `bertforge merge`, by `train` in full, or by `quantize`.")]
 
 
 def compile_(
@@ -127,6 +127,9 @@ def benchmark(
     targets: Annotated[
         str, typer.Option(help="all, or TARGET or TARGET-PRECISION, several with commas: openvino,pytorch-fp32.")
     ] = "all",
+    quantized: Annotated[
+        Path | None, typer.Option(help="Folder made by `bertforge quantize MODEL`: int8 or fp8 engines come from it.")
+    ] = None,
     split: Annotated[str, typer.Option(help="Part of the data to run: train, validation or test.")] = "validation",
     rows: Annotated[int, typer.Option(min=32, help="Rows timed, spread over the part.")] = 500,
     repeats: Annotated[int, typer.Option(min=1, help="Times each figure is measured.")] = 5,
@@ -148,7 +151,9 @@ def benchmark(
     from bertforge.benchmark.table import summary, write
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    found = run_benchmark(model, data, targets, split=split, rows=rows, repeats=repeats, say=console.print)
+    found = run_benchmark(
+        model, data, targets, quantized=quantized, split=split, rows=rows, repeats=repeats, say=console.print
+    )
     console.print(summary(found))
     for path in write(out or model / "benchmark", found):
         console.print(f"wrote {path}")

@@ -174,7 +174,7 @@ def _calibrate(
         costs[name] = ranking.cost()
     best = min(costs, key=lambda name: costs[name].divergence)
     fake.set_activations(network, ways[best])
-    table = sensitivity.table(network, chosen, ranking, length, lambda i, n: say(f"sensitivity: {i} of {n}"))
+    table = sensitivity.table(network, chosen, ranking, length, lambda i, n: say(f"measuring sensitivity: {i} of {n}"))
     frontier = []
     if options.max_drop is not None:
         frontier = sensitivity.search(

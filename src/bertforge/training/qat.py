@@ -24,6 +24,7 @@ from bertforge.training.config import Recipe
 from bertforge.training.loop import Split, Trainer
 
 LR = 1e-5  # a tenth and less of what the model was trained with: it is to settle, not to learn anew
+_TOLD = 20  # steps between two words of it
 
 
 def tune(
@@ -50,7 +51,8 @@ def tune(
     loss_before, _ = trainer.validation()
 
     def show(progress: Progress, sequences: int, loss: float) -> None:
-        say(f"fine-tuning the quantized model: step {progress.step:,} of {trainer.total_steps:,}, loss {loss:.4f}")
+        if progress.step % _TOLD == 0:
+            say(f"fine-tuning the quantized model: step {progress.step:,} of {trainer.total_steps:,}, loss {loss:.4f}")
 
     progress = trainer.fit(show)
     kept = progress.best_loss < loss_before
