@@ -9,8 +9,8 @@ activations leave the cache.
 from __future__ import annotations
 
 import math
-import threading
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -49,18 +49,27 @@ class OpenVinoBackend:
             "INFERENCE_PRECISION_HINT": hint,
         }
         try:
-            self.compiled: Any = in_a_thread(lambda: openvino.Core().compile_model(str(path), "CPU", self.settings))
+            self.requests: SimpleQueue[Any] = in_a_thread(lambda: self._open(openvino.Core()))
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise ArtifactError(f"{path} cannot be loaded ({reason}); compile it again: bertforge compile") from error
-        self.names = {name for value in self.compiled.inputs for name in value.get_names()}
-        self.requests = threading.local()
+
+    def _open(self, core: Any) -> SimpleQueue[Any]:
+        """A request for each stream, made here and not by the threads that use them: two made at once may hang."""
+        compiled = core.compile_model(str(self.path), "CPU", self.settings)
+        self.names = {name for value in compiled.inputs for name in value.get_names()}
+        requests = SimpleQueue[Any]()
+        for _ in range(self.streams):
+            requests.put(compiled.create_infer_request())
+        return requests
 
     def logits(self, batch: PaddedBatch | PackedBatch) -> np.ndarray:
         """See `base.Backend`."""
-        if not hasattr(self.requests, "own"):
-            self.requests.own = self.compiled.create_infer_request()
-        found: np.ndarray = self.requests.own.infer(feeds(batch, self.names))["logits"].copy()
+        request = self.requests.get()
+        try:
+            found: np.ndarray = request.infer(feeds(batch, self.names))["logits"].copy()
+        finally:
+            self.requests.put(request)
         return found
 
     def products(self, batch: PaddedBatch | PackedBatch) -> list[Product]:
@@ -76,8 +85,8 @@ class OpenVinoBackend:
         return [product for product in found if product is not None]
 
     def close(self) -> None:
-        """Drops the compiled model."""
-        self.compiled, self.requests = None, threading.local()
+        """Drops the requests, and the compiled model with them."""
+        self.requests = SimpleQueue()
 
 
 def _product(node: Any, tokens: int) -> Product | None:
