@@ -72,9 +72,9 @@ def compile_model(model: Path, target: str, precision: str, data: Path | None, o
     serves the engine until `verify_engine` has proved it. Raises ArtifactError for a run with adapters and for an
     engine that does not compute what the model does, UsageError for INT8 without data.
     """
-    check_target(target, precision)
-    scales = _scales(model, target, precision, data)
     hardware = detect()
+    check_target(target, precision, hardware)
+    scales = _scales(model, target, precision, data)
     predictor = Predictor.load(model, "fp32")
     prepared = None if data is None else PreparedData.open(data)
     source = _Source(predictor, model, scales, prepared)
@@ -179,7 +179,9 @@ def _build(folder: Path, source: _Source, target: str, precision: str) -> dict[s
     """Writes what `target` loads; returns what is to be said of it."""
     from bertforge.export.bert_onnx import export_onnx
 
-    graph = export_onnx(source.network(), folder / "graph.onnx", scales=source.scales)
+    # OpenVINO lowers a float32 graph by itself; ONNX Runtime computes in the types it finds.
+    products = "fp16" if precision == "fp16" else "fp32"
+    graph = export_onnx(source.network(), folder / "graph.onnx", precision=products, scales=source.scales)
     calibrate = precision == "int8" and source.scales is None
     wanted = folder / TARGETS[target].file
     if target == "onnxruntime" and not calibrate:
