@@ -38,9 +38,8 @@ from bertforge.artifact import write_json
 from bertforge.backends.base import Backend, BatchShape
 from bertforge.backends.onnxruntime import OnnxRuntimeBackend
 from bertforge.backends.pytorch import PyTorchBackend
-from bertforge.backends.run import batch_of, group, run
+from bertforge.backends.run import batch_of, group, padding_waste, run
 from bertforge.batch import PaddedBatch
-from bertforge.benchmark.measure import padding_waste
 from bertforge.data.loader import Examples
 from bertforge.data.prepared import PreparedData
 from bertforge.data.tokens import Tokenizer
@@ -48,7 +47,6 @@ from bertforge.evaluation.groups import wilson_interval
 from bertforge.export.bert_onnx import export_onnx
 from bertforge.hardware import Hardware, detect
 from bertforge.inference.predictor import Predictor, plain_model
-from bertforge.kernels import layer_norm
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.config import BertConfig
 from fixed_packs import Compiled, FixedPacks, Recorded
@@ -112,8 +110,6 @@ class System:
     precision: str
     batch: str
     load: Callable[[Job], Ready]
-    fused: bool = False
-    """LayerNorm of a sum by our Triton kernel."""
 
 
 def main() -> None:
@@ -188,13 +184,11 @@ def packed_systems() -> Iterator[System]:
     """Ways to run our PyTorch model on packs."""
     autocast = partial(packed, tokens=16_384, weights="fp32")
     yield System("bertforge", "pytorch, packed, autocast", "bf16", "16384 tokens", autocast)
-    for fused in (False, True):
-        for tokens in (16_384, 32_768, 65_536):
-            name = f"pytorch, packed{', fused LayerNorm' if fused else ''}"
-            yield System("bertforge", name, "bf16", f"{tokens} tokens", partial(packed, tokens=tokens), fused)
+    for tokens in (16_384, 32_768, 65_536):
+        yield System("bertforge", "pytorch, packed", "bf16", f"{tokens} tokens", partial(packed, tokens=tokens))
     for tokens in (16_384, 65_536):
         load = partial(packed, tokens=tokens, how=Recorded)
-        yield System("bertforge", "CUDA graph, packed, fused LayerNorm", "bf16", f"{tokens} tokens", load, True)
+        yield System("bertforge", "CUDA graph, packed", "bf16", f"{tokens} tokens", load)
     load = partial(packed, tokens=32_768, how=Compiled)
     yield System("bertforge", "torch.compile, packed", "bf16", "32768 tokens", load)
 
@@ -262,7 +256,7 @@ def measure(system: System, job: Job, repeats: int, ceilings: dict[str, float]) 
     """Loads, warms up and times a system; what it takes is given back before it returns."""
     if system.precision == "fp32" and not job.labelled:
         job = job.eighth()
-    with clean(system.fused) as memory:
+    with clean() as memory:
         loaded = system.load(job)
         logits = loaded.work()
         rates = []
@@ -306,7 +300,7 @@ def quality(job: Job, logits: np.ndarray) -> dict[str, Any]:
 
 
 @contextmanager
-def clean(fused: bool) -> Iterator[Callable[[], float | None]]:
+def clean() -> Iterator[Callable[[], float | None]]:
     """A device without what ran before; gives a function that tells the GB taken from it since."""
     gc.collect()
     torch.compiler.reset()
@@ -314,11 +308,7 @@ def clean(fused: bool) -> Iterator[Callable[[], float | None]]:
     if there:
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info()[0]
-    layer_norm.FUSED = fused
-    try:
-        yield lambda: (free - torch.cuda.mem_get_info()[0]) / 1e9 if there else None
-    finally:
-        layer_norm.FUSED = False
+    yield lambda: (free - torch.cuda.mem_get_info()[0]) / 1e9 if there else None
 
 
 def ceiling(device: torch.device, dtype: torch.dtype) -> float:

@@ -37,22 +37,27 @@ def variants() -> str:
     """What each variant reaches on validation rows."""
     found = _record("variants")
     rows = []
-    for name, runs in _by(found["rows"], "variant").items():
+    ours = [row for row in found["rows"] if row["system"] == "bertforge"]
+    peers = [row | {"variant": f"{row['system']}: {row['variant']}"} for row in found["rows"] if row not in ours]
+    for name, all_runs in _by([*ours, *peers], "variant").items():
+        runs = [run for run in all_runs if run["split"].endswith("validation")]
+        tested = [run["accuracy"] for run in all_runs if run["split"].endswith("test")]
         accuracies = [run["accuracy"] for run in runs]
         mean, count = statistics.mean(accuracies), runs[0]["rows"]
         low, high = wilson_interval(round(mean * count), count)
         parameters = next((run["trainable_parameters"] for run in runs if "trainable_parameters" in run), None)
         rows.append(
             [
-                f"`{name}`",
+                f"`{name}`" if ":" not in name else name,
                 f"{parameters:,}" if parameters else "-",
                 _percent(mean),
                 _interval(low, high),
                 ", ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies),
                 f"{statistics.mean(run['loss'] for run in runs):.4f}",
+                _percent(statistics.mean(tested)) if tested else "-",
             ]
         )
-    header = ["variant", "trainable parameters", "validation accuracy", "95% interval", "seed by seed", "loss"]
+    header = ["variant", "trainable parameters", "validation accuracy", "95% interval", "seed by seed", "loss", "test"]
     return _markdown(header, rows) + _source("variants", found)
 
 
@@ -110,6 +115,44 @@ def inference_cpu() -> str:
     ]
     header = ["system", "framework", "precision", "questions/s", "speed-up", "accuracy"]
     return _markdown(header, rows) + _source("inference_cpu", found)
+
+
+@table
+def quantization() -> str:
+    """Accuracy in 8 bits."""
+    found = _record("quantization")
+    rows = [
+        [
+            row["precision"],
+            row["split"],
+            f"{row['rows']:,}",
+            _percent(row["accuracy"]),
+            _percent(row["accuracy_fp32"]),
+            f"{_percent(row['recovery'])} ({_interval(row['recovery_low'], row['recovery_high'])})",
+            f"{row['changed_labels']:,}",
+        ]
+        for row in found["rows"]
+    ]
+    header = ["precision", "split", "rows", "accuracy", "in float32", "recovery", "labels changed"]
+    return _markdown(header, rows) + _source("quantization", found)
+
+
+@table
+def sensitivity() -> str:
+    """What each layer and component costs in INT8."""
+    found = _record("quantization")
+    rows = [
+        [
+            row["name"],
+            f"{row['work']:.0%}",
+            f"{row['alone']['divergence']:.5f}",
+            f"{row['spared']['divergence']:.5f}",
+            str(row["alone"]["changed_labels"]),
+        ]
+        for row in found["sensitivity"]["int8"]
+    ]
+    header = ["quantized", "share of the work", "divergence alone", "of all but it", "labels changed alone"]
+    return _markdown(header, rows) + _source("quantization", found)
 
 
 @table

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "export": {"model"},
     "backends": {"model", "data"},
     "inference": {"model", "lora", "data", "evaluation", "quantize", "export", "backends"},
-    "benchmark": {"backends", "inference", "data", "evaluation"},
+    "benchmark": {"model", "backends", "inference", "data", "evaluation"},
     "cli": PARTS - {"cli"},
 }
 # Libraries a part is there for; nobody imports the part before it is asked for.

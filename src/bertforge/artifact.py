@@ -40,10 +40,10 @@ _MADE_BY = {
 }
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide a result."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python and of the libraries that decide a result, `more` among them."""
     found = {"python": platform.python_version()}
-    for name in _LIBRARIES:
+    for name in (*_LIBRARIES, *more):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:  # running from a source tree that was never installed

@@ -16,11 +16,17 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
+from bertforge.export.tensorrt_build import VALUES
 from bertforge.hardware import Hardware
 
 GPU = Hardware(torch.device("cpu"), "Fake RTX 4090", 24.0, cores=2, bf16=True, capability=(8, 9))
 MAGIC = b"fake engine"
-DataType = Enum("DataType", "INT32 FLOAT")
+DataType = Enum("DataType", "INT32 INT64 FLOAT")
+TYPES = {  # ONNX Runtime's name -> TensorRT's and C's
+    "tensor(int32)": (DataType.INT32, ctypes.c_int32),
+    "tensor(int64)": (DataType.INT64, ctypes.c_int64),
+    "tensor(float)": (DataType.FLOAT, ctypes.c_float),
+}
 TensorIOMode = Enum("TensorIOMode", "INPUT OUTPUT")
 
 
@@ -70,11 +76,11 @@ class FakeContext:
     def set_input_shape(self, name, shape):
         assert self.profile is not None, "a profile comes first"
         self.shapes[name] = shape
-        return tuple(shape) == self.engine.shapes[self.profile]
+        return tuple(shape) == self.engine.input_shape(name, self.profile)
 
     def get_tensor_shape(self, name):
         assert name == "logits"
-        assert self.shapes.keys() == {"input_ids", "attention_mask"}
+        assert self.shapes.keys() == self.engine.inputs.keys()
         return (self.shapes["input_ids"][0], self.engine.labels)
 
     def set_tensor_address(self, name, address):
@@ -83,7 +89,7 @@ class FakeContext:
 
     def execute_async_v3(self, stream):
         assert stream == 7
-        assert self.addresses.keys() == {"input_ids", "attention_mask", "logits"}
+        assert self.addresses.keys() == {*self.engine.inputs, "logits"}
         if self.cuda.capturing is not None:
             assert self.runs, "a context runs once before it is captured"
             self.cuda.capturing.calls.append(self.compute)
@@ -94,7 +100,10 @@ class FakeContext:
 
     def compute(self):
         self.runs += 1
-        feeds = {name: self.memory(name, ctypes.c_int32, shape).copy() for name, shape in self.shapes.items()}
+        feeds = {
+            name: self.memory(name, TYPES[self.engine.inputs[name].type][1], shape).copy()
+            for name, shape in self.shapes.items()
+        }
         found = self.engine.session.run(["logits"], feeds)[0]
         self.memory("logits", ctypes.c_float, self.get_tensor_shape("logits"))[:] = found
 
@@ -105,26 +114,30 @@ class FakeContext:
 class FakeEngine:
     """`shapes`: rows and tokens of each profile; `graph`: the ONNX file it computes."""
 
-    num_io_tensors = 3
-
     def __init__(self, shapes, graph, cuda):
         self.shapes, self.cuda = shapes, cuda
         self.num_optimization_profiles = len(shapes)
         self.session = ort.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
         self.labels = self.session.get_outputs()[0].shape[1]
+        self.inputs = {value.name: value for value in self.session.get_inputs()}
+        self.num_io_tensors = len(self.inputs) + 1
         self.contexts = []
 
+    def input_shape(self, name, profile):
+        named = dict(zip(("batch", "seq", "values"), (*self.shapes[profile], VALUES), strict=True))
+        return tuple(named.get(size, size) for size in self.inputs[name].shape)
+
     def get_tensor_name(self, index):
-        return ("input_ids", "attention_mask", "logits")[index]
+        return [*self.inputs, "logits"][index]
 
     def get_tensor_mode(self, name):
         return TensorIOMode.OUTPUT if name == "logits" else TensorIOMode.INPUT
 
     def get_tensor_dtype(self, name):
-        return DataType.FLOAT if name == "logits" else DataType.INT32
+        return DataType.FLOAT if name == "logits" else TYPES[self.inputs[name].type][0]
 
     def get_tensor_profile_shape(self, name, index):
-        return [self.shapes[index]] * 3
+        return [self.input_shape(name, index)] * 3
 
     def create_runtime_config(self):
         cache = types.SimpleNamespace(deserialize=self.cuda.events.append, serialize=lambda: b"compiled kernels")

@@ -13,12 +13,14 @@ from bertforge.backends.onnxruntime import OnnxRuntimeBackend
 from bertforge.backends.openvino import OpenVinoBackend
 from bertforge.backends.pytorch import PyTorchBackend, bfloat16_copy
 from bertforge.backends.registry import check_target, open_engine
-from bertforge.backends.run import batch_of, group, run
+from bertforge.backends.run import batch_of, group, padding_waste, run
 from bertforge.data.loader import Examples
+from bertforge.data.tabular import TabularArrays
 from bertforge.data.tokens import TokenStore
 from bertforge.errors import ArtifactError, MachineError
 from bertforge.export.bert_onnx import export_onnx
 from bertforge.hardware import detect
+from bertforge.model.config import TabularConfig
 from tests.model.tiny import tiny_bert
 
 
@@ -55,6 +57,29 @@ def test_every_backend_gives_the_models_logits_in_the_callers_order(backend, mod
     assert np.abs(found - found[::-1]).max() > 1e-3, "rows differ, so their order is seen"
 
 
+@pytest.mark.parametrize("kind", ["pytorch", "onnxruntime", "openvino"])
+def test_columns_go_with_their_rows(examples, kind, tmp_path):
+    model = tiny_bert(
+        vocab_size=100, max_position_embeddings=64, tabular=TabularConfig(1, (), (0,), (4,), hidden_size=4)
+    )
+    rng = np.random.default_rng(0)
+    numeric = rng.normal(size=(80, 1)).astype(np.float32)
+    numeric[::7] = np.nan
+    columns = TabularArrays(numeric, rng.integers(0, 4, (80, 1)), np.zeros((80, 0), np.int64))
+    given = replace(examples, tabular=columns)
+    backend = PyTorchBackend(model, detect(), "fp32")
+    if kind != "pytorch":
+        path = export_onnx(model, tmp_path / "m.onnx")
+        backend = {"onnxruntime": OnnxRuntimeBackend, "openvino": OpenVinoBackend}[kind](path, detect(), "fp32")
+    rows = rng.permutation(80)[:50]
+    found = run(backend, given, rows, shape=BatchShape(tokens=300, multiple=16))
+    with torch.no_grad():
+        one_by_one = np.concatenate([model(given.pack(rows[i : i + 1])[0]).numpy() for i in range(len(rows))])
+    np.testing.assert_allclose(found, one_by_one, atol=2e-5)
+    shifted = run(backend, replace(examples, tabular=columns[np.arange(80) - 1]), rows)
+    assert np.abs(found - shifted).max() > 1e-2
+
+
 def test_groups_hold_every_place_once_and_keep_to_the_shape():
     lengths = np.random.default_rng(0).integers(1, 100, size=200)
     for shape in (BatchShape(256), BatchShape(256, rows=3), BatchShape(256, multiple=16), BatchShape(1)):
@@ -64,6 +89,14 @@ def test_groups_hold_every_place_once_and_keep_to_the_shape():
             width = -(-lengths[places].max() // shape.multiple) * shape.multiple
             assert len(places) == 1 or width * len(places) <= shape.tokens
             assert len(places) <= (shape.rows or 200)
+
+
+def test_padding_waste_by_hand():
+    lengths = np.array([3, 1, 2, 10])
+    assert padding_waste(lengths, True, BatchShape(8)) == 0
+    assert padding_waste(lengths, False, BatchShape(1)) == 0
+    # (10), (3, 2), (1) in batches of 8 tokens: 10 + 6 + 1 computed for 16
+    assert padding_waste(lengths, False, BatchShape(8, rows=2)) == pytest.approx(17 / 16 - 1)
 
 
 def test_padding_goes_to_a_multiple_but_not_past_the_longest_text(examples):

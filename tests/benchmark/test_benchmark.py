@@ -6,12 +6,16 @@ import shutil
 import numpy as np
 import pytest
 
-from bertforge.backends.base import BatchShape
 from bertforge.backends.registry import TARGETS, Target
-from bertforge.benchmark.measure import padding_waste, rate
-from bertforge.benchmark.run import chosen, run_benchmark
+from bertforge.benchmark.measure import rate
+from bertforge.benchmark.roofline import ceiling, needed_flops
+from bertforge.benchmark.run import _accuracy, _changed, chosen, run_benchmark
 from bertforge.benchmark.table import markdown
+from bertforge.benchmark.workload import Workload
+from bertforge.data.prepared import PreparedData
 from bertforge.errors import UsageError
+from bertforge.inference.predictor import Predictor
+from tests.model.tiny import tiny_bert
 from tests.runs import run_command
 
 
@@ -36,14 +40,32 @@ def test_a_target_that_is_missing_is_a_row_that_says_how_to_get_it(model, data, 
 
 
 def test_from_the_command_line(model, data, tmp_path, capsys):
-    arguments = ("--data", data, "--targets", "onnxruntime-fp32", "--rows", "32", "--repeats", "1")
+    targets = "pytorch-padded-fp32,onnxruntime-fp32"
+    arguments = ("--data", data, "--targets", targets, "--rows", "32", "--repeats", "1")
     assert run_command("benchmark", model, *arguments, "--out", tmp_path) == 0
     said = capsys.readouterr().out
-    assert "| onnxruntime | fp32 |" in said
+    tables = [line for line in said.splitlines() if not line.startswith("wrote")]
+    assert max(map(len, tables)) <= 80
+    assert sum(line.strip().startswith("onnxruntime fp32 ") for line in tables) == 3
     rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
-    assert [row["precision"] for row in rows] == ["fp32", "fp32"]
-    assert rows[0]["accuracy"] == rows[1]["accuracy"]
+    assert [row["framework"] for row in rows] == ["pytorch", "pytorch-padded", "onnxruntime"]
+    assert len({row["accuracy"] for row in rows}) == 1
+    assert rows[1]["padding_waste"] > rows[0]["padding_waste"] == 0
+    for row in rows:
+        assert 0 < row["share_of_ceiling"] < 1
+        assert 0.1 < row["peak_memory_gb"] < 5
+        assert row["changed_rows"] == []
     assert (tmp_path / "table.md").read_text().startswith("| framework |")
+    assert "onnxruntime fp32" in (tmp_path / "chart.svg").read_text()
+
+
+def test_a_model_with_columns_is_measured_with_them(runs, data, tmp_path):
+    model = shutil.copytree(runs["columns"], tmp_path / "model")
+    found = run_benchmark(
+        model, data, "onnxruntime-fp32", split="validation", rows=32, repeats=1, say=lambda text: None
+    )["rows"]
+    assert [row["changed_labels"] for row in found] == [0, 0]
+    assert found[1]["end_to_end_questions_per_s"] > 0
 
 
 def test_targets_are_chosen_by_name_and_the_reference_is_always_there():
@@ -54,12 +76,33 @@ def test_targets_are_chosen_by_name_and_the_reference_is_always_there():
         chosen("openvino,tpu")
 
 
-def test_padding_waste_by_hand():
-    lengths = np.array([3, 1, 2, 10])
-    assert padding_waste(lengths, True, BatchShape(8)) == 0
-    assert padding_waste(lengths, False, BatchShape(1)) == 0
-    # (10), (3, 2), (1) in batches of 8 tokens: 10 + 6 + 1 computed for 16
-    assert padding_waste(lengths, False, BatchShape(8, rows=2)) == pytest.approx(17 / 16 - 1)
+def test_changed_labels_are_listed_by_line_and_recovery_has_a_paired_interval(runs, data):
+    prepared = PreparedData.open(data)
+    work = Workload.of(Predictor.load(runs["full"], "fp32"), prepared, "validation", 32)
+    baseline = np.eye(2, dtype=np.float32)[work.labels] * 4  # right everywhere
+    logits = baseline.copy()
+    logits[3] = -logits[3]
+    logits[3] += 4
+    (changed,) = _changed(baseline, logits, prepared, work)
+    right, wrong = (prepared.label_names[label] for label in (work.labels[3], 1 - work.labels[3]))
+    assert changed == {"line": int(prepared.lines[work.rows[3]]), "true": right, "reference": right, "engine": wrong}
+    row = _accuracy(baseline, logits, work.labels)
+    assert row["recovery"] == pytest.approx(1 - 1 / len(work.rows))
+    assert row["recovery_low"] < row["recovery"] < row["recovery_high"] == 1
+    assert row["changed_labels"] == 1
+
+
+def test_needed_work_by_hand():
+    config = tiny_bert(hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2).config
+    below = 3 * (4 * 64 + 2 * 128) + 2 * 8 * 9  # three tokens through the first layer, and attention
+    last = 3 * 2 * 64 + 2 * 8 * 3 + (2 * 64 + 2 * 128)  # keys and values of all, the rest of the first token
+    assert needed_flops(config, np.array([3])) == 2 * (below + last + 8 * (8 + 2))
+    assert needed_flops(config, np.array([3, 3])) == 2 * needed_flops(config, np.array([3]))
+
+
+def test_the_ceiling_is_measured_where_torch_has_the_product():
+    assert all(ceiling("cpu", precision) > 1e9 for precision in ("fp32", "bf16", "int8"))
+    assert ceiling("cpu", "fp8") is None
 
 
 def test_a_rate_is_warmed_up_and_repeated():

@@ -6,6 +6,7 @@ import shutil
 import pandas as pd
 import pytest
 
+from bertforge.training.config import variants
 from tests.runs import KINDS, STEPS, run_command
 
 QUICK = ("epochs=1", "max_length=48", "tokens_per_step=1024", "precision=fp32")
@@ -27,7 +28,22 @@ def test_train_with_settings_in_one_go(tmp_path, data, base, capsys):
 
 def test_the_variants_are_listed_without_any_other_option(capsys):
     assert run_command("train", "--variant", "list") == 0
-    assert "lora-r8-all" in capsys.readouterr().out.split()
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said] == variants()
+    for line in said:
+        assert len(line.split()) > 4, f"{line} says nothing"
+    assert "lora-r1            LoRA on query and value, rank 1: 38,402 trainable parameters on BERT-base." in said
+
+
+def test_without_a_terminal_training_tells_each_epoch_and_how_far_it_is(tmp_path, data, base, capsys, monkeypatch):
+    monkeypatch.setattr("bertforge.cli.train.EVERY_S", 0.0)
+    arguments = ("train", "--data", data, "--out", tmp_path / "run", "--model", base, "--variant", "lora-r8")
+    assert run_command(*arguments, "--set", *QUICK, "epochs=2") == 0
+    said = capsys.readouterr().err.splitlines()
+    assert any(line.startswith(f"epoch 1, step 2 of {2 * STEPS}: ") for line in said)
+    assert sum(line.startswith("epoch 1: train loss ") for line in said) == 1
+    assert not any("nan" in line for line in said)
+    assert any("questions/s" in line and "loss" not in line for line in said), "before the first loss is read"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -77,6 +77,11 @@ def one_line(capsys):
             4,
             "model folder ./absent does not exist",
         ),
+        (
+            ("train", "--data", "{data}", "--out", "{new}", "--variant", "bert-base"),  # the Hub is out of reach here
+            4,
+            "could not be downloaded (the Hugging Face Hub cannot be reached); name a local folder, or --model minilm",
+        ),
         (("merge", "{run}", "--out", "{new}"), 4, "there is nothing to merge"),
     ],
 )

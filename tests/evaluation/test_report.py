@@ -28,6 +28,7 @@ SECTIONS = [
     "Accuracy by text length",
     "Accuracy by month",
     "Engines",
+    "Quantization",
     "Paired tests",
     "Most confident mistakes",
     "Recipe",
@@ -106,6 +107,28 @@ def _made_report(labels: int, names: tuple[str, ...]) -> Report:
             },
             {"framework": "tensorrt", "precision": "fp16", "missing": "pip install it"},
         ],
+        quantization={
+            "precision": "int8",
+            "chosen_calibration": "percentile 99.999",
+            "calibration_rows": 300,
+            "ranking_rows": 250,
+            "quantized_share_of_work": 0.92,
+            "ptq": {"rows": 1000, "verdict": "no difference shown"},
+            "sensitivity": [
+                {
+                    "name": "ffn-down",
+                    "work": 0.31,
+                    "alone": {"divergence": 0.00206, "changed_labels": 5},
+                    "spared": {"divergence": 0.0005, "changed_labels": 2},
+                },
+                {
+                    "name": "qkv",
+                    "work": 0.23,
+                    "alone": {"divergence": 0.00103, "changed_labels": 3},
+                    "spared": {"divergence": 0.0011, "changed_labels": 4},
+                },
+            ],
+        },
     )
 
 

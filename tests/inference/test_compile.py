@@ -4,13 +4,16 @@ import json
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from bertforge.artifact import read_manifest
-from bertforge.errors import ArtifactError, UsageError
+from bertforge.artifact import hash_file, read_manifest
+from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.inference.compile import compile_model
+from bertforge.inference.predict import predict_table
 from bertforge.inference.predictor import Predictor
-from tests.runs import run_command
+from bertforge.training.finetune import finetune
+from tests.runs import made_up, prepare_frame, quick_recipe, run_command
 
 TEXTS = ["How do I sort a list?", "Which laptop is best?", "a " * 60]
 
@@ -33,12 +36,57 @@ def test_an_engine_predicts_like_its_model(engines, runs, name, tolerance):
     assert list(engine.predict(TEXTS).columns) == list(model.predict(TEXTS).columns)
 
 
+@pytest.fixture(scope="module")
+def with_gaps(tmp_path_factory, base):
+    """A run on a table of which numbers and dates are missing here and there, and the table."""
+    folder = tmp_path_factory.mktemp("gaps")
+    frame = made_up(160)
+    frame.loc[::5, "ReputationAtPostCreation"] = ""
+    data = prepare_frame(frame, folder / "questions", base)
+    finetune(data, folder / "run", quick_recipe(base, "columns", epochs=1))
+    return folder / "run", data
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "tolerance"),
+    [
+        ("onnxruntime", "fp32", 1e-5),
+        ("onnxruntime", "int8", 0.2),
+        ("openvino", "bf16", 5e-2),
+        ("openvino", "int8", 0.2),
+    ],
+)
+def test_a_model_with_columns_takes_the_raw_table(tmp_path, with_gaps, target, precision, tolerance):
+    model, data = with_gaps
+    receipt = compile_model(model, target, precision, data, tmp_path / "engine")
+    assert receipt["golden_agreement"]["max_logit_difference"] < tolerance
+    engine, reference = Predictor.load(tmp_path / "engine"), Predictor.load(model, "fp32")
+    assert engine.transform.indicators == ("reputation",)
+    frame = made_up(40, seed=5)
+    frame.loc[3:9, "ReputationAtPostCreation"] = ["", "many", "1e400", "-5", "1e6", "0", "7"]
+    frame.loc[10, "Tag1"] = "never-seen"
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    for predictor, name in ((engine, "engine"), (reference, "model")):
+        assert predict_table(predictor, tmp_path / "t.csv", tmp_path / f"{name}.csv").rows == 40
+    found, wanted = (pd.read_csv(tmp_path / f"{name}.csv")["p_closed"] for name in ("engine", "model"))
+    np.testing.assert_allclose(found, wanted, atol=tolerance)
+    assert wanted.std() > 1e-3
+
+
 def test_the_receipt_says_what_was_shown(engines):
     receipt = read_manifest(engines / "openvino-int8", "engine")
     assert receipt["golden_agreement"]["rows"] == 16
     assert receipt["validation_agreement"]["rows"] == receipt["validation_agreement"]["rows"] > 10
     assert receipt["validation_accuracy"] >= receipt["validation_accuracy_fp32"] - 0.003
-    assert {"build_seconds", "bytes", "device", "parent", "versions"} <= receipt.keys()
+    assert receipt["padding_waste"] >= 0
+    assert receipt["hashes"]["model.bin"] == hash_file(engines / "openvino-int8" / "model.bin")
+    assert {"openvino", "nncf"} <= receipt["versions"].keys()
+    assert {"build_seconds", "bytes", "device", "parent"} <= receipt.keys()
+    products = receipt["products"]
+    assert products["label"] == "int8"
+    assert products["linear_shares"]["int8"] > 0.8
+    assert products["attention_shares"].keys() & {"int8"} == set()
+    assert sum(products["shares"].values()) == pytest.approx(1)
 
 
 def test_what_cannot_be_compiled_is_refused_and_nothing_written(tmp_path, runs, engines, data):
@@ -72,14 +120,58 @@ def test_an_engine_that_computes_something_else_is_not_kept(tmp_path, runs):
     assert not (tmp_path / "far").exists()
 
 
-def test_a_damaged_engine_is_one_line(tmp_path, engines):
-    broken = tmp_path / "engine"
-    shutil.copytree(engines / "openvino-bf16", broken)
-    (broken / "model.xml").write_text("<net")
-    with pytest.raises(ArtifactError, match="compile it again"):
-        Predictor.load(broken)
+@pytest.mark.parametrize(
+    ("engine", "file", "keep"),
+    [
+        ("openvino-bf16", "model.xml", 4),
+        ("openvino-bf16", "model.xml", -200),
+        ("openvino-bf16", "model.bin", 1000),
+        ("openvino-bf16", "model.bin", 0),
+        ("onnxruntime-fp32", "model.onnx", 1000),
+        ("onnxruntime-fp32", "model.onnx", 0),
+    ],
+)
+def test_a_file_cut_short_is_one_line_and_nothing_is_written(tmp_path, engines, data, capsys, engine, file, keep):
+    broken, table, out = tmp_path / "engine", data.with_suffix(".csv"), tmp_path / "p.csv"
+    shutil.copytree(engines / engine, broken)
+    (broken / file).write_bytes((broken / file).read_bytes()[:keep])
+    assert run_command("predict", broken, table, "--out", out) == 4
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "compile it again" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"engine"}
+
+
+def test_an_engine_has_one_precision(engines):
     with pytest.raises(UsageError, match="was compiled in bf16, not in fp32"):
         Predictor.load(engines / "openvino-bf16", "fp32")
+
+
+def test_calibration_rows_of_one_class_are_refused(tmp_path, runs, data):
+    one_class = tmp_path / "data"
+    shutil.copytree(data, one_class)
+    np.save(one_class / "labels.npy", np.zeros_like(np.load(data / "labels.npy")))
+    with pytest.raises(DataError, match="the calibration rows hold one class only"):
+        compile_model(runs["full"], "openvino", "int8", one_class, tmp_path / "engine")
+    assert not (tmp_path / "engine").exists()
+
+
+def test_a_model_whose_head_was_never_trained_is_refused(tmp_path, runs, base):
+    with pytest.raises(ArtifactError, match=r"holds no bertforge.json; it should be a folder made by"):
+        compile_model(base, "onnxruntime", "fp32", None, tmp_path / "engine")
+    model = tmp_path / "model"
+    shutil.copytree(runs["full"], model)
+    shutil.copy(base / "model.safetensors", model)  # an encoder without a head
+    with pytest.raises(ArtifactError, match="holds no trained classifier; fine-tune it first: bertforge train"):
+        compile_model(model, "onnxruntime", "fp32", None, tmp_path / "engine")
+    assert not (tmp_path / "engine").exists()
+
+
+def test_a_long_text_is_cut_as_the_model_cuts_it(engines, runs):
+    engine, longest = Predictor.load(engines / "openvino-bf16"), 48 - 2  # [CLS] and [SEP] stay
+    logits = engine.logits(["a " * 3000, "a " * longest, "a " * (longest - 20)])
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-6)
+    assert np.abs(logits[1] - logits[2]).max() > 1e-4
 
 
 def test_compile_and_predict_from_the_command_line(tmp_path, runs, data, capsys):
@@ -87,6 +179,7 @@ def test_compile_and_predict_from_the_command_line(tmp_path, runs, data, capsys)
     assert run_command("compile", runs["full"], "--target", "openvino", "--data", data, "--out", engine) == 0
     said = capsys.readouterr().out
     assert "labels changed" in said
+    assert "linear layers run 100% in " in said
     assert f"bertforge predict {engine}" in said
     table = data.with_suffix(".csv")
     assert run_command("predict", engine, table, "--out", tmp_path / "p.csv") == 0

@@ -84,6 +84,22 @@ def test_one_text_and_columns_of_another_length_are_refused(data, runs):
         predictor.predict(["Why?", "How?"], columns)
 
 
+def test_examples_of_some_rows_are_those_of_all(data, runs):
+    predictor, prepared = Predictor.load(runs["columns"], "fp32"), PreparedData.open(data)
+    everything = predictor.examples(prepared, np.arange(len(prepared)))
+    rows = np.array([70, 3, 159])
+    (some, labels), (same, _) = (examples.pack(rows) for examples in (predictor.examples(prepared, rows), everything))
+    assert torch.equal(some.input_ids, same.input_ids)
+    assert labels.tolist() == prepared.labels[rows].tolist()
+    assert torch.equal(some.tabular.numeric, same.tabular.numeric)
+    assert torch.equal(some.tabular.categorical, same.tabular.categorical)
+    values = some.tabular.multi.shape[1]  # as many as these rows need
+    assert torch.equal(some.tabular.multi, same.tabular.multi[:, :values])
+    assert not same.tabular.multi[:, values:].any()
+    assert some.tabular.numeric.abs().nansum() > 0
+    assert Predictor.load(runs["full"]).examples(prepared, rows).tabular is None
+
+
 # ------------------------------------------------------------------------------------------ golden rows
 
 

@@ -69,7 +69,9 @@ def test_what_was_measured_stands_in_the_manifest(folders):
     assert layers == pytest.approx(components) == pytest.approx(1.0)
     assert found["ptq"]["rows"] == 16
     assert "qat" not in found
-    assert "qat" in read_manifest(folders / "tuned", "quantized")["quantization"]
+    tuned = read_manifest(folders / "tuned", "quantized")["quantization"]["qat"]
+    assert tuned["kept"]
+    assert tuned["validation_loss"] < tuned["validation_loss_before"]
 
 
 def test_a_budget_that_all_of_it_meets_takes_nothing_back(folders):

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from bertforge.backends.receipt import Product
 from bertforge.batch import PackedBatch, PaddedBatch
 
 
@@ -48,6 +49,10 @@ class Backend(Protocol):
 
     def logits(self, batch: PaddedBatch | PackedBatch) -> np.ndarray:
         """`[sequences, labels]` float32 on the host: the call returns when the work is done."""
+        ...
+
+    def products(self, batch: PaddedBatch | PackedBatch) -> list[Product]:
+        """The matrix products that run for `batch`, as the engine tells; empty where it cannot."""
         ...
 
     def close(self) -> None:

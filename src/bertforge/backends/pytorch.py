@@ -1,8 +1,7 @@
 """PyTorch on packed batches: the reference, and the engine where nothing was compiled.
 
-In bf16 on CUDA the encoder is a copy whose weights are bfloat16. Autocast would turn every weight to bfloat16 again at
-each call, keep the residual in float32, and turn it to bfloat16 for each linear layer anew. The head and the columns
-stay float32. On a CPU autocast's float32 residual costs little, and its kernels are the faster ones.
+In bf16 on CUDA the encoder is a copy whose weights are bfloat16, for autocast turns every weight to bfloat16 again at
+each call; the head and the columns stay float32. Padded batches are to compare.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from bertforge.backends.base import BatchShape
+from bertforge.backends.receipt import Product
 from bertforge.batch import PackedBatch, PaddedBatch
 from bertforge.hardware import Hardware, autocast
 from bertforge.model.classifier import BertForSequenceClassification
@@ -22,17 +22,20 @@ class PyTorchBackend:
     """A model of ours in evaluation mode."""
 
     name = "pytorch"
-    packed = True
 
-    def __init__(self, model: BertForSequenceClassification, hardware: Hardware, precision: str) -> None:
+    def __init__(
+        self, model: BertForSequenceClassification, hardware: Hardware, precision: str, *, packed: bool = True
+    ) -> None:
         """`precision` is fp32 or bf16: weights on CUDA, autocast on a CPU."""
         cuda = hardware.device.type == "cuda"
+        self.packed = packed
         self.model = model.to(hardware.device).eval()
         self.cast = precision if not cuda else "fp32"
         if cuda and precision == "bf16":
             self.model = bfloat16_copy(self.model)
         # A GPU works on one pack while the next is laid out; large packs, for launching takes as long for small ones.
-        self.shape, self.streams = (BatchShape(tokens=65_536), 2) if cuda else (BatchShape(tokens=16_384), 1)
+        tokens, self.streams = (65_536, 2) if cuda else (16_384, 1)
+        self.shape = BatchShape(tokens, multiple=1 if packed else 8)
         self.target = hardware.device
         self.device, self.precision = hardware.name, precision
 
@@ -42,6 +45,10 @@ class PyTorchBackend:
         with autocast(self.target, self.cast):
             found: np.ndarray = self.model(batch.to(self.target)).float().cpu().numpy()
         return found
+
+    def products(self, batch: PaddedBatch | PackedBatch) -> list[Product]:
+        """None are told: nothing was compiled."""
+        return []
 
     def close(self) -> None:
         """Nothing is held but the model."""

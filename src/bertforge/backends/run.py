@@ -56,6 +56,16 @@ def _cuts(lengths: np.ndarray, shape: BatchShape) -> Iterator[tuple[int, int]]:
         start = stop
 
 
+def padding_waste(lengths: np.ndarray, packed: bool, shape: BatchShape) -> float:
+    """Tokens computed for one real token, less one: 0 without padding."""
+    if packed:
+        return 0.0
+    computed = 0
+    for places in group(lengths, shape):
+        computed += shape.padded(int(lengths[places].max())) * len(places)
+    return computed / int(lengths.sum()) - 1
+
+
 def batch_of(examples: Examples, rows: np.ndarray, packed: bool, shape: BatchShape) -> PackedBatch | PaddedBatch:
     """The rows as the backend takes them; padding stands on the right."""
     if packed:

@@ -26,6 +26,7 @@ from bertforge.artifact import compile_command, write_atomic
 from bertforge.backends.base import BatchShape
 from bertforge.backends.buckets import Bucket
 from bertforge.backends.feeds import feeds
+from bertforge.backends.receipt import Product
 from bertforge.batch import PackedBatch, PaddedBatch
 from bertforge.errors import ArtifactError, MachineError, UsageError
 from bertforge.hardware import Hardware
@@ -76,13 +77,19 @@ class TensorRtBackend:
         self.shape = BatchShape(tokens=max(bucket.rows * bucket.length for bucket in self.profiles), edges=edges)
 
     def logits(self, batch: PaddedBatch | PackedBatch) -> np.ndarray:
-        """See `base.Backend`; raises UsageError for a row longer than the longest profile."""
-        arrays = feeds(batch, next(iter(self.profiles.values())).inputs)
+        """See `base.Backend`; raises UsageError for a row longer than the longest profile or of more values."""
+        inputs = next(iter(self.profiles.values())).inputs
+        arrays = feeds(batch, inputs)
         rows, width = arrays["input_ids"].shape
         if width > self.shape.edges[-1]:
             raise UsageError(
                 f"a text of {width} tokens is longer than the engine's longest profile, {self.shape.edges[-1]} tokens; "
                 "cut it, or compile a model that was trained with a larger max_length"
+            )
+        if "multi" in arrays and (given := arrays["multi"].shape[1]) > (most := inputs["multi"].device.shape[1]):
+            raise UsageError(
+                f"a row has {given} values in the multi-valued column and the engine takes {most}; "
+                "predict the table with the model it was compiled from"
             )
         length = self.shape.padded(width)
         fitting = sorted((bucket for bucket in self.profiles if bucket.length == length), key=lambda b: b.rows)
@@ -93,6 +100,10 @@ class TensorRtBackend:
             parts.append(self.profiles[bucket].run(part))
             start += bucket.rows
         return np.concatenate(parts)
+
+    def products(self, batch: PaddedBatch | PackedBatch) -> list[Product]:
+        """None: what its layers run in was read when it was built, see `export.tensorrt_layers`."""
+        return []
 
     def close(self) -> None:
         """Drops graphs and contexts before the engine they came from."""
@@ -113,7 +124,7 @@ class _Buffer:
         return cls(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, pin_memory=pinned))
 
     def fill(self, array: np.ndarray) -> None:
-        """Copies `array` into the corner; what is around it is 0, which masks padding and empty rows."""
+        """Copies `array` into the corner; what is around it is 0: padding, no value of a column, an empty row."""
         self.host.zero_()
         self.host[tuple(slice(size) for size in array.shape)] = torch.from_numpy(array)
         self.device.copy_(self.host, non_blocking=True)

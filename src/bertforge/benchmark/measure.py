@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bertforge.backends.base import Backend, BatchShape
-from bertforge.backends.run import batch_of, group, run
+from bertforge.backends.run import batch_of, run
 from bertforge.data.loader import Examples
 
 
@@ -51,13 +51,3 @@ def latencies_ms(backend: Backend, examples: Examples, rows: np.ndarray, repeats
             backend.logits(batch)
             found.append(1e3 * (time.perf_counter() - start))
     return np.array(found)
-
-
-def padding_waste(lengths: np.ndarray, packed: bool, shape: BatchShape) -> float:
-    """Tokens computed for one real token, less one: 0 without padding."""
-    if packed:
-        return 0.0
-    computed = 0
-    for places in group(lengths, shape):
-        computed += shape.padded(int(lengths[places].max())) * len(places)
-    return computed / int(lengths.sum()) - 1

@@ -1,54 +1,37 @@
 """Targets x precisions -> rows, the reference first, each on the same questions.
 
-The reference is PyTorch in float32 on packed tokens. An engine that is missing is compiled; a target that is not
-installed becomes a row that says how to install it.
+The reference is PyTorch in float32 on packed tokens. An engine that was not compiled yet is compiled; a target that is
+not installed becomes a row that says how to install it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from bertforge.artifact import MANIFEST, hash_file, read_manifest, versions
 from bertforge.backends.base import Backend, BatchShape
 from bertforge.backends.registry import TARGETS
-from bertforge.backends.run import run
-from bertforge.benchmark.measure import latencies_ms, padding_waste, rate, throughput
-from bertforge.data.loader import Examples
+from bertforge.backends.run import padding_waste, run
+from bertforge.benchmark.measure import latencies_ms, rate, throughput
+from bertforge.benchmark.memory import peak_memory_gb
+from bertforge.benchmark.roofline import ceiling, needed_flops
+from bertforge.benchmark.workload import PADDED, Workload, load
 from bertforge.data.prepared import PreparedData
 from bertforge.errors import BertforgeError, UsageError
-from bertforge.evaluation.compare import compare
+from bertforge.evaluation.compare import Comparison, compare
 from bertforge.evaluation.groups import wilson_interval
 from bertforge.hardware import detect
 from bertforge.inference.compile import compile_model, default_folder
 from bertforge.inference.predictor import Predictor
+from bertforge.model.config import BertConfig
+from bertforge.scales import Scales
 
 REFERENCE = ("pytorch", "fp32")
 LATENCY_ROWS = 100
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The rows of a benchmark."""
-
-    examples: Examples
-    rows: np.ndarray
-    """The whole part, for accuracy."""
-    timed: np.ndarray
-    texts: list[str]
-    """Of the timed rows."""
-    columns: pd.DataFrame | None
-    """Of the timed rows, where the model reads columns beside the text."""
-
-    @property
-    def labels(self) -> np.ndarray:
-        """[rows]."""
-        return np.asarray(self.examples.labels[self.rows])
 
 
 def run_benchmark(
@@ -56,35 +39,55 @@ def run_benchmark(
     data: Path,
     targets: str,
     *,
+    quantized: Path | None = None,
     split: str,
     rows: int,
     repeats: int,
     say: Callable[[str], object],
 ) -> dict[str, Any]:
-    """Measures and returns a record: its rows are engines, `say` tells what is being done."""
+    """Measures and returns a record: its rows are engines, `say` tells what is being done.
+
+    Engines of the 8 bits of `quantized`, a folder made from `model` by `bertforge quantize`, are built from it.
+    """
     wanted = chosen(targets)
+    eight_bits = None if quantized is None else Scales.load(quantized).format
     hardware = detect()
     reference = Predictor.load(model, "fp32")
-    work = _workload(reference, PreparedData.open(data), split, rows)
+    prepared = PreparedData.open(data)
+    work = Workload.of(reference, prepared, split, rows)
     baseline = run(reference.backend, work.examples, work.rows)
+    flops = needed_flops(BertConfig.load(model), work.examples.lengths(work.timed)) / len(work.timed)
     found: list[dict[str, Any]] = []
-    for target, precision in wanted:
-        name: dict[str, Any] = {"framework": target, "precision": precision}
+    for framework, precision in wanted:
+        name: dict[str, Any] = {"framework": framework, "precision": precision}
         try:
-            folder = model if target == "pytorch" else engine(model, target, precision, data, say)
-            predictor = Predictor.load(folder, precision)
+            ours = framework in ("pytorch", PADDED)
+            source = quantized if quantized and precision == eight_bits else model
+            folder = model if ours else engine(source, framework, precision, data, say)
+            predictor = load(folder, framework, precision)
         except BertforgeError as error:
             found.append({**name, "missing": str(error)})
             continue
-        say(f"measuring {target} {precision}")
-        found.append({**name, "bytes": _bytes(folder), **_row(predictor, work, baseline, repeats)})
+        say(f"measuring {framework} {precision}")
+        is_reference = (framework, precision) == REFERENCE
+        logits = baseline if is_reference else run(predictor.backend, work.examples, work.rows)
+        row = {**name, **_speed(predictor, work, repeats), "bytes": _bytes(folder)}
+        most = ceiling(hardware.device.type, precision)
+        row["share_of_ceiling"] = flops * row["questions_per_s"] / most if most else None
+        if not ours:
+            row["products"] = predictor.manifest["products"]
+        row |= _accuracy(baseline, logits, work.labels)
+        row["changed_rows"] = _changed(baseline, logits, prepared, work)
         predictor.backend.close()
+        row["peak_memory_gb"] = peak_memory_gb(folder, framework, precision, data, split, rows)
+        found.append(row)
     return {
         "benchmark": "engines",
         "model": str(model),
         "split": f"{reference.manifest['recipe']['split']}/{split}",
         "rows_timed": len(work.timed),
         "tokens_per_question": float(work.examples.lengths(work.timed).mean()),
+        "gflop_per_question": flops / 1e9,
         "repeats": repeats,
         "device": f"{hardware.name}, {hardware.cores} CPU cores",
         "versions": versions(),
@@ -94,7 +97,7 @@ def run_benchmark(
 
 def chosen(targets: str) -> list[tuple[str, str]]:
     """`all`, or names of targets and TARGET-PRECISION pairs, the reference first; raises UsageError for another."""
-    pairs = [REFERENCE, ("pytorch", "bf16")]
+    pairs = [REFERENCE, ("pytorch", "bf16"), (PADDED, "fp32"), (PADDED, "bf16")]
     pairs += [(name, precision) for name, target in TARGETS.items() for precision in target.precisions]
     if targets == "all":
         return pairs
@@ -117,19 +120,8 @@ def engine(model: Path, target: str, precision: str, data: Path, say: Callable[[
     return folder
 
 
-def _workload(predictor: Predictor, prepared: PreparedData, split: str, rows: int) -> Workload:
-    whole = prepared.rows(predictor.manifest["recipe"]["split"], split)
-    timed = whole[np.linspace(0, len(whole) - 1, min(rows, len(whole))).astype(int)]
-    timed = np.random.default_rng(0).permutation(timed)  # as questions come: in no order of length
-    columns = predictor.columns(prepared, timed)
-    return Workload(predictor.examples(prepared, whole), whole, timed, prepared.texts(timed), columns)
-
-
-def _row(predictor: Predictor, work: Workload, baseline: np.ndarray, repeats: int) -> dict[str, Any]:
-    backend, labels = predictor.backend, work.labels
-    logits = run(backend, work.examples, work.rows)
-    compared = compare(baseline, logits, labels)
-    low, high = wilson_interval(int((logits.argmax(1) == labels).sum()), len(labels))
+def _speed(predictor: Predictor, work: Workload, repeats: int) -> dict[str, Any]:
+    backend = predictor.backend
     best = throughput(backend, work.examples, work.timed, backend.shape, repeats)
     from_text = rate(lambda: predictor.logits(work.texts, work.columns), len(work.timed), repeats)
     calls = latencies_ms(backend, work.examples, work.timed[:LATENCY_ROWS], repeats)
@@ -144,15 +136,40 @@ def _row(predictor: Predictor, work: Workload, baseline: np.ndarray, repeats: in
         "p95_ms": p95,
         "p99_ms": p99,
         "padding_waste": padding_waste(work.examples.lengths(work.timed), backend.packed, backend.shape),
+    }
+
+
+def _accuracy(baseline: np.ndarray, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    compared: Comparison = compare(baseline, logits, labels)
+    low, high = wilson_interval(int((logits.argmax(1) == labels).sum()), len(labels))
+    before, difference = compared.first_accuracy, compared.accuracy_difference
+    return {
         "accuracy": compared.second_accuracy,
         "accuracy_low": low,
         "accuracy_high": high,
-        "recovery": compared.second_accuracy / compared.first_accuracy,
-        "accuracy_difference": compared.accuracy_difference.to_dict(),
+        "recovery": compared.second_accuracy / before,
+        # The paired interval of the difference, as a share of the reference's accuracy.
+        "recovery_low": None if difference.low is None else 1 + difference.low / before,
+        "recovery_high": None if difference.high is None else 1 + difference.high / before,
+        "accuracy_difference": difference.to_dict(),
         "mcnemar_p": compared.p_value,
         "changed_labels": compared.changed_labels,
         "accuracy_rows": len(labels),
     }
+
+
+def _changed(baseline: np.ndarray, logits: np.ndarray, prepared: PreparedData, work: Workload) -> list[dict[str, Any]]:
+    """Each row with another label than the reference gives it, by its line in the source table."""
+    names, before, after = prepared.label_names, baseline.argmax(1), logits.argmax(1)
+    return [
+        {
+            "line": int(prepared.lines[work.rows[place]]),
+            "true": names[work.labels[place]],
+            "reference": names[before[place]],
+            "engine": names[after[place]],
+        }
+        for place in np.flatnonzero(before != after)
+    ]
 
 
 def _at(backend: Backend, work: Workload, rows: int, repeats: int) -> float:

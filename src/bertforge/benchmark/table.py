@@ -1,57 +1,130 @@
-"""A benchmark's rows as Markdown and JSON."""
+"""A benchmark's rows for the terminal, as Markdown, as JSON and as a bar chart."""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
+from rich.console import Group
+from rich.table import Table
+
 from bertforge.artifact import write_atomic, write_json
 
-_HEADER = [
-    *("framework", "precision", "questions/s", "speed-up", "from text", "batch 1", "batch 32", "p50 / p95 / p99 ms"),
-    *("accuracy", "recovery", "p", "labels changed", "padding", "MB"),
-]
+Row = dict[str, Any]
+_COLOUR = "#2a78d6"
+
+# Title -> how a row shows it. `speed-up` and `of the fastest` need the other rows and are added by `_cells`.
+_SHOWN: dict[str, Callable[[Row], str]] = {
+    "questions/s": lambda row: f"{row['questions_per_s']:,.1f}",
+    "from text": lambda row: f"{row['end_to_end_questions_per_s']:,.1f}",
+    "batch 1": lambda row: f"{row['questions_per_s_batch_1']:,.1f}",
+    "batch 32": lambda row: f"{row['questions_per_s_batch_32']:,.1f}",
+    "p50 / p95 / p99 ms": lambda row: " / ".join(f"{row[name]:.1f}" for name in ("p50_ms", "p95_ms", "p99_ms")),
+    "accuracy": lambda row: f"{row['accuracy']:.2%}",
+    "recovery (95%)": lambda row: _between(row),
+    "p": lambda row: f"{row['mcnemar_p']:.2g}",
+    "changed": lambda row: f"{row['changed_labels']:,} of {row['accuracy_rows']:,}",
+    "ceiling": lambda row: "-" if row["share_of_ceiling"] is None else f"{row['share_of_ceiling']:.0%}",
+    "padding": lambda row: f"{row['padding_waste']:.1%}",
+    "memory GB": lambda row: "-" if row["peak_memory_gb"] is None else f"{row['peak_memory_gb']:.2f}",
+    "MB": lambda row: f"{row['bytes'] / 1e6:,.0f}",
+}
+# What fits into 80 columns, in three blocks.
+_BLOCKS = (
+    ("questions/s", "speed-up", "accuracy", "changed"),
+    ("recovery (95%)", "p", "p50 / p95 / p99 ms"),
+    ("from text", "batch 1", "batch 32", "ceiling", "memory GB"),
+)
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """One row an engine; the speed-up is over the first."""
-    first = found["rows"][0].get("questions_per_s")
-    lines = [_HEADER, ["---"] * len(_HEADER)]
-    lines += [_cells(row, first) for row in found["rows"]]
+    """One row an engine, all columns; the speed-up is over the first."""
+    header = ["framework", "precision", "questions/s", "speed-up", *list(_SHOWN)[1:]]
+    lines = [header, ["---"] * len(header)]
+    for row in found["rows"]:
+        name = _name(row).split(" ", 1)
+        if "missing" in row:
+            lines.append([*name, row["missing"], *[""] * (len(header) - 3)])
+        else:
+            lines.append([*name, *_cells(found, row, header[2:])])
     note = (
-        f"{found['device']}; {found['rows_timed']:,} questions of {found['tokens_per_question']:.0f} tokens, "
-        f"median of {found['repeats']}; accuracy on {found['split']}. From text: tokenizing included. "
-        "Batch 1, 32: rows a batch at most, sorted by length. p50: one row a call. "
-        "Recovery: accuracy as a share of the first row's. p: McNemar's against the first row. "
-        "Padding: tokens computed beyond the real ones."
+        f"{found['device']}; {found['rows_timed']:,} questions of {found['tokens_per_question']:.0f} tokens and "
+        f"{found['gflop_per_question']:.2f} GFLOP, median of {found['repeats']}; accuracy on {found['split']}. "
+        "From text: tokenizing included. Batch 1, 32: rows a batch at most, sorted by length. p50: one row a call. "
+        "Recovery: accuracy as a share of the first row's, with the paired interval. p: McNemar's against the first "
+        "row. Changed: labels other than the first row's; benchmark.json names the lines. "
+        "Ceiling: the work needed, as a share of the fastest matrix product in that precision here. "
+        "Padding: tokens computed beyond the real ones. Memory: the most that a process of its own held."
     )
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{note}"
 
 
+def summary(found: dict[str, Any]) -> Group:
+    """The same for a terminal of 80 columns: three tables, and a line for each row that is missing."""
+    measured = [row for row in found["rows"] if "missing" not in row]
+    tables = []
+    for columns in _BLOCKS:
+        table = Table(box=SIMPLE, pad_edge=False)
+        table.add_column("engine", no_wrap=True)
+        for title in columns:
+            table.add_column(title, justify="right", no_wrap=True)
+        for row in measured:
+            table.add_row(_name(row), *_cells(found, row, columns))
+        tables.append(table)
+    missing = [f"{_name(row)}: {row['missing']}" for row in found["rows"] if "missing" in row]
+    return Group(*tables, *missing)
+
+
 def write(folder: Path, found: dict[str, Any]) -> list[Path]:
-    """`table.md` and `benchmark.json`; returns what was written."""
-    return [
+    """`table.md`, `benchmark.json` and, where Matplotlib is installed, `chart.svg`; returns what was written."""
+    written = [
         write_atomic(folder / "table.md", markdown(found) + "\n"),
         write_json(folder / "benchmark.json", found),
     ]
+    try:
+        import matplotlib  # noqa: F401  (`_chart` imports it where it draws)
+    except ImportError:
+        return written
+    return [*written, write_atomic(folder / "chart.svg", _chart(found))]
 
 
-def _cells(row: dict[str, Any], first: float | None) -> list[str]:
-    if "missing" in row:
-        return [row["framework"], row["precision"], row["missing"], *[""] * (len(_HEADER) - 3)]
-    return [
-        row["framework"],
-        row["precision"],
-        f"{row['questions_per_s']:,.1f}",
-        f"{row['questions_per_s'] / first:.2f}" if first else "-",
-        f"{row['end_to_end_questions_per_s']:,.1f}",
-        f"{row['questions_per_s_batch_1']:,.1f}",
-        f"{row['questions_per_s_batch_32']:,.1f}",
-        f"{row['p50_ms']:.1f} / {row['p95_ms']:.1f} / {row['p99_ms']:.1f}",
-        f"{row['accuracy']:.2%}",
-        f"{row['recovery']:.2%}",
-        f"{row['mcnemar_p']:.2g}",
-        f"{row['changed_labels']:,} of {row['accuracy_rows']:,}",
-        f"{row['padding_waste']:.1%}",
-        f"{row['bytes'] / 1e6:,.0f}",
-    ]
+def _name(row: Row) -> str:
+    """Framework and precision, as its receipt labels it."""
+    is_mixed = (row.get("products") or {}).get("label") == "mixed"
+    return f"{row['framework']} {row['precision']}" + (" mixed" if is_mixed else "")
+
+
+def _cells(found: dict[str, Any], row: Row, titles: Sequence[str]) -> list[str]:
+    speed_up = row["questions_per_s"] / found["rows"][0]["questions_per_s"]
+    return [f"{speed_up:.2f}" if title == "speed-up" else _SHOWN[title](row) for title in titles]
+
+
+def _between(row: Row) -> str:
+    if row["recovery_low"] is None:
+        return f"{row['recovery']:.2%}"
+    return f"{row['recovery']:.2%} ({100 * row['recovery_low']:.1f} to {100 * row['recovery_high']:.1f})"
+
+
+def _chart(found: dict[str, Any]) -> str:
+    """Questions a second as bars, the accuracy beside each, as a standalone SVG."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    rows = [row for row in found["rows"] if "missing" not in row]
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "bertforge", "font.size": 9}):
+        figure = Figure(figsize=(7.5, 0.8 + 0.36 * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        bars = axes.barh([_name(row) for row in rows], [row["questions_per_s"] for row in rows], color=_COLOUR)
+        shown = [f"{row['questions_per_s']:,.0f}   {row['accuracy']:.2%} right" for row in rows]
+        axes.bar_label(bars, shown, padding=4)
+        axes.invert_yaxis()
+        axes.margins(x=0.3)
+        axes.set(xlabel="questions/s")
+        axes.set_title(f"{found['device']}; {found['rows_timed']:,} questions", loc="left", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()

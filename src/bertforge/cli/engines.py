@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from bertforge.benchmark.fastest import Candidate
 
 from bertforge.artifact import compile_command
 
-Model = Annotated[Path, typer.Argument(help="Folder made by `bertforge merge`, or by `train` in full.")]
+Model = Annotated[Path, typer.Argument(help="Folder made by `bertforge merge`, by `train` in full, or by `quantize`.")]
 
 
 def compile_(
     model: Model,
-    target: Annotated[str, typer.Option(help="openvino, onnxruntime, tensorrt or tensorrt-rtx.")] = "openvino",
-    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or fp8, as the target has them.")] = "bf16",
+    target: Annotated[str, typer.Option(help="auto, openvino, onnxruntime, tensorrt or tensorrt-rtx.")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="auto, fp32, fp16, bf16, int8 or fp8, as the target has them.")
+    ] = "auto",
     data: Annotated[
         Path | None,
         typer.Option(help="Folder made by `bertforge prepare`: train rows calibrate int8, validation rows prove it."),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of the engine; made here.", show_default="MODEL/engines/TARGET-PRECISION"),
+        typer.Option(
+            help="Folder of the engine; made here.",
+            show_default="MODEL/engines/TARGET-PRECISION, or MODEL/engines/auto where candidates are compared",
+        ),
     ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Build nothing; prove the engine that is there.")] = False,
 ) -> None:
@@ -33,31 +43,62 @@ def compile_(
     rows, and on validation rows with --data. One that differs too much is
     not kept. `bertforge predict ENGINE TABLE` runs it.
 
+    auto, with --data, builds every engine that this machine can run, times
+    those that keep the accuracy, and keeps the fastest. Without --data it is
+    bfloat16 where the CPU has it, and float32 elsewhere.
+
     tensorrt builds on the GPU it will run on. tensorrt-rtx builds anywhere
     and runs on GPUs of compute capability 8.0, 8.6, 8.9 and 12.x; what was
     built without one is served once --verify has proved it on one.
 
     Example:
 
-        bertforge compile models/first --target openvino --precision int8 \\
-            --data data
+        bertforge compile models/first --data data
     """
+    from bertforge.benchmark.fastest import AUTO, candidates, compile_fastest
+    from bertforge.hardware import detect
     from bertforge.inference.compile import compile_model, default_folder, verify_engine
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    folder = out or default_folder(model, target, precision)
-    with Console(stderr=True).status(f"{'verifying' if verify else 'building'} {target} {precision}"):
+    say = Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print
+    wanted = candidates(model, target, precision, detect(), data)
+    target, precision = wanted[0].target, wanted[0].precision
+    if data is None or len(wanted) == 1 or verify:
+        folder = out or default_folder(model, target, precision)
         receipt = (
-            verify_engine(model, folder, data) if verify else compile_model(model, target, precision, data, folder)
+            verify_engine(model, folder, data) if verify else compile_model(model, target, precision, data, folder, say)
         )
+    else:
+        folder = out or model / "engines" / AUTO
+        tried = compile_fastest(model, wanted, data, folder, say)
+        console.print(_comparison(tried))
+        target, precision, receipt = tried[0].target, tried[0].precision, tried[0].receipt or {}
     _say_layers(console, receipt)
-    console.print(f"wrote {folder}: {receipt['bytes'] / 1e6:,.0f} MB, built in {receipt['build_seconds']:.0f} s")
+    size, seconds = receipt["bytes"] / 1e6, receipt["build_seconds"]
+    console.print(f"wrote {folder}: {size:,.0f} MB, built in {seconds:.0f} s; bertforge.json is its receipt")
     if receipt["verified"]:
         _say_proof(console, receipt)
         console.print(f"next: bertforge predict {folder} TABLE --out predictions.csv")
     else:
         console.print(f"not verified: {receipt['not_verified']}")
         console.print(f"next, where it runs: {compile_command(folder, target, precision)} --verify")
+
+
+def _comparison(tried: list[Candidate]) -> Table:
+    """Every candidate, and why all but the first were not kept."""
+    table = Table(box=SIMPLE, pad_edge=False)
+    for title in ("engine", "questions/s", "accuracy"):
+        table.add_column(title, no_wrap=True)
+    table.add_column("")
+    for place, candidate in enumerate(tried):
+        name = f"{candidate.target} {candidate.precision}"
+        if candidate.receipt is None:
+            table.add_row(name, "-", "-", str(candidate.error))
+            continue
+        why = "the fastest: kept" if place == 0 else "slower"
+        accuracy = candidate.receipt["validation_accuracy"]
+        table.add_row(name, f"{candidate.questions_per_s:,.1f}", f"{accuracy:.2%}", why)
+    return table
 
 
 def _say_layers(console: Console, receipt: dict[str, Any]) -> None:
@@ -68,6 +109,7 @@ def _say_layers(console: Console, receipt: dict[str, Any]) -> None:
 
 
 def _say_proof(console: Console, receipt: dict[str, Any]) -> None:
+    from bertforge.backends.receipt import verdict
     from bertforge.evaluation.agreement import Agreement
 
     console.print(f"golden rows: {Agreement(**receipt['golden_agreement'])}")
@@ -75,6 +117,8 @@ def _say_proof(console: Console, receipt: dict[str, Any]) -> None:
         console.print(f"validation rows: {Agreement(**receipt['validation_agreement'])}")
         before, after = receipt["validation_accuracy_fp32"], receipt["validation_accuracy"]
         console.print(f"accuracy on them: {after:.2%}, {before:.2%} in float32")
+    if receipt["products"]:
+        console.print(verdict(receipt["products"], receipt["precision"]))
 
 
 def benchmark(
@@ -83,6 +127,9 @@ def benchmark(
     targets: Annotated[
         str, typer.Option(help="all, or TARGET or TARGET-PRECISION, several with commas: openvino,pytorch-fp32.")
     ] = "all",
+    quantized: Annotated[
+        Path | None, typer.Option(help="Folder made by `bertforge quantize MODEL`: int8 or fp8 engines come from it.")
+    ] = None,
     split: Annotated[str, typer.Option(help="Part of the data to run: train, validation or test.")] = "validation",
     rows: Annotated[int, typer.Option(min=32, help="Rows timed, spread over the part.")] = 500,
     repeats: Annotated[int, typer.Option(min=1, help="Times each figure is measured.")] = 5,
@@ -101,10 +148,12 @@ def benchmark(
         bertforge benchmark models/first --data data --targets openvino
     """
     from bertforge.benchmark.run import run_benchmark
-    from bertforge.benchmark.table import markdown, write
+    from bertforge.benchmark.table import summary, write
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    found = run_benchmark(model, data, targets, split=split, rows=rows, repeats=repeats, say=console.print)
-    console.print(markdown(found))
+    found = run_benchmark(
+        model, data, targets, quantized=quantized, split=split, rows=rows, repeats=repeats, say=console.print
+    )
+    console.print(summary(found))
     for path in write(out or model / "benchmark", found):
         console.print(f"wrote {path}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,8 +58,37 @@ def quantize(
         check_output(json_file)
     drop = None if max_drop is None else max_drop / 100
     options = QuantizeOptions(precision, preset, calibration, smooth, rows, validation_rows, drop)
-    with Console(stderr=True).status("loading") as status:
-        found = quantize_model(model, data, out, options, tune if qat else None, status.update)
+    with telling() as say:
+        found = quantize_model(model, data, out, options, tune if qat else None, say)
+    print_quantization(console, found)
+    if json_file:
+        console.print(f"wrote {write_json(json_file, found)}")
+    console.print(f"wrote {out}")
+    console.print(f"next: bertforge compile {out} --data {data}")
+
+
+@contextmanager
+def telling() -> Iterator[Callable[[str], object]]:
+    """Shows what is being done: on a terminal in one line that changes, elsewhere a line for each kind of work."""
+    console = Console(stderr=True, highlight=False, markup=False)
+    if console.is_terminal:
+        with console.status("") as status:
+            yield status.update
+        return
+    told = ""
+
+    def say(text: str) -> None:
+        nonlocal told
+        kind = text.partition(":")[0]
+        if kind != told:
+            told = kind
+            console.print(kind)
+
+    yield say
+
+
+def print_quantization(console: Console, found: dict[str, Any]) -> None:
+    """What `quantize_model` measured."""
     for table in (_calibrations, _sensitivity, _frontier if found["frontier"] else None):
         if table:
             console.print(table(found))
@@ -65,13 +96,11 @@ def quantize(
         f"calibrated by {found['chosen_calibration']}; {found['quantized_share_of_work']:.0%} of the encoder's "
         "multiply-adds in 8 bits"
     )
-    for name, title in (("ptq", "quantized"), ("qat", "fine-tuned")):
-        if name in found:
-            console.print(f"{title}: {found[name]['verdict']}")
-    if json_file:
-        console.print(f"wrote {write_json(json_file, found)}")
-    console.print(f"wrote {out}")
-    console.print(f"next: bertforge compile {out} --data {data}")
+    for name, title in (("ptq", "as calibrated"), ("qat", "fine-tuned")):
+        if name in found and found[name].get("kept", True):
+            console.print(f"{title}: {found[name]['recovery']:.2%} of the accuracy; {found[name]['verdict']}")
+    if "qat" in found and not found["qat"]["kept"]:
+        console.print("fine-tuning did not lower the validation loss, so the weights stay as they were")
 
 
 def _calibrations(found: dict[str, Any]) -> Table:

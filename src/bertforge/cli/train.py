@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,13 +18,16 @@ if TYPE_CHECKING:
     from bertforge.training.finetune import Plan
 
 FEW_STEPS = 50
+EVERY_S = 30.0  # between two lines where no bar is drawn
 
 
 def _list_variants(variant: str | None) -> str | None:
-    from bertforge.training.config import variants
+    from bertforge.training.config import describe, variants
 
     if variant == "list":
-        typer.echo("\n".join(variants()))
+        names = variants()
+        width = max(map(len, names))
+        typer.echo("\n".join(f"{name:{width}}  {describe(name)}" for name in names))
         raise typer.Exit
     return variant
 
@@ -33,7 +38,7 @@ def train(
     variant: Annotated[
         str | None,
         typer.Option(
-            help="A recipe that comes with bertforge; `--variant list` names them.",
+            help="A recipe that comes with bertforge; `--variant list` describes them.",
             show_default="lora-r8",
             callback=_list_variants,
             is_eager=True,  # asked before --data and --out are missed
@@ -75,20 +80,11 @@ def train(
 
 
 def run(data: Path, out: Path, recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
-    """Trains with a progress bar; an interrupt says how to go on."""
+    """Trains and shows how far it is; an interrupt says how to go on."""
     from bertforge.training.finetune import RUNNING, finetune
 
     console = Console(highlight=False, stderr=True, soft_wrap=True, markup=False)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:,.0f} questions/s  left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    seen = {"rows": 0}
+    display = _Display(console)
 
     def started(plan: Plan) -> None:
         console.print(
@@ -103,24 +99,67 @@ def run(data: Path, out: Path, recipe: Recipe, *, resume: bool = False) -> dict[
             )
         if plan.resumed_step:
             console.print(f"resuming after step {plan.resumed_step:,} of {plan.total_steps:,}")
-        bar.start()
-        bar.add_task("training", total=plan.total_steps, completed=plan.resumed_step, loss=float("nan"), rate=0.0)
-
-    def show(progress: RunProgress, sequences: int, loss: float) -> None:
-        task = bar.tasks[0]
-        seen["rows"] += sequences
-        rate = seen["rows"] / task.elapsed if task.elapsed else 0.0
-        bar.update(task.id, completed=progress.step, description=f"epoch {progress.epoch + 1}", loss=loss, rate=rate)
+        display.start(plan.total_steps, plan.resumed_step)
 
     try:
-        return finetune(data, out, recipe, resume=resume, started=started, show=show)
+        return finetune(data, out, recipe, resume=resume, started=started, show=display.show)
     except KeyboardInterrupt:
-        bar.stop()
+        display.bar.stop()
         if (out / RUNNING).is_file():
             console.print(f"stopped at a checkpoint in {out}; the same command with --resume goes on")
         raise
     finally:
-        bar.stop()
+        display.bar.stop()
+
+
+class _Display:
+    """How far a run is: a bar on a terminal; elsewhere a line at each epoch's end and every `EVERY_S` seconds."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}  left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.rows = self.epochs = 0
+        self.said_at = 0.0
+
+    def start(self, total_steps: int, resumed_step: int) -> None:
+        """The clock runs from here."""
+        self.bar.start()
+        self.bar.add_task("training", total=total_steps, completed=resumed_step, figures="")
+        self.said_at = time.monotonic()
+
+    def show(self, progress: RunProgress, sequences: int, loss: float) -> None:
+        """Called after every step; `loss` is NaN until there is one."""
+        task = self.bar.tasks[0]
+        self.rows += sequences
+        rate = self.rows / task.elapsed if task.elapsed else 0.0
+        known = "" if math.isnan(loss) else f"loss {loss:.4f}  "
+        figures, epoch = f"{known}{rate:,.0f} questions/s", f"epoch {progress.epoch + 1}"
+        self.bar.update(task.id, completed=progress.step, description=epoch, figures=figures)
+        if self.console.is_terminal:
+            return
+        if progress.epoch > self.epochs:
+            self.epochs = progress.epoch
+            self.console.print(_epoch_line(next(p for p in reversed(progress.history) if "epoch" in p)))
+        elif time.monotonic() - self.said_at > EVERY_S:
+            self.console.print(f"{epoch}, step {progress.step:,} of {task.total:,.0f}: {figures}")
+        else:
+            return
+        self.said_at = time.monotonic()
+
+
+def _epoch_line(point: dict[str, Any]) -> str:
+    return (
+        f"epoch {point['epoch']}: train loss {point['epoch/train_loss']:.4f}, "
+        f"validation loss {point['epoch/validation_loss']:.4f}, accuracy {point['epoch/validation_accuracy']:.2%}"
+    )
 
 
 def print_result(console: Console, manifest: dict[str, Any], out: Path) -> None:
@@ -129,11 +168,7 @@ def print_result(console: Console, manifest: dict[str, Any], out: Path) -> None:
     for point in manifest["history"]:
         if "epoch" in point:
             best = "  <- kept" if point["epoch"] == metrics["best_epoch"] else ""
-            console.print(
-                f"epoch {point['epoch']}: train loss {point['epoch/train_loss']:.4f}, "
-                f"validation loss {point['epoch/validation_loss']:.4f}, "
-                f"accuracy {point['epoch/validation_accuracy']:.2%}{best}"
-            )
+            console.print(f"{_epoch_line(point)}{best}")
     curves = [str(path) for path in (out / "metrics.jsonl", out / "tensorboard") if path.exists()]
     console.print(
         f"wrote {out} ({metrics['seconds']:.0f} s, {metrics['questions_per_s']:,.0f} questions/s; "

@@ -74,6 +74,8 @@ class Report:
     versions: Mapping[str, str] | None = None
     engines: Sequence[Mapping[str, Any]] | None = None
     """Rows of `bertforge benchmark`."""
+    quantization: Mapping[str, Any] | None = None
+    """What `bertforge quantize` measured."""
 
 
 def write_report(path: Path, report: Report) -> Path:

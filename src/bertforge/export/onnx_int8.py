@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bertforge.errors import MachineError
 from bertforge.export.graph import FULL_PRECISION
 
 
 def quantize_dynamically(graph: Path, out: Path) -> Path:
     """Writes `out`: linear layers of the encoder in INT8, one scale a channel; head and columns as they were."""
-    try:
-        import onnx
-        from onnxruntime.quantization import QuantType, quantize_dynamic
-    except ImportError:
-        raise MachineError("onnxruntime is not installed; pip install 'bertforge[onnxruntime]'") from None
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
     kept = [
         node.name
         for node in onnx.load(str(graph), load_external_data=False).graph.node

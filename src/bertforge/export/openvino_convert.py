@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -21,33 +22,30 @@ from xml.etree import ElementTree
 import numpy as np
 
 from bertforge.artifact import write_atomic
-from bertforge.errors import MachineError
 from bertforge.export.graph import FULL_PRECISION
 
 Feeds = dict[str, np.ndarray]
 
 
-def convert(
-    graph: Path,
-    out: Path,
-    *,
-    calibration: Sequence[Feeds] = (),
-    validation: Sequence[Feeds] = (),
-    accuracy: Callable[[np.ndarray], float] | None = None,
-    max_drop: float = 0.003,
-) -> Path:
-    """Writes `out` (.xml, with a .bin beside it); with `calibration` rows, in INT8.
+@dataclass(frozen=True)
+class Calibration:
+    """Rows for INT8: some to calibrate, others to judge by."""
 
-    With `validation` rows, `accuracy` judges their logits, and NNCF takes layers back to full precision until it has
-    fallen by `max_drop` (a fraction) or less. Raises MachineError without the libraries.
-    """
-    try:
-        import openvino
-    except ImportError:
-        raise MachineError("openvino is not installed; pip install 'bertforge[openvino]'") from None
+    train: Sequence[Feeds]
+    validation: Sequence[tuple[Feeds, int]]
+    """With their labels."""
+    max_drop: float
+    """NNCF takes layers back to full precision until accuracy on the validation rows has fallen by this or less."""
+    say: Callable[[str], object]
+
+
+def convert(graph: Path, out: Path, calibration: Calibration | None = None) -> Path:
+    """Writes `out` (.xml, with a .bin beside it); with `calibration`, in INT8."""
+    import openvino
+
     model = openvino.Core().read_model(str(graph))
     if calibration:
-        model = _quantized(model, calibration, validation, accuracy, max_drop)
+        model = _quantized(model, calibration)
     openvino.save_model(model, str(out), compress_to_fp16=False)
     _mark_precise(out)
     return out
@@ -64,41 +62,31 @@ def _mark_precise(path: Path) -> None:
     write_atomic(path, ElementTree.tostring(tree.getroot()))
 
 
-def _quantized(
-    model: Any,
-    calibration: Sequence[Feeds],
-    validation: Sequence[Feeds],
-    accuracy: Callable[[np.ndarray], float] | None,
-    max_drop: float,
-) -> Any:
+def _quantized(model: Any, calibration: Calibration) -> Any:
     os.environ.setdefault("NNCF_CI", "1")  # NNCF would otherwise report its use over the network, unasked
-    try:
-        import nncf
-    except ImportError:
-        raise MachineError("nncf is not installed; pip install 'bertforge[openvino]'") from None
-    nncf.set_log_level(logging.ERROR)
-    common = {
-        "model_type": nncf.ModelType.TRANSFORMER,
-        "preset": nncf.QuantizationPreset.PERFORMANCE,  # symmetric activations: no zero points to correct for
-        "subset_size": len(calibration),
-        "ignored_scope": nncf.IgnoredScope(names=_kept(model), validate=False),
-    }
-    if accuracy is None:
-        return nncf.quantize(model, nncf.Dataset(calibration), **common)
+    import nncf
 
-    def judge(compiled: Any, rows: Any) -> tuple[float, None]:
-        request = compiled.create_infer_request()
-        logits = np.concatenate([request.infer(row)["logits"] for row in rows])
-        return accuracy(logits), None
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # not its handlers, which may be another's too
+
+    def judge(compiled: Any, rows: Any) -> tuple[float, list[list[np.ndarray]]]:
+        """Accuracy, and each row's logits, by which NNCF ranks layers."""
+        request, kept = compiled.create_infer_request(), list(rows)
+        logits = [request.infer(feeds)["logits"].copy() for feeds, _ in kept]
+        right = sum(int(found.argmax() == label) for found, (_, label) in zip(logits, kept, strict=True))
+        calibration.say(f"accuracy on {len(kept):,} validation rows: {right / len(kept):.2%}")
+        return right / len(kept), [[found] for found in logits]
 
     return nncf.quantize_with_accuracy_control(
         model,
-        nncf.Dataset(calibration),
-        nncf.Dataset(validation),
+        nncf.Dataset(calibration.train),
+        nncf.Dataset(calibration.validation, lambda row: row[0]),
         judge,
-        max_drop=max_drop,
+        max_drop=calibration.max_drop,
         drop_type=nncf.DropType.ABSOLUTE,
-        **common,
+        model_type=nncf.ModelType.TRANSFORMER,
+        preset=nncf.QuantizationPreset.PERFORMANCE,  # symmetric activations: no zero points to correct for
+        subset_size=len(calibration.train),
+        ignored_scope=nncf.IgnoredScope(names=_kept(model), validate=False),
     )
 
 

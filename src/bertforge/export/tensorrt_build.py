@@ -20,6 +20,8 @@ from bertforge.tensorrt_library import load_library, new_log, sizes_of
 if TYPE_CHECKING:
     import tensorrt
 
+VALUES = 32  # of a row in a multi-valued column, at most: every shape is fixed
+
 
 @dataclass(frozen=True)
 class Built:
@@ -78,7 +80,7 @@ def _first_error(parser: tensorrt.OnnxParser) -> str:
 
 def _inputs(network: tensorrt.INetworkDefinition, shape: tuple[int, int]) -> dict[str, list[int]]:
     """The sizes of every input at `shape`; the names of the axes are those `export.bert_onnx` gave."""
-    named = {"batch": shape[0], "seq": shape[1]}
+    named = {"batch": shape[0], "seq": shape[1], "values": VALUES}
     return {
         value.name: [
             size if size >= 0 else named[value.get_dimension_name(axis)]

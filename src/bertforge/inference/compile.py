@@ -9,6 +9,7 @@ nothing.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from bertforge.artifact import (
     fresh_directory,
     hash_file,
     read_manifest,
+    versions,
     write_json,
     write_manifest,
 )
@@ -52,6 +54,8 @@ class _Source:
     scales: Scales | None
     """Of a quantized model: its ranges stand in the graph."""
     prepared: PreparedData | None
+    say: Callable[[str], object]
+    """Told what is being done."""
 
     def network(self) -> BertForSequenceClassification:
         """The plain model, without simulated quantization."""
@@ -65,8 +69,15 @@ class _Source:
         return some_rows(self.predictor, self.prepared, part)
 
 
-def compile_model(model: Path, target: str, precision: str, data: Path | None, out: Path) -> dict[str, Any]:
-    """Builds an engine in `out` and returns its receipt.
+def compile_model(
+    model: Path,
+    target: str,
+    precision: str,
+    data: Path | None,
+    out: Path,
+    say: Callable[[str], object] = lambda text: None,
+) -> dict[str, Any]:
+    """Builds an engine in `out` and returns its receipt; `say` is told each stage as it begins.
 
     Where no GPU here runs what TensorRT built, `verified` is false in the receipt, `not_verified` says why, and nothing
     serves the engine until `verify_engine` has proved it. Raises ArtifactError for a run with adapters and for an
@@ -75,13 +86,15 @@ def compile_model(model: Path, target: str, precision: str, data: Path | None, o
     hardware = detect()
     check_target(target, precision, hardware)
     scales = _scales(model, target, precision, data)
+    say("loading the model")
     predictor = Predictor.load(model, "fp32")
     prepared = None if data is None else PreparedData.open(data)
-    source = _Source(predictor, model, scales, prepared)
+    source = _Source(predictor, model, scales, prepared, say)
     start = time.monotonic()
     with fresh_directory(out, replace=_renewable(out, target)) as folder:
         if target in MODULES:
             lengths = None if prepared is None else _lengths(predictor, prepared)
+            say("building, which takes minutes")
             order = Order(target, precision, predictor.max_length, lengths, scales)
             built = build_engine(folder, source.network(), order, hardware, out)
         else:
@@ -92,15 +105,18 @@ def compile_model(model: Path, target: str, precision: str, data: Path | None, o
             "device": hardware.name,
             "build_seconds": round(time.monotonic() - start, 1),
             "bytes": sum(path.stat().st_size for path in folder.iterdir()),
+            "versions": versions(*TARGETS[target].libraries),
+            "hashes": {path.name: hash_file(path) for path in sorted(folder.iterdir())},
             **built,
         }
         if target in MODULES and (reason := unfit(target, hardware)):
             receipt |= {"verified": False, "not_verified": reason}
         else:
+            say("proving that it computes what the model does")
             receipt |= _verified(folder, predictor, receipt, prepared)
         kept = {name: predictor.manifest[name] for name in _KEPT}
         predictor.tokenizer.save(folder)
-        write_manifest(folder, "engine", **kept, **receipt, parent=hash_file(model / MANIFEST))
+        write_manifest(folder, "engine", **receipt, parent=hash_file(model / MANIFEST), **kept)
     return receipt
 
 
@@ -179,6 +195,7 @@ def _build(folder: Path, source: _Source, target: str, precision: str) -> dict[s
     """Writes what `target` loads; returns what is to be said of it."""
     from bertforge.export.bert_onnx import export_onnx
 
+    source.say("writing the ONNX graph")
     # OpenVINO lowers a float32 graph by itself; ONNX Runtime computes in the types it finds.
     products = "fp16" if precision == "fp16" else "fp32"
     graph = export_onnx(source.network(), folder / "graph.onnx", precision=products, scales=source.scales)
@@ -204,7 +221,7 @@ def _build(folder: Path, source: _Source, target: str, precision: str) -> dict[s
 def _calibrate_openvino(graph: Path, wanted: Path, source: _Source) -> None:
     """INT8 by NNCF, with accuracy control on validation rows."""
     from bertforge.export.graph import input_names
-    from bertforge.export.openvino_convert import convert
+    from bertforge.export.openvino_convert import Calibration, convert
 
     train, validation = source.rows("train"), source.rows("validation")
     if len(np.unique(train.labels)) < 2:
@@ -217,13 +234,11 @@ def _calibrate_openvino(graph: Path, wanted: Path, source: _Source) -> None:
             feeds(batch_of(rows.examples, rows.rows[i : i + 1], False, shape), names) for i in range(len(rows.rows))
         ]
 
-    in_a_thread(
-        lambda: convert(
-            graph,
-            wanted,
-            calibration=one_by_one(train),
-            validation=one_by_one(validation),
-            accuracy=lambda logits: float((logits.argmax(1) == validation.labels).mean()),
-            max_drop=MAX_DROP,
-        )
+    rows = Calibration(
+        train=one_by_one(train),
+        validation=list(zip(one_by_one(validation), validation.labels.tolist(), strict=True)),
+        max_drop=MAX_DROP,
+        say=source.say,
     )
+    source.say(f"calibrating on {len(train.rows)} train rows, with accuracy control")
+    in_a_thread(lambda: convert(graph, wanted, rows))

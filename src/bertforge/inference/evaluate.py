@@ -50,8 +50,16 @@ class Evaluation:
             "versions": versions(),
         }
 
-    def write_report(self, path: Path, engines: Sequence[Mapping[str, Any]] | None = None) -> Path:
-        """The HTML report, with a benchmark's rows if given; raises MachineError without the `report` extra."""
+    def write_report(
+        self,
+        path: Path,
+        engines: Sequence[Mapping[str, Any]] | None = None,
+        quantization: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """The HTML report, with a benchmark's rows and what `quantize_model` measured, if given.
+
+        Raises MachineError without the `report` extra.
+        """
         scored, names = self.scored, self.metrics.label_names
         history = self.manifest.get("history")
         recipe = self.manifest["recipe"]
@@ -74,6 +82,7 @@ class Evaluation:
             fingerprint=scored.fingerprint or self.manifest["data"],
             versions=self.manifest["versions"],
             engines=engines,
+            quantization=quantization or self.manifest.get("quantization"),
         )
         return write_report(path, report)
 

@@ -174,7 +174,11 @@ def verified_model(directory: Path, manifest: dict[str, Any], hardware: Hardware
 def load_model(directory: Path, manifest: dict[str, Any]) -> BertForSequenceClassification:
     """The model of a run or merged folder, with its adapter where it has one."""
     if not (directory / ADAPTER_CONFIG).is_file():
-        model = BertForSequenceClassification.from_pretrained(directory)
+        model = BertForSequenceClassification.from_pretrained(directory, labels=tuple(manifest["labels"]))
+        if model.new_heads:
+            raise ArtifactError(
+                f"{directory} holds no trained {' and '.join(model.new_heads)}; fine-tune it first: bertforge train"
+            )
         return with_quantizers(model, directory) if manifest["kind"] == "quantized" else model
     base = resolve(manifest["base"]["model"])
     if (found := hash_file(weights_file(base))) != manifest["base"]["weights"]:

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from bertforge.backends.base import Backend
-from bertforge.backends.run import run
+from bertforge.backends.base import Backend, BatchShape
+from bertforge.backends.receipt import describe
+from bertforge.backends.run import batch_of, padding_waste, run
 from bertforge.data.loader import Examples
 from bertforge.data.prepared import PreparedData
 from bertforge.errors import ArtifactError
@@ -53,12 +54,13 @@ def prove(predictor: Predictor, backend: Backend, prepared: PreparedData | None)
             f"the {backend.name} engine differs from the model by {agreement.max_logit_difference:.3g} in a logit of "
             f"its golden rows, more than {_TOLERANCE[backend.precision]} for {backend.precision}; nothing was written"
         )
-    proof: dict[str, Any] = {"golden_agreement": agreement.to_dict()}
+    proof: dict[str, Any] = {"products": _products(backend, golden), "golden_agreement": agreement.to_dict()}
     if prepared is not None:
         rows = some_rows(predictor, prepared, "validation")
         reference = run(predictor.backend, rows.examples, rows.rows)
         found = run(backend, rows.examples, rows.rows)
         before, after = ((logits.argmax(1) == rows.labels).mean() for logits in (reference, found))
+        proof["padding_waste"] = padding_waste(rows.examples.lengths(rows.rows), backend.packed, backend.shape)
         proof["validation_agreement"] = Agreement.of(reference, found).to_dict()
         proof |= {"validation_accuracy": float(after), "validation_accuracy_fp32": float(before)}
         if not before - after <= MAX_DROP:
@@ -67,3 +69,11 @@ def prove(predictor: Predictor, backend: Backend, prepared: PreparedData | None)
                 f"{len(rows.rows):,} validation rows, more than {MAX_DROP:.1%}; nothing was written"
             )
     return proof
+
+
+def _products(backend: Backend, golden: GoldenRows) -> dict[str, Any] | None:
+    """The receipt's part on matrix products, of the golden row of median length; None where the engine tells none."""
+    lengths = golden.examples.lengths(np.arange(len(golden.logits)))
+    middle = np.argsort(lengths, kind="stable")[[len(lengths) // 2]]
+    products = backend.products(batch_of(golden.examples, middle, backend.packed, BatchShape(tokens=1)))
+    return describe(products, backend.precision, int(lengths[middle[0]])) if products else None

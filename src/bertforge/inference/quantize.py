@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors.torch import save as to_bytes
@@ -20,7 +20,7 @@ from bertforge.artifact import MANIFEST, fresh_directory, hash_file, read_manife
 from bertforge.data.loader import Examples
 from bertforge.data.prepared import PreparedData
 from bertforge.errors import ArtifactError, DataError, MachineError, UsageError
-from bertforge.evaluation.compare import Comparison, compare
+from bertforge.evaluation.compare import compare
 from bertforge.evaluation.golden import GoldenRows
 from bertforge.evaluation.logits import predict_logits
 from bertforge.inference.predictor import Predictor, load_model, plain_model
@@ -29,10 +29,15 @@ from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.weights import WEIGHTS
 from bertforge.scales import FORMATS
 
+if TYPE_CHECKING:
+    from bertforge.quantize.points import Unit
+
 RANKING_SHARE = 4  # one validation row in four ranks methods and layers; all of them give the verdict
 _KEPT = ("recipe", "labels", "schema", "tabular", "data", "base")
 Say = Callable[[str], object]
-Tune = Callable[[BertForSequenceClassification, Examples, np.ndarray, np.ndarray, dict[str, Any], Path, Say], None]
+Tune = Callable[
+    [BertForSequenceClassification, Examples, np.ndarray, np.ndarray, dict[str, Any], Path, Say], dict[str, Any]
+]
 """Fine-tunes a model on train rows, the best by validation rows kept: `training.qat.tune`."""
 
 
@@ -98,16 +103,18 @@ def quantize_model(
         )
     if not util.find_spec("modelopt"):
         raise MachineError("quantization needs NVIDIA ModelOpt; pip install 'bertforge[quantize]'")
+    from bertforge.quantize import fake
+
     predictor = Predictor.load(model, "fp32")
     rows = _choose(predictor, PreparedData.open(data), options)
     with fresh_directory(out) as folder:
         network = plain_model(predictor)
         reference = rows.logits(network, rows.judged)
-        found = _calibrate(network, rows, reference, options, say)
+        found, chosen = _calibrate(network, rows, reference, options, say)
         if tune:
             found["qat"] = _tuned(network, rows, reference, tune, manifest, folder / "tuning", say)
-        write_atomic(folder / WEIGHTS, to_bytes(found.pop("state")(), metadata={"format": "pt"}))
-        found.pop("scales")().save(folder)
+        write_atomic(folder / WEIGHTS, to_bytes(fake.plain_state(network), metadata={"format": "pt"}))
+        fake.read_scales(network, options.precision, chosen).save(folder)
         network.config.save(folder)
         predictor.tokenizer.save(folder)
         golden = GoldenRows.record(network, rows.examples, rows.validation)
@@ -138,8 +145,8 @@ def _calibrate(
     reference: np.ndarray,
     options: QuantizeOptions,
     say: Say,
-) -> dict[str, Any]:
-    """Quantizes `network` in place; returns the measurements, and how its weights and scales are read."""
+) -> tuple[dict[str, Any], list[Unit]]:
+    """Quantizes `network` in place; returns the measurements and the units that are in 8 bits."""
     from bertforge.quantize import calibrate, fake, sensitivity
     from bertforge.quantize.points import share_of_work, units
 
@@ -167,7 +174,7 @@ def _calibrate(
         costs[name] = ranking.cost()
     best = min(costs, key=lambda name: costs[name].divergence)
     fake.set_activations(network, ways[best])
-    table = sensitivity.table(network, chosen, ranking, length, lambda i, n: say(f"sensitivity: {i} of {n}"))
+    table = sensitivity.table(network, chosen, ranking, length, lambda i, n: say(f"measuring sensitivity: {i} of {n}"))
     frontier = []
     if options.max_drop is not None:
         frontier = sensitivity.search(
@@ -181,7 +188,7 @@ def _calibrate(
         chosen = list(frontier[-1].quantized)
     fake.quantize_only(network, chosen)
     say(f"judging on {len(rows.judged):,} validation rows")
-    return {
+    measured = {
         **asdict(options),
         "calibration_rows": len(rows.calibration),
         "ranking_rows": len(ranked),
@@ -190,10 +197,9 @@ def _calibrate(
         "sensitivity": [row.to_dict() for row in table],
         "frontier": [step.to_dict() for step in frontier],
         "quantized_share_of_work": share_of_work(network.config, chosen, length),
-        "ptq": _quality(reference, verdict.logits(), verdict.labels).to_dict(),
-        "state": lambda: fake.plain_state(network),
-        "scales": lambda: fake.read_scales(network, options.precision, chosen),
+        "ptq": _quality(reference, verdict.logits(), verdict.labels),
     }
+    return measured, chosen
 
 
 def _tuned(
@@ -206,10 +212,13 @@ def _tuned(
     say: Say,
 ) -> dict[str, Any]:
     """Fine-tunes and measures again."""
-    tune(network, rows.examples, rows.train, rows.validation, manifest["recipe"], folder, say)
+    tuned = tune(network, rows.examples, rows.train, rows.validation, manifest["recipe"], folder, say)
     say(f"judging on {len(rows.judged):,} validation rows")
-    return _quality(reference, rows.logits(network, rows.judged), rows.examples.labels[rows.judged]).to_dict()
+    logits, labels = rows.logits(network, rows.judged), rows.examples.labels[rows.judged]
+    return {**tuned, **_quality(reference, logits, labels)}
 
 
-def _quality(reference: np.ndarray, logits: np.ndarray, labels: np.ndarray) -> Comparison:
-    return compare(reference, logits, labels, names=("float32", "quantized"))
+def _quality(reference: np.ndarray, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """The paired comparison with the plain model, and accuracy as a share of its: `recovery`."""
+    compared = compare(reference, logits, labels, names=("float32", "quantized"))
+    return {**compared.to_dict(), "recovery": compared.second_accuracy / compared.first_accuracy}

@@ -71,7 +71,7 @@ def _ways(method: str, form: str) -> dict[str, Callable[[HistogramCalibrator], t
 
 def _mse(histogram: HistogramCalibrator) -> torch.Tensor:
     """In fp8, for which ModelOpt 0.47's own calls its rounding with too few arguments."""
-    edges, counts = histogram._calib_bin_edges, histogram._calib_hist
+    edges, counts = histogram._calib_bin_edges.cpu(), histogram._calib_hist.cpu()  # they may lie on two devices
     centers = (edges[1:] + edges[:-1]) / 2  # [bins]
     tried: torch.Tensor = centers[_FIRST::_STRIDE]
     errors = [((scaled_e4m3(centers, amax, None, 4, 3) - centers) ** 2 * counts).sum() for amax in tried]

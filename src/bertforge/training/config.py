@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import tomllib
 from dataclasses import asdict, dataclass
@@ -136,6 +137,12 @@ def variants() -> list[str]:
     return sorted(path.name.removesuffix(".toml") for path in _recipes().iterdir() if path.name.endswith(".toml"))
 
 
+def describe(variant: str) -> str:
+    """The comment that a variant's file begins with, on one line."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), _text(variant).splitlines())
+    return " ".join(line.removeprefix("#").strip() for line in lines)
+
+
 def load_recipe(variant: str | None = None, path: Path | None = None) -> Recipe:
     """The recipe of a variant, or of a TOML file of one's own; raises UsageError listing the variants."""
     if path is not None:
@@ -150,12 +157,16 @@ def load_recipe(variant: str | None = None, path: Path | None = None) -> Recipe:
         name = variant or "lora-r8"
         if name not in variants():
             raise UsageError(f"variant {name!r} does not exist; choose one of {', '.join(variants())}")
-        text = (_recipes() / f"{name}.toml").read_text()
+        text = _text(name)
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"recipe {path or name} is not TOML ({error})") from error
     return Recipe.from_dict({"name": name, **values})
+
+
+def _text(variant: str) -> str:
+    return str((_recipes() / f"{variant}.toml").read_text(encoding="utf-8"))
 
 
 def _recipes() -> Any:

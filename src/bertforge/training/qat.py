@@ -24,6 +24,7 @@ from bertforge.training.config import Recipe
 from bertforge.training.loop import Split, Trainer
 
 LR = 1e-5  # a tenth and less of what the model was trained with: it is to settle, not to learn anew
+_TOLD = 20  # steps between two words of it
 
 
 def tune(
@@ -34,10 +35,11 @@ def tune(
     recipe: dict[str, Any],
     folder: Path,
     say: Callable[[str], object],
-) -> None:
+) -> dict[str, Any]:
     """One epoch over every weight of `model`, by the recipe of its run; `folder` is for the loop's files and goes.
 
-    The weights are left as they were when the epoch does not lower the validation loss.
+    Returns the validation loss before and after, in nats, and whether the epoch lowered it: `kept`. If not, the weights
+    are left as they were.
     """
     given = Recipe.from_dict(recipe)
     settings = replace(given, lora=None, epochs=1, patience=1, lr=LR, head_lr=0.0, name=f"{given.name}-qat")
@@ -49,12 +51,15 @@ def tune(
     loss_before, _ = trainer.validation()
 
     def show(progress: Progress, sequences: int, loss: float) -> None:
-        say(f"fine-tuning the quantized model: step {progress.step:,} of {trainer.total_steps:,}, loss {loss:.4f}")
+        if progress.step % _TOLD == 0:
+            say(f"fine-tuning the quantized model: step {progress.step:,} of {trainer.total_steps:,}, loss {loss:.4f}")
 
     progress = trainer.fit(show)
-    if progress.best_loss >= loss_before:
+    kept = progress.best_loss < loss_before
+    if not kept:
         with torch.no_grad():
             for name, parameter in trainable(model).items():
                 parameter.copy_(before[name])
     model.eval()
     shutil.rmtree(folder)
+    return {"kept": kept, "validation_loss_before": loss_before, "validation_loss": progress.best_loss}

@@ -1,0 +1,64 @@
+"""How much of the machine an engine uses: the work that had to be done, against the fastest matrix product here.
+
+Work that need not be done earns nothing: padding, and in the last layer all but keys and values beyond the first
+token, which is the one the head reads. So an engine that computes such things shows a lower share.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cache, partial
+
+import numpy as np
+import torch
+
+from bertforge.model.config import BertConfig
+
+_SECONDS = 1.0  # of measuring a size, so that a moment's other work does not count
+_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def needed_flops(config: BertConfig, lengths: np.ndarray) -> float:
+    """Floating-point operations of the matrix products that classifying texts of these `lengths` takes."""
+    tokens, squares, texts = float(lengths.sum()), float((lengths.astype(float) ** 2).sum()), len(lengths)
+    hidden, wide = config.hidden_size, config.intermediate_size
+    key_value, query_and_rest = 2 * hidden * hidden, 2 * hidden * hidden + 2 * hidden * wide  # multiply-adds a token
+    below = (config.num_hidden_layers - 1) * (tokens * (key_value + query_and_rest) + 2 * hidden * squares)
+    last = tokens * (key_value + 2 * hidden) + texts * query_and_rest
+    head = texts * hidden * (hidden + len(config.labels))
+    return 2 * (below + last + head)
+
+
+@cache
+def ceiling(device: str, precision: str) -> float | None:
+    """FLOP/s of a large matrix product in `precision` on `device` (cpu, cuda), measured; None for fp8 on a CPU."""
+    if device == "cpu" and precision == "fp8":  # a loop in plain C++, a thousand times slower
+        return None
+    sizes = (8192,) if device == "cuda" else (1024, 2048)
+    return max(2.0 * size**3 / _product_seconds(device, precision, size) for size in sizes)
+
+
+def _product_seconds(device: str, precision: str, size: int) -> float:
+    """The fastest of what fits into `_SECONDS`, after one to warm up."""
+    product = _product(device, precision, size)
+    seconds: list[float] = []
+    while len(seconds) < 3 or sum(seconds) < _SECONDS:
+        start = time.perf_counter()
+        product()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def _product(device: str, precision: str, size: int) -> Callable[[], object]:
+    ones = torch.ones(size, size, device=device)
+    if precision == "int8":
+        whole = ones.to(torch.int8)
+        return partial(torch._int_mm, whole, whole.t())
+    if precision == "fp8":
+        eighth, scale = ones.to(torch.float8_e4m3fn), torch.ones((), device=device)
+        return partial(torch._scaled_mm, eighth, eighth.t(), scale, scale, out_dtype=torch.bfloat16)
+    number = ones.to(_TYPES[precision])
+    return partial(torch.mm, number, number)
