@@ -2,6 +2,7 @@
 
 import ctypes
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +11,13 @@ import torch
 from bertforge.backends.base import BatchShape
 from bertforge.backends.onnxruntime import OnnxRuntimeBackend
 from bertforge.backends.openvino import OpenVinoBackend
-from bertforge.backends.pytorch import PyTorchBackend
+from bertforge.backends.pytorch import PyTorchBackend, bfloat16_copy
+from bertforge.backends.registry import check_target, open_engine
 from bertforge.backends.run import batch_of, group, padding_waste, run
 from bertforge.data.loader import Examples
 from bertforge.data.tabular import TabularArrays
 from bertforge.data.tokens import TokenStore
-from bertforge.errors import ArtifactError
+from bertforge.errors import ArtifactError, MachineError
 from bertforge.export.bert_onnx import export_onnx
 from bertforge.hardware import detect
 from bertforge.model.config import TabularConfig
@@ -126,3 +128,37 @@ def test_a_damaged_file_is_one_line(tmp_path, kind):
     with pytest.raises(ArtifactError, match="compile it again: bertforge compile") as error:
         kind(path, detect(), "fp32")
     assert "\n" not in str(error.value)
+
+
+def test_tensors_bound_by_address_give_what_arrays_give(model, examples, tmp_path):
+    backend = OnnxRuntimeBackend(export_onnx(model, tmp_path / "m.onnx"), detect(), "fp32")
+    batch = batch_of(examples, np.arange(7), False, backend.shape)
+    bound = backend.bound({"input_ids": batch.input_ids, "attention_mask": batch.attention_mask})
+    np.testing.assert_array_equal(bound.numpy(), backend.logits(batch))
+    assert len(np.unique(bound.numpy())) > 7
+
+
+def test_a_bfloat16_copy_computes_what_the_model_does_and_leaves_it_alone(model, examples):
+    batch, _ = examples.pack(np.arange(20))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.inference_mode():
+        exact, found = model(batch), bfloat16_copy(model)(batch)
+    assert found.dtype == torch.float32, "the head is in float32"
+    difference = (found - exact).abs().max()
+    assert 1e-5 < difference < 0.05, "rounded to bfloat16, and no more"
+    for name, value in model.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_precision_of_other_devices_is_refused_with_the_command_to_use():
+    cpu = detect()
+    gpu = replace(cpu, device=torch.device("cuda", 0), name="NVIDIA H100")
+    with pytest.raises(
+        MachineError, match="not in fp16; bertforge compile MODEL --target onnxruntime --precision int8"
+    ):
+        check_target("onnxruntime", "fp16", replace(cpu, device=torch.device("cpu")))
+    with pytest.raises(MachineError, match=r"fp32 or fp16 on NVIDIA H100, not in int8; .* --precision fp16") as error:
+        open_engine(Path("engine"), "onnxruntime", "int8", gpu)
+    assert "\n" not in str(error.value)
+    assert check_target("onnxruntime", "fp16", gpu).file == "model.onnx"

@@ -77,6 +77,20 @@ def test_half_precision_stands_in_the_graph(tmp_path, batch):
     assert set(types["LayerNormalization"]) == set(types["Softmax"]) == {"FLOAT"}
 
 
+def test_fused_operators_compute_the_same_and_stand_in_the_graph(tmp_path, batch):
+    model = tiny_bert(**SMALL)
+    path = export_onnx(model, tmp_path / "m.onnx", fused=True)
+    np.testing.assert_allclose(logits_of(path, batch), expected(model, batch), atol=1e-5)
+    ids = torch.where(batch.attention_mask == 0, 7, batch.input_ids)
+    padded_otherwise = PaddedBatch(ids, batch.attention_mask)
+    np.testing.assert_allclose(logits_of(path, padded_otherwise), expected(model, batch), atol=1e-5)
+    half = onnx.load(export_onnx(model, tmp_path / "h.onnx", precision="fp16", fused=True)).graph
+    layers, operators = model.config.num_hidden_layers, Counter(node.op_type for node in half.node)
+    assert operators["MultiHeadAttention"] == layers
+    assert "Softmax" not in operators
+    assert operators["Cast"] == 4, "two around the embeddings' sum, the mask's, the head's, and none in a layer"
+
+
 def inferred_types(path):
     """Operator -> how many of its outputs have each type."""
     graph = onnx.shape_inference.infer_shapes(onnx.load(path), strict_mode=True, data_prop=True).graph

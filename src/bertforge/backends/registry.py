@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import util
 from pathlib import Path
 
@@ -23,6 +23,8 @@ class Target:
     """Of bertforge, which installs them."""
     file: str
     """What the engine is loaded from, in its folder."""
+    only: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Type of device -> those of `precisions` it runs; all of them where it is not named."""
 
     @property
     def installed(self) -> bool:
@@ -37,20 +39,34 @@ class Target:
 
 _ALL = ("fp32", "fp16", "bf16", "int8", "fp8")
 TARGETS = {
-    "onnxruntime": Target(("fp32", "int8"), ("onnx", "onnxruntime"), "onnxruntime", "model.onnx"),
+    "onnxruntime": Target(
+        ("fp32", "fp16", "int8"),
+        ("onnx", "onnxruntime"),
+        "onnxruntime",
+        "model.onnx",
+        # Its float16 is emulated on a CPU; its int8 products are a CPU's, and on a GPU many times slower than float32.
+        {"cpu": ("fp32", "int8"), "cuda": ("fp32", "fp16")},
+    ),
     "openvino": Target(("fp32", "bf16", "int8"), ("onnx", "openvino", "nncf"), "openvino", "model.xml"),
     "tensorrt": Target(_ALL, ("onnx", MODULES["tensorrt"]), "tensorrt", ENGINE),
     "tensorrt-rtx": Target(_ALL, ("onnx", MODULES["tensorrt-rtx"]), "tensorrt-rtx", ENGINE),
 }
 
 
-def check_target(name: str, precision: str) -> Target:
-    """The target; raises UsageError for a name or precision it does not know, MachineError without its libraries."""
+def check_target(name: str, precision: str, hardware: Hardware) -> Target:
+    """The target; raises UsageError for a name or precision it does not know, MachineError without its libraries and
+    for a precision that it has on other hardware."""
     if name not in TARGETS:
         raise UsageError(f"target {name!r} does not exist; choose one of {', '.join(TARGETS)}")
     target = TARGETS[name]
     if precision not in target.precisions:
         raise UsageError(f"{name} has no precision {precision!r}; choose one of {', '.join(target.precisions)}")
+    device = hardware.device.type
+    if precision not in (there := target.only.get(device, target.precisions)):
+        raise MachineError(
+            f"{name} computes in {' or '.join(there)} on {hardware.name}, not in {precision}; "
+            f"bertforge compile MODEL --target {name} --precision {there[-1]}"
+        )
     if not target.installed:
         raise MachineError(f"{name} needs {', '.join(target.libraries)}; {target.hint}")
     return target
@@ -58,7 +74,7 @@ def check_target(name: str, precision: str) -> Target:
 
 def open_engine(directory: Path, target: str, precision: str, hardware: Hardware) -> Backend:
     """The engine in `directory`, ready to run."""
-    path = directory / check_target(target, precision).file
+    path = directory / check_target(target, precision, hardware).file
     if target == "onnxruntime":
         from bertforge.backends.onnxruntime import OnnxRuntimeBackend
 

@@ -12,6 +12,9 @@ Q/DQ: with `scales`, each quantized product reads its activation through Quantiz
 scale a tensor, and its weight, stored in 8 bits, through DequantizeLinear with one scale an output channel. Engines
 fuse these pairs into 8-bit products.
 
+`fused` is for ONNX Runtime on CUDA: attention is its operator MultiHeadAttention, which does not write the scores out
+where the length is a multiple of 8, and LayerNorm takes and gives `precision`, so that the residual's sum joins it.
+
 The last layer computes what the head reads and no more: its queries, output projection and feed-forward run on the
 first token alone. The logits are the same.
 """
@@ -49,17 +52,19 @@ def export_onnx(
     precision: str = "fp32",
     ids: str = "int64",
     scales: Scales | None = None,
+    fused: bool = False,
 ) -> Path:
     """Writes `model`, plain and in evaluation mode, to `path`.
 
     `precision` is the type of unquantized products, fp32, fp16 or bf16; `ids` the type of `input_ids` and
-    `attention_mask`. Raises UsageError for other values and ArtifactError for a model with adapters.
+    `attention_mask`; `fused` writes operators that ONNX Runtime alone knows. Raises UsageError for other values and
+    ArtifactError for a model with adapters.
     """
     if precision not in TYPES or ids not in ("int64", "int32"):
         raise UsageError(f"precision {precision!r} or ids {ids!r} is unknown: fp32, fp16 or bf16; int64 or int32")
     if any(name.endswith("lora_A") for name, _ in model.named_modules()):
         raise ArtifactError("the model still has LoRA adapters; merge them first: bertforge merge RUN --out DIR")
-    exporter = _Exporter(model, TYPES[precision], scales)
+    exporter = _Exporter(model, TYPES[precision], scales, fused)
     graph = exporter.build(np.dtype(ids))
     return write_atomic(path, graph.SerializeToString())
 
@@ -67,9 +72,11 @@ def export_onnx(
 class _Exporter:
     """Walks the model's modules and adds their nodes; every method takes and returns names of values."""
 
-    def __init__(self, model: BertForSequenceClassification, dtype: np.dtype[Any], scales: Scales | None) -> None:
+    def __init__(
+        self, model: BertForSequenceClassification, dtype: np.dtype[Any], scales: Scales | None, fused: bool
+    ) -> None:
         self.model, self.config = model, model.config
-        self.dtype, self.scales = dtype, scales
+        self.dtype, self.scales, self.fused = dtype, scales, fused
         self.graph = Graph()
         self.names = {module: name for name, module in model.named_modules()}
         self.made: dict[tuple[Any, ...], str] = {}
@@ -127,6 +134,30 @@ class _Exporter:
         bias = graph.add("Where", padding, masked, kept)
         return graph.add("Unsqueeze", bias, graph.ints(1, 2))
 
+    def fused_attention(self, attention: BertAttention, hidden: str, asking: str, bias: str) -> str:
+        """As `attention`; `bias` is written out for every query, once for all layers."""
+        graph, of = self.graph, attention.self
+        query, key, value = self.linear(of.query, asking), self.linear(of.key, hidden), self.linear(of.value, hidden)
+        bias = self.as_products(bias)
+        if asking == hidden:  # the first token alone needs one row, which is there
+            bias = self.once(("for every query", bias), lambda: self.for_every_query(bias, hidden))
+        heads = self.config.num_attention_heads
+        inputs = (query, key, value, "", "", bias)
+        return graph.add("MultiHeadAttention", *inputs, domain="com.microsoft", num_heads=heads)
+
+    def for_every_query(self, bias: str, hidden: str) -> str:
+        """`[batch, 1, 1, seq]` -> `[batch, 1, seq, seq]`."""
+        graph = self.graph
+        one = graph.ints(1)
+        shape = graph.add("Concat", one, one, graph.add("Shape", hidden, start=1, end=2), one, axis=0)  # 1, 1, seq, 1
+        return graph.add("Expand", bias, shape)
+
+    def as_products(self, value: str) -> str:
+        """`value` in the products' type."""
+        if self.dtype == TYPES["fp32"]:
+            return value
+        return self.once(("cast", value), lambda: self.graph.cast(value, self.dtype))
+
     def layer(self, layer: BertLayer, hidden: str, bias: str, *, first_only: bool) -> str:
         """`[batch, seq, hidden]` -> the same, or `[batch, 1, hidden]`."""
         graph = self.graph
@@ -141,6 +172,8 @@ class _Exporter:
 
     def attention(self, attention: BertAttention, hidden: str, asking: str, bias: str) -> str:
         """Keys and values of `hidden` `[batch, seq, hidden]`, queries of `asking` `[batch, queries, hidden]`."""
+        if self.fused:
+            return self.fused_attention(attention, hidden, asking, bias)
         graph, of = self.graph, attention.self
         point = self.names[of]
         scale = graph.constant(f"scale_{self.dtype}", np.asarray(self.config.head_dim**-0.5, self.dtype))
@@ -166,6 +199,13 @@ class _Exporter:
     def layer_norm(self, norm: nn.LayerNorm, value: str, *, cast: bool = True) -> str:
         """In float32, whatever comes in; `self.dtype` comes out."""
         graph, name = self.graph, self.names[norm]
+        if self.fused:
+            value = value if cast else self.as_products(value)
+            weight, shift = (
+                graph.constant(f"{name}.{kind}", _array(getattr(norm, kind)).astype(self.dtype))
+                for kind in ("weight", "bias")
+            )
+            return graph.add("LayerNormalization", value, weight, shift, epsilon=float(norm.eps))
         normed = graph.add(
             "LayerNormalization",
             graph.cast(value, TYPES["fp32"]) if cast and self.dtype != TYPES["fp32"] else value,

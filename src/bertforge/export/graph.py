@@ -66,9 +66,9 @@ class Graph:
         self.nodes.append(helper.make_node("Identity", [output], [name], name=name))
         result = helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
         graph = helper.make_graph(self.nodes, "bertforge", self.inputs, [result], list(self.constants.values()))
-        model = helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="bertforge"
-        )
+        domains = {"": OPSET} | {node.domain: 1 for node in self.nodes if node.domain}
+        opsets = [helper.make_opsetid(domain, version) for domain, version in domains.items()]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="bertforge")
         helper.set_model_props(model, metadata)
         onnx.checker.check_model(model, full_check=True)
         return model

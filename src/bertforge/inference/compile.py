@@ -83,9 +83,9 @@ def compile_model(
     serves the engine until `verify_engine` has proved it. Raises ArtifactError for a run with adapters and for an
     engine that does not compute what the model does, UsageError for INT8 without data.
     """
-    check_target(target, precision)
-    scales = _scales(model, target, precision, data)
     hardware = detect()
+    check_target(target, precision, hardware)
+    scales = _scales(model, target, precision, data)
     say("loading the model")
     predictor = Predictor.load(model, "fp32")
     prepared = None if data is None else PreparedData.open(data)
@@ -196,7 +196,9 @@ def _build(folder: Path, source: _Source, target: str, precision: str) -> dict[s
     from bertforge.export.bert_onnx import export_onnx
 
     source.say("writing the ONNX graph")
-    graph = export_onnx(source.network(), folder / "graph.onnx", scales=source.scales)
+    # OpenVINO lowers a float32 graph by itself; ONNX Runtime computes in the types it finds.
+    products = "fp16" if precision == "fp16" else "fp32"
+    graph = export_onnx(source.network(), folder / "graph.onnx", precision=products, scales=source.scales)
     calibrate = precision == "int8" and source.scales is None
     wanted = folder / TARGETS[target].file
     if target == "onnxruntime" and not calibrate:
