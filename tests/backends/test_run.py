@@ -1,6 +1,7 @@
 """Rows go through any backend once, grouped as it likes, and come back in the caller's order."""
 
 import ctypes
+import dataclasses
 
 import numpy as np
 import pytest
@@ -69,6 +70,17 @@ def test_padding_goes_to_a_multiple_but_not_past_the_longest_text(examples):
     shape = BatchShape(tokens=1, multiple=32)
     assert batch_of(examples, np.array([shortest]), False, shape).input_ids.shape == (1, 32)
     assert batch_of(examples, np.array([longest]), False, shape).input_ids.shape == (1, 48)
+
+
+def test_a_question_alone_has_every_core_in_openvino_and_a_batch_a_core_each(model, examples, tmp_path):
+    machine = dataclasses.replace(detect(), cores=2)
+    backend = OpenVinoBackend(export_onnx(model, tmp_path / "m.onnx"), machine, "fp32")
+    assert [compiled.get_property("NUM_STREAMS") for compiled in (backend.compiled, backend.alone)] == [2, 1]
+    assert backend.alone.get_property("INFERENCE_NUM_THREADS") == 2
+    both = batch_of(examples, np.array([0, 1]), False, backend.shape)
+    one = batch_of(examples, np.array([0]), False, backend.shape)
+    np.testing.assert_allclose(backend.logits(one)[0], backend.logits(both)[0], atol=2e-5)
+    assert set(vars(backend.requests)) == {"alone", "compiled"}, "each was used"
 
 
 def test_signals_of_the_main_thread_keep_their_stack(model, tmp_path):
