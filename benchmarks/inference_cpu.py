@@ -9,8 +9,8 @@ batch, as transformers' pipelines do, and sorted by length, their best; `padded_
 by themselves. Every system has every core; one works at a time.
 
 All systems are warmed up, then take turns, --repeats rounds of them, so that whatever else disturbs the machine hits
-all alike; a rate is the median of the rounds. A slow system answers every tenth of its batches; `tokens_per_row` says
-how long their questions were. Latencies are those of single calls with one question, unpadded.
+all alike; a rate is the median of the rounds. A slow system answers every tenth of its batches, sorted every fourth,
+spread over all lengths; `tokens_per_row` says how long their questions were. Latencies are those of single calls with one question, unpadded.
 
 Of the questions timed, accuracy is that of the validation rows. With --accuracy-split, ours and transformers' float32
 also answer a whole part, and `recovery` is an accuracy divided by transformers' own.
@@ -54,7 +54,6 @@ from bertforge.inference.predictor import Predictor
 from record import record
 
 BATCH = 32
-SLOWER = 10  # a slow system answers one batch in so many
 LATENCY_ROWS = 100
 CALIBRATION_ROWS = 300
 PEERS = [
@@ -138,7 +137,7 @@ class Benchmark:
         self.rows = np.random.default_rng(0).permutation(rows)[: options.rows]
         self.tokens = self.prepared.tokens(reference.tokenizer)
         self.examples = Examples(self.tokens, self.prepared.labels, reference.tokenizer.sep_id, reference.max_length)
-        self.few, self.few_sorted = _some_batches(self.rows), _some_batches(self._sorted(self.rows))
+        self.few, self.few_sorted = _spread(self.rows, 10), _spread(self._sorted(self.rows), 4)
         self.single = self.rows[:LATENCY_ROWS]
         split = options.accuracy_split
         self.whole = self._sorted(self.prepared.rows("random", split) if split else np.zeros(0, np.int64))
@@ -308,10 +307,10 @@ def main() -> None:
         print(f"wrote {write_json(options.json, found)}")
 
 
-def _some_batches(rows: np.ndarray) -> np.ndarray:
-    """The rows of every tenth batch, from the middle of the first ten on."""
+def _spread(rows: np.ndarray, step: int) -> np.ndarray:
+    """The rows of every `step`-th batch, from the middle of the first `step` on."""
     batches = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
-    return np.concatenate(batches[min(SLOWER // 2, len(batches) - 1) :: SLOWER])
+    return np.concatenate(batches[min(step // 2, len(batches) - 1) :: step])
 
 
 @contextmanager
