@@ -5,12 +5,14 @@
 MODEL is a merged folder, Q what `bertforge quantize MODEL --precision int8` made of it; their engines are compiled into
 their `engines` folders if they are not there. Questions are validation rows in a random order. From token ids to
 logits: tokenizing is left out for all. Peers run batches of 32 in the order of arrival, padded to the longest of the
-batch, as transformers' pipelines do, and sorted by length, their best; `padded_peers.py` says what each is. Ours sort
+batch, as transformers' pipelines do, and sorted by length, their best and what
+sentence-transformers does by itself; `padded_peers.py` says what each is. Ours sort
 by themselves. Every system has every core; one works at a time.
 
 All systems are warmed up, then take turns, --repeats rounds of them, so that whatever else disturbs the machine hits
 all alike; a rate is the median of the rounds. A slow system answers every tenth of its batches, sorted every fourth,
-spread over all lengths; `tokens_per_row` says how long their questions were. Latencies are those of single calls with one question, unpadded.
+spread over all lengths; `tokens_per_row` says how long their questions were. Latencies are those of single calls with
+one question, unpadded.
 
 Of the questions timed, accuracy is that of the validation rows. With --accuracy-split, ours and transformers' float32
 also answer a whole part, and `recovery` is an accuracy divided by transformers' own.
