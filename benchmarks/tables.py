@@ -99,7 +99,7 @@ def train_rate_cpu() -> str:
 
 @table
 def inference_cpu() -> str:
-    """Engines on a CPU beside transformers."""
+    """Engines on a CPU beside their peers."""
     found = _record("inference_cpu")
     slowest = found["rows"][0]["questions_per_s"]
     rows = [
@@ -109,12 +109,20 @@ def inference_cpu() -> str:
             row["precision"],
             f"{row['questions_per_s']:.1f}",
             f"{row['questions_per_s'] / slowest:.1f}",
+            f"{row['p50_ms']:.1f} ms" if "p50_ms" in row else "-",
             _percent(row["accuracy"]),
+            f"{row['recovery']:.2%}" if "recovery" in row else "-",
         ]
         for row in found["rows"]
+        if "missing" not in row
     ]
-    header = ["system", "framework", "precision", "questions/s", "speed-up", "accuracy"]
-    return _markdown(header, rows) + _source("inference_cpu", found)
+    header = ["system", "framework", "precision", "questions/s", "speed-up", "p50 of one", "accuracy", "recovery"]
+    absent = [
+        f"\n{row['system']}, {row['framework']}, {row['precision']}: not measured, {row['missing']}.\n"
+        for row in found["rows"]
+        if "missing" in row
+    ]
+    return _markdown(header, rows) + "".join(absent) + _source("inference_cpu", found)
 
 
 @table

@@ -107,6 +107,23 @@ def test_padding_goes_to_a_multiple_but_not_past_the_longest_text(examples):
     assert batch_of(examples, np.array([longest]), False, shape).input_ids.shape == (1, 48)
 
 
+def test_a_question_alone_has_every_core_in_openvino_and_a_batch_a_core_each(model, examples, tmp_path):
+    backend = OpenVinoBackend(export_onnx(model, tmp_path / "m.onnx"), replace(detect(), cores=2), "fp32")
+
+    def streams(requests):
+        request = requests.get()
+        requests.put(request)
+        return request.get_compiled_model().get_property("NUM_STREAMS")
+
+    assert (streams(backend.requests), streams(backend.alone)) == (2, 1)
+    assert (backend.requests.qsize(), backend.alone.qsize()) == (2, 1)
+    both = batch_of(examples, np.array([0, 1]), False, backend.shape)
+    one = batch_of(examples, np.array([0]), False, backend.shape)
+    expected = backend.logits(both)[0]
+    backend.requests = None  # so that a question alone cannot have used it
+    np.testing.assert_allclose(backend.logits(one)[0], expected, atol=2e-5)
+
+
 def test_signals_of_the_main_thread_keep_their_stack(model, tmp_path):
     class Stack(ctypes.Structure):
         _fields_ = (("pointer", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))

@@ -197,8 +197,14 @@ def _build(folder: Path, source: _Source, target: str, precision: str) -> dict[s
 
     source.say("writing the ONNX graph")
     # OpenVINO lowers a float32 graph by itself; ONNX Runtime computes in the types it finds.
-    products = "fp16" if precision == "fp16" else "fp32"
-    graph = export_onnx(source.network(), folder / "graph.onnx", precision=products, scales=source.scales)
+    half = precision == "fp16"  # ONNX Runtime on CUDA, which has a kernel for attention as one node
+    graph = export_onnx(
+        source.network(),
+        folder / "graph.onnx",
+        precision="fp16" if half else "fp32",
+        scales=source.scales,
+        fused=half,
+    )
     calibrate = precision == "int8" and source.scales is None
     wanted = folder / TARGETS[target].file
     if target == "onnxruntime" and not calibrate:
