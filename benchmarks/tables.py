@@ -164,6 +164,30 @@ def sensitivity() -> str:
 
 
 @table
+def inference_gpu() -> str:
+    """Systems on a GPU, in their own best precision there."""
+    found = _record("inference_gpu")
+    rows = [
+        [
+            row["model"],
+            row["system"],
+            row["framework"],
+            row["precision"],
+            row["batch"],
+            f"{row['questions_per_s']:,.0f}",
+            f"{row['share_of_ceiling']:.0%}",
+            f"{row['padding_waste']:.0%}",
+            f"{row['peak_memory_gb']:.1f} GB",
+            f"{row['max_logit_difference']:.4f}",
+        ]
+        for row in found["rows"]
+        if "questions_per_s" in row
+    ]
+    header = ["model", "system", "framework", "precision", "batch", "questions/s", "of the ceiling", "padding", "memory"]
+    return _markdown([*header, "largest logit difference"], rows) + _source("inference_gpu", found)
+
+
+@table
 def prepare_rate() -> str:
     """Preparing beside the bare tokenizer, and memory."""
     found = _record("prepare_rate")
