@@ -32,7 +32,7 @@ lint: $(VENV)/.installed-dev $(VENV)/stubs
 $(VENV)/stubs: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ tensorrt-stubs==10.13.0.35.1
 	sed -i.published -e 's/ in: list/ in_: list/' -e 's/channel_axis: int)/channel_axis: int = 0)/' \
-	  $@/tensorrt_bindings/tensorrt.pyi
+	  $@/tensorrt_bindings/tensorrt.pyi || { rm -rf $@; exit 1; }
 
 clean:
 	rm -rf $(VENV) demo-run

@@ -183,7 +183,17 @@ def inference_gpu() -> str:
         for row in found["rows"]
         if "questions_per_s" in row
     ]
-    header = ["model", "system", "framework", "precision", "batch", "questions/s", "of the ceiling", "padding", "memory"]
+    header = [
+        "model",
+        "system",
+        "framework",
+        "precision",
+        "batch",
+        "questions/s",
+        "of the ceiling",
+        "padding",
+        "memory",
+    ]
     return _markdown([*header, "largest logit difference"], rows) + _source("inference_gpu", found)
 
 

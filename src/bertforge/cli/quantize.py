@@ -30,7 +30,9 @@ def quantize(
     validation_rows: Annotated[int, typer.Option(min=16, help="Validation rows that judge.")] = 1000,
     max_drop: Annotated[
         float | None,
-        typer.Option(min=0, help="Points of accuracy that may be lost: layers are spared until it holds."),
+        typer.Option(
+            min=0, help="Points of accuracy that may be lost: parts are spared, by multiply-adds, until it holds."
+        ),
     ] = None,
     qat: Annotated[bool, typer.Option("--qat", help="Fine-tune the quantized model for an epoch.")] = False,
     json_file: Annotated[
@@ -100,7 +102,9 @@ def print_quantization(console: Console, found: dict[str, Any]) -> None:
         if name in found and found[name].get("kept", True):
             console.print(f"{title}: {found[name]['recovery']:.2%} of the accuracy; {found[name]['verdict']}")
     if "qat" in found and not found["qat"]["kept"]:
-        console.print("fine-tuning did not lower the validation loss, so the weights stay as they were")
+        console.print(
+            "fine-tuning did not lower the validation loss within the budget, so the weights stay as they were"
+        )
 
 
 def _calibrations(found: dict[str, Any]) -> Table:

@@ -239,10 +239,10 @@ class _Exporter:
             weight = weight / smooth
         value = self.quantized(value, name)
         amax = scales.weights.get(name, np.abs(weight).max(axis=1))  # [out]
-        scale = (np.maximum(amax, 1e-6) / scales.largest).astype(self.dtype)
-        stored = weight / scale[:, None].astype(np.float32)  # by the scale as it is stored
+        scale = self.scale_of(amax / scales.largest)
+        stored = np.clip(weight / scale[:, None].astype(np.float32), -scales.largest, scales.largest)
         if scales.format == "int8":
-            stored = np.clip(np.rint(stored), -127, 127)
+            stored = np.rint(stored)
         stored_name = graph.constant(f"{name}.weight_{scales.format}", stored.T.astype(_STORED[scales.format]))
         scale_name = graph.constant(f"{name}.weight_scale", scale)
         return value, graph.add("DequantizeLinear", stored_name, scale_name, self.zero(scales, len(scale)), axis=1)
@@ -260,8 +260,12 @@ class _Exporter:
 
     def pair(self, value: str, point: str, size: float, scales: Scales) -> str:
         graph, zero = self.graph, self.zero(scales)
-        scale = graph.constant(f"{point}.scale", np.asarray(size, self.dtype))
+        scale = graph.constant(f"{point}.scale", self.scale_of(np.asarray(size)))
         return graph.add("DequantizeLinear", graph.add("QuantizeLinear", value, scale, zero), scale, zero)
+
+    def scale_of(self, size: np.ndarray) -> np.ndarray:
+        """`size` in the products' type, never 0: a channel that is always 0 has no range."""
+        return np.maximum(size, float(ml_dtypes.finfo(self.dtype).tiny)).astype(self.dtype)
 
     def smoothed(self, value: str, name: str, factor: np.ndarray) -> str:
         return self.graph.add("Mul", value, self.graph.constant(f"{name}.smooth", factor.astype(self.dtype)))

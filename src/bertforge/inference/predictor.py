@@ -69,9 +69,13 @@ class Predictor:
             backend = open_engine(directory, manifest["target"], manifest["precision"], hardware)
         else:
             model = verified_model(directory, manifest, hardware)
-            # Simulated 8 bits are exact in float32 alone.
-            wanted = "fp32" if manifest["kind"] == "quantized" else choose_precision(hardware, precision)
-            backend = PyTorchBackend(model, hardware, wanted)
+            if manifest["kind"] == "quantized":
+                if precision not in ("auto", "fp32"):
+                    raise UsageError(
+                        f"{directory} simulates its 8 bits in float32, which alone is exact, not {precision}"
+                    )
+                precision = "fp32"
+            backend = PyTorchBackend(model, hardware, choose_precision(hardware, precision))
         return cls(
             backend=backend,
             tokenizer=Tokenizer.load(directory),
@@ -136,7 +140,15 @@ class Predictor:
         return self.token_logits(store, np.arange(len(texts)), arrays, advance)
 
     def examples(self, prepared: PreparedData, rows: np.ndarray) -> Examples:
-        """Prepared data as this model reads it; of the columns, if it reads any, `rows` alone."""
+        """Prepared data as this model reads it; of the columns, if it reads any, `rows` alone.
+
+        Raises DataError for data with other labels.
+        """
+        if prepared.label_names != self.label_names:
+            raise DataError(
+                f"the data is labelled {', '.join(prepared.label_names)}, "
+                f"but the model knows {', '.join(self.label_names)}"
+            )
         columns, tabular = self.columns(prepared, rows), None
         if self.transform is not None and columns is not None:
             tabular = self.transform(columns).among(rows, len(prepared))

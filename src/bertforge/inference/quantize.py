@@ -38,7 +38,7 @@ Say = Callable[[str], object]
 Tune = Callable[
     [BertForSequenceClassification, Examples, np.ndarray, np.ndarray, dict[str, Any], Path, Say], dict[str, Any]
 ]
-"""Fine-tunes a model on train rows, the best by validation rows kept: `training.qat.tune`."""
+"""Fine-tunes a model on train rows and tells the validation loss before and after: `training.qat.tune`."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,17 @@ class QuantizeOptions:
     """Accuracy that may be lost on them, a fraction: units are taken back to full precision until it holds."""
 
     def __post_init__(self) -> None:
-        from bertforge.quantize.points import PRESETS
+        from bertforge.quantize.points import METHODS, PRESETS
 
-        methods = ("best", "max", "entropy", "mse", "percentile")
-        for name, allowed in (("precision", tuple(FORMATS)), ("preset", tuple(PRESETS)), ("calibration", methods)):
+        for name, allowed in (("precision", tuple(FORMATS)), ("preset", tuple(PRESETS)), ("calibration", METHODS)):
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name} {getattr(self, name)!r} does not exist; choose one of {', '.join(allowed)}")
         if not 0 <= self.smooth <= 1:
             raise UsageError(f"smooth is {self.smooth}; SmoothQuant's alpha lies between 0 (off) and 1")
+        if self.rows < 1 or self.validation_rows < 1:
+            raise UsageError(f"rows={self.rows}, validation_rows={self.validation_rows}; both must be above 0")
+        if self.max_drop is not None and not self.max_drop >= 0:
+            raise UsageError(f"max_drop is {self.max_drop}; accuracy that may be lost is 0 or more")
         if self.calibration == "entropy" and self.precision == "fp8":
             raise UsageError("entropy calibration is defined for int8 alone; choose --calibration best")
 
@@ -105,14 +108,19 @@ def quantize_model(
         raise MachineError("quantization needs NVIDIA ModelOpt; pip install 'bertforge[quantize]'")
     from bertforge.quantize import fake
 
-    predictor = Predictor.load(model, "fp32")
-    rows = _choose(predictor, PreparedData.open(data), options)
+    predictor, prepared = Predictor.load(model, "fp32"), PreparedData.open(data)
+    if prepared.fingerprint != manifest["data"]["fingerprint"]:
+        raise DataError(
+            f"{model} was trained on other data than {data}, whose train rows may be its test rows; name the folder it "
+            "was trained on"
+        )
+    rows = _choose(predictor, prepared, options)
+    network = plain_model(predictor)
+    job = _Job(network, rows, rows.logits(network, rows.judged), options, say)
     with fresh_directory(out) as folder:
-        network = plain_model(predictor)
-        reference = rows.logits(network, rows.judged)
-        found, chosen = _calibrate(network, rows, reference, options, say)
+        found, chosen = job.calibrate()
         if tune:
-            found["qat"] = _tuned(network, rows, reference, tune, manifest, folder / "tuning", say)
+            found["qat"] = job.fine_tune(tune, manifest["recipe"], folder / "tuning")
         write_atomic(folder / WEIGHTS, to_bytes(fake.plain_state(network), metadata={"format": "pt"}))
         fake.read_scales(network, options.precision, chosen).save(folder)
         network.config.save(folder)
@@ -139,86 +147,98 @@ def _choose(predictor: Predictor, prepared: PreparedData, options: QuantizeOptio
     return _Rows(examples, calibration, judged, train, validation)
 
 
-def _calibrate(
-    network: BertForSequenceClassification,
-    rows: _Rows,
-    reference: np.ndarray,
-    options: QuantizeOptions,
-    say: Say,
-) -> tuple[dict[str, Any], list[Unit]]:
-    """Quantizes `network` in place; returns the measurements and the units that are in 8 bits."""
-    from bertforge.quantize import calibrate, fake, sensitivity
-    from bertforge.quantize.points import share_of_work, units
+@dataclass(frozen=True)
+class _Job:
+    """A model on its way to 8 bits."""
 
-    chosen = units(network.config, options.preset)
-    length = float(rows.examples.lengths(rows.judged).mean())
-    ranked = rows.judged[::RANKING_SHARE]
-    labels = rows.examples.labels
-    verdict = sensitivity.Judge(lambda: rows.logits(network, rows.judged), reference, labels[rows.judged])
-    ranking = sensitivity.Judge(lambda: rows.logits(network, ranked), reference[::RANKING_SHARE], labels[ranked])
+    network: BertForSequenceClassification
+    rows: _Rows
+    reference: np.ndarray
+    """[judged rows, labels], of the plain model."""
+    options: QuantizeOptions
+    say: Say
 
-    def loop(model: Any) -> None:
-        rows.logits(model, rows.calibration)
+    def calibrate(self) -> tuple[dict[str, Any], list[Unit]]:
+        """Quantizes the network in place; returns the measurements and the units that are in 8 bits."""
+        from bertforge.quantize import calibrate, fake, sensitivity
+        from bertforge.quantize.points import share_of_work, units
 
-    say(f"calibrating on {len(rows.calibration):,} train rows")
-    fake.insert(network, options.precision, options.preset)
-    if options.smooth:
-        fake.smooth(network, chosen, loop, options.smooth)
-    fake.calibrate_weights(network, chosen)
-    ways = calibrate.ranges(network, options.precision, chosen, options.calibration, loop)
-    costs = {}
-    for name, found in ways.items():
-        say(f"judging {name} on {len(ranked):,} validation rows")
-        fake.set_activations(network, found)
-        fake.quantize_only(network, chosen)
-        costs[name] = ranking.cost()
-    best = min(costs, key=lambda name: costs[name].divergence)
-    fake.set_activations(network, ways[best])
-    table = sensitivity.table(network, chosen, ranking, length, lambda i, n: say(f"measuring sensitivity: {i} of {n}"))
-    frontier = []
-    if options.max_drop is not None:
-        frontier = sensitivity.search(
-            network,
-            chosen,
-            (ranking, verdict),
-            length,
-            options.max_drop,
-            lambda i, n: say(f"ranking layers and components: {i} of {n}"),
+        network, rows, reference, options, say = self.network, self.rows, self.reference, self.options, self.say
+        chosen = units(network.config, options.preset)
+        length = float(rows.examples.lengths(rows.judged).mean())
+        ranked = rows.judged[::RANKING_SHARE]
+        labels = rows.examples.labels
+        verdict = sensitivity.Judge(lambda: rows.logits(network, rows.judged), reference, labels[rows.judged])
+        ranking = sensitivity.Judge(lambda: rows.logits(network, ranked), reference[::RANKING_SHARE], labels[ranked])
+
+        def loop(model: Any) -> None:
+            rows.logits(model, rows.calibration)
+
+        say(f"calibrating on {len(rows.calibration):,} train rows")
+        fake.insert(network, options.precision, options.preset)
+        if options.smooth:
+            fake.smooth(network, chosen, loop, options.smooth)
+        fake.calibrate_weights(network, chosen)
+        ways = calibrate.ranges(network, options.precision, chosen, options.calibration, loop)
+        costs = {}
+        for name, found in ways.items():
+            say(f"judging {name} on {len(ranked):,} validation rows")
+            fake.set_activations(network, found)
+            fake.quantize_only(network, chosen)
+            costs[name] = ranking.cost()
+        best = min(costs, key=lambda name: costs[name].divergence)
+        fake.set_activations(network, ways[best])
+        table = sensitivity.table(
+            network, chosen, ranking, length, lambda i, n: say(f"measuring sensitivity: {i} of {n}")
         )
-        chosen = list(frontier[-1].quantized)
-    fake.quantize_only(network, chosen)
-    say(f"judging on {len(rows.judged):,} validation rows")
-    measured = {
-        **asdict(options),
-        "calibration_rows": len(rows.calibration),
-        "ranking_rows": len(ranked),
-        "chosen_calibration": best,
-        "calibrations": {name: cost.to_dict() for name, cost in costs.items()},
-        "sensitivity": [row.to_dict() for row in table],
-        "frontier": [step.to_dict() for step in frontier],
-        "quantized_share_of_work": share_of_work(network.config, chosen, length),
-        "ptq": _quality(reference, verdict.logits(), verdict.labels),
-    }
-    return measured, chosen
+        frontier = []
+        if options.max_drop is not None:
+            frontier = sensitivity.search(
+                network,
+                chosen,
+                (ranking, verdict),
+                length,
+                options.max_drop,
+                lambda i, n: say(f"ranking layers and components: {i} of {n}"),
+            )
+            chosen = list(frontier[-1].quantized)
+            if not chosen:
+                raise ArtifactError(
+                    f"no part of the model in {options.precision} keeps the accuracy within {options.max_drop:.2%} of "
+                    f"{len(rows.judged):,} validation rows; raise --max-drop or --validation-rows"
+                )
+        fake.quantize_only(network, chosen)
+        measured = {
+            **asdict(options),
+            "calibration_rows": len(rows.calibration),
+            "ranking_rows": len(ranked),
+            "chosen_calibration": best,
+            "calibrations": {name: cost.to_dict() for name, cost in costs.items()},
+            "sensitivity": [row.to_dict() for row in table],
+            "frontier": [step.to_dict() for step in frontier],
+            "quantized_share_of_work": share_of_work(network.config, chosen, length),
+            "ptq": self.quality(),
+        }
+        return measured, chosen
 
+    def fine_tune(self, tune: Tune, recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """Fine-tunes the network; it is left as it was unless the validation loss falls and the budget still holds."""
+        before = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
+        rows, budget = self.rows, self.options.max_drop
+        found = tune(self.network, rows.examples, rows.train, rows.validation, recipe, folder, self.say)
+        found |= self.quality()
+        drop = found["first_accuracy"] - found["second_accuracy"]
+        found["kept"] = found["validation_loss"] < found["validation_loss_before"] and (
+            budget is None or drop <= budget
+        )
+        if not found["kept"]:
+            self.network.load_state_dict(before)
+        return found
 
-def _tuned(
-    network: BertForSequenceClassification,
-    rows: _Rows,
-    reference: np.ndarray,
-    tune: Tune,
-    manifest: dict[str, Any],
-    folder: Path,
-    say: Say,
-) -> dict[str, Any]:
-    """Fine-tunes and measures again."""
-    tuned = tune(network, rows.examples, rows.train, rows.validation, manifest["recipe"], folder, say)
-    say(f"judging on {len(rows.judged):,} validation rows")
-    logits, labels = rows.logits(network, rows.judged), rows.examples.labels[rows.judged]
-    return {**tuned, **_quality(reference, logits, labels)}
-
-
-def _quality(reference: np.ndarray, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """The paired comparison with the plain model, and accuracy as a share of its: `recovery`."""
-    compared = compare(reference, logits, labels, names=("float32", "quantized"))
-    return {**compared.to_dict(), "recovery": compared.second_accuracy / compared.first_accuracy}
+    def quality(self) -> dict[str, Any]:
+        """The paired comparison with the plain model, and accuracy as a share of its: `recovery`."""
+        rows = self.rows
+        self.say(f"judging on {len(rows.judged):,} validation rows")
+        logits, labels = rows.logits(self.network, rows.judged), rows.examples.labels[rows.judged]
+        compared = compare(self.reference, logits, labels, names=("float32", "quantized"))
+        return {**compared.to_dict(), "recovery": compared.second_accuracy / compared.first_accuracy}

@@ -58,11 +58,6 @@ def score(predictor: Predictor, data: Path, part: str | None = None) -> Scored:
 
 
 def _score_prepared(predictor: Predictor, prepared: PreparedData, part: str) -> Scored:
-    if prepared.label_names != predictor.label_names:
-        raise DataError(
-            f"the data is labelled {', '.join(prepared.label_names)}, "
-            f"but the model knows {', '.join(predictor.label_names)}"
-        )
     split = predictor.manifest["recipe"]["split"]
     rows = prepared.rows(split, part)
     examples = predictor.examples(prepared, rows)

@@ -13,13 +13,11 @@ import torch
 from modelopt.torch.quantization.calib import HistogramCalibrator
 from modelopt.torch.quantization.tensor_quant import scaled_e4m3
 
-from bertforge.errors import UsageError
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.quantize.fake import Loop, activation_quantizers, quantize_only
 from bertforge.quantize.points import Unit
 
 PERCENTILES = (99.9, 99.99, 99.999, 99.9999)
-METHODS = ("best", "max", "entropy", "mse", "percentile")
 _FIRST = 128  # bin from which on they try: 128 bins are all that 8 bits tell apart
 _STRIDE = 16  # of the 2,048 bins of a histogram, how far apart `entropy` and `mse` try to clip
 
@@ -31,11 +29,9 @@ def ranges(
 ) -> dict[str, Ranges]:
     """Name of a way to calibrate -> point -> amax, from one run of `loop` over calibration rows.
 
-    `method` is one of METHODS; percentile gives four ways and best all of them. Raises UsageError for entropy in fp8,
-    which it is not defined for.
+    `method` is one of `points.METHODS`; percentile gives four ways and best all of them. There is no entropy
+    in fp8: it is defined for integers.
     """
-    if method == "entropy" and form == "fp8":
-        raise UsageError("entropy calibration is defined for int8; choose --calibration best, max, mse or percentile")
     points = [point for unit in chosen for point in unit.points]
     quantizers = activation_quantizers(model, points)
     histograms = {point: HistogramCalibrator(quantizers[point].num_bits, None, False) for point in points}

@@ -121,7 +121,7 @@ def search(
     """Takes units back to full precision until the accuracy drop is within `max_drop`, a fraction: the last step is.
 
     The first of `judges` ranks the units, each quantized alone, by cost over the work it saves; the second, with more
-    rows, says whether the budget holds. With everything taken back the drop is 0, so there always is an end.
+    rows, says whether the budget holds. With everything taken back there is nothing left to give: that is the end too.
     """
     ranking, verdict = judges
     harm = {}
@@ -133,7 +133,7 @@ def search(
     while True:
         step = Step(tuple(kept), share_of_work(model.config, kept, length), _cost(model, kept, verdict))
         frontier.append(step)
-        if step.cost.accuracy_drop <= max_drop:
+        if step.cost.accuracy_drop <= max_drop or not kept:
             return frontier
         kept = kept[:-1]
 

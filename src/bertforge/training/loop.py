@@ -152,17 +152,12 @@ class Trainer:
             raise DataError(f"the loss became {loss} at step {self.progress.step}; lower lr or set precision=fp32")
         return loss
 
-    def validation(self) -> tuple[float, float]:
-        """Loss (nats) and accuracy (a fraction) of the model as it is on the validation rows."""
-        split = self.split
+    def _validate(self, history: History) -> None:
+        progress, split = self.progress, self.split
         logits = torch.from_numpy(predict_logits(self.model, split.examples, split.validation, self.precision))
         labels = torch.from_numpy(split.examples.labels[split.validation])
         loss = self._finite(float(F.cross_entropy(logits, labels)))
-        return loss, float((logits.argmax(1) == labels).double().mean())
-
-    def _validate(self, history: History) -> None:
-        progress = self.progress
-        loss, accuracy = self.validation()
+        accuracy = float((logits.argmax(1) == labels).double().mean())
         train_loss = progress.loss_sum / progress.sequences
         progress.epoch += 1
         history.add(

@@ -14,12 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from bertforge.data.loader import Examples
 from bertforge.determinism import seed_everything
+from bertforge.evaluation.logits import predict_logits
 from bertforge.hardware import choose_precision, detect
 from bertforge.model.classifier import BertForSequenceClassification
-from bertforge.training.checkpoint import Progress, trainable
+from bertforge.training.checkpoint import Progress
 from bertforge.training.config import Recipe
 from bertforge.training.loop import Split, Trainer
 
@@ -38,28 +40,26 @@ def tune(
 ) -> dict[str, Any]:
     """One epoch over every weight of `model`, by the recipe of its run; `folder` is for the loop's files and goes.
 
-    Returns the validation loss before and after, in nats, and whether the epoch lowered it: `kept`. If not, the weights
-    are left as they were.
+    Returns the validation loss before and after in nats, both in float32: in bfloat16, 8 bits are not what they are.
     """
     given = Recipe.from_dict(recipe)
     settings = replace(given, lora=None, epochs=1, patience=1, lr=LR, head_lr=0.0, name=f"{given.name}-qat")
     seed_everything(settings.seed)
-    before = {name: tensor.detach().clone() for name, tensor in trainable(model).items()}
     folder.mkdir()
     split = Split(examples, train, validation)
     trainer = Trainer(model, split, settings, folder, choose_precision(detect()), eager=True)
-    loss_before, _ = trainer.validation()
+    before = _loss(model, split)
 
     def show(progress: Progress, sequences: int, loss: float) -> None:
-        if progress.step % _TOLD == 0:
+        if progress.step % _TOLD == 1:  # the first too: a step may take seconds
             say(f"fine-tuning the quantized model: step {progress.step:,} of {trainer.total_steps:,}, loss {loss:.4f}")
 
-    progress = trainer.fit(show)
-    kept = progress.best_loss < loss_before
-    if not kept:
-        with torch.no_grad():
-            for name, parameter in trainable(model).items():
-                parameter.copy_(before[name])
+    trainer.fit(show)
     model.eval()
     shutil.rmtree(folder)
-    return {"kept": kept, "validation_loss_before": loss_before, "validation_loss": progress.best_loss}
+    return {"validation_loss_before": before, "validation_loss": _loss(model, split)}
+
+
+def _loss(model: BertForSequenceClassification, split: Split) -> float:
+    logits = torch.from_numpy(predict_logits(model, split.examples, split.validation, "fp32"))
+    return float(F.cross_entropy(logits, torch.from_numpy(split.examples.labels[split.validation])))
