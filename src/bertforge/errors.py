@@ -6,6 +6,12 @@ The library raises; only `cli` turns an error into an exit code. Exit codes: 0 d
 """
 
 
+def reason(error: Exception) -> str:
+    """One line: what an error of ours says, or the kind of another and the first line of what it says."""
+    first = str(error).strip().partition("\n")[0]
+    return first if isinstance(error, BertforgeError) else f"{type(error).__name__}: {first}"
+
+
 class BertforgeError(Exception):
     """Base of every expected error; `exit_code` is what the command line ends with."""
 

@@ -99,6 +99,16 @@ def test_padding_waste_by_hand():
     assert padding_waste(lengths, False, BatchShape(8, rows=2)) == pytest.approx(17 / 16 - 1)
 
 
+def test_rows_that_a_fixed_shape_adds_are_padding_too():
+    lengths = np.array([3, 4, 10, 7, 2])
+    shape = BatchShape(30, edges=(4, 10))
+    # (10, 7, 4) at 10 tokens, (3, 2) at 4 tokens: 30 + 8 computed for 26
+    assert padding_waste(lengths, False, shape) == pytest.approx(38 / 26 - 1)
+    # seven rows of 4 tokens fit into 30
+    assert padding_waste(lengths, False, replace(shape, filled=True)) == pytest.approx(58 / 26 - 1)
+    assert padding_waste(lengths[:1], False, replace(shape, filled=True)) == pytest.approx(4 / 3 - 1), "a row alone"
+
+
 def test_padding_goes_to_a_multiple_but_not_past_the_longest_text(examples):
     longest = int(np.argmax(examples.lengths(np.arange(80))))
     shortest = int(np.argmin(examples.lengths(np.arange(80))))
@@ -179,3 +189,12 @@ def test_a_precision_of_other_devices_is_refused_with_the_command_to_use():
         open_engine(Path("engine"), "onnxruntime", "int8", gpu)
     assert "\n" not in str(error.value)
     assert check_target("onnxruntime", "fp16", gpu).file == "model.onnx"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_openvino_is_refused_where_the_device_is_a_gpu(precision):
+    gpu = replace(detect(), device=torch.device("cuda", 0), name="NVIDIA H100")
+    with pytest.raises(MachineError, match="openvino runs on a CPU, and the device here is NVIDIA H100") as error:
+        check_target("openvino", precision, gpu)
+    assert "\n" not in str(error.value)
+    assert check_target("openvino", precision, replace(gpu, device=torch.device("cpu"))).file == "model.xml"

@@ -103,6 +103,7 @@ def test_batches_are_cut_to_fill_the_buckets(folder, target, model):
     backend = opened(folder, target)
     assert backend.shape.edges == (16, 48)
     assert [max(1, backend.shape.tokens // edge) for edge in backend.shape.edges] == [12, 4]
+    assert [backend.shape.computed(rows, 20) for rows in (1, 2, 4)] == [48, 4 * 48, 4 * 48], "as its buckets are"
     rng = np.random.default_rng(0)
     lengths = rng.integers(2, 60, size=50)
     store = TokenStore(rng.integers(5, 90, size=lengths.sum()), np.concatenate([[0], np.cumsum(lengths)]))

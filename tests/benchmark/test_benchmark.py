@@ -1,20 +1,27 @@
 """Engines side by side: each row a claim that can be checked against the model itself."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import bertforge
+from bertforge.artifact import MANIFEST, hash_file, read_manifest
+from bertforge.backends.onnxruntime import OnnxRuntimeBackend
 from bertforge.backends.registry import TARGETS, Target
-from bertforge.benchmark.measure import rate
+from bertforge.benchmark.measure import latencies_ms, rate
+from bertforge.benchmark.memory import peak_memory_gb
 from bertforge.benchmark.roofline import ceiling, needed_flops
 from bertforge.benchmark.run import _accuracy, _changed, chosen, run_benchmark
 from bertforge.benchmark.table import markdown
 from bertforge.benchmark.workload import Workload
 from bertforge.data.prepared import PreparedData
-from bertforge.errors import UsageError
+from bertforge.errors import ArtifactError, UsageError
 from bertforge.inference.predictor import Predictor
+from bertforge.inference.quantize import QuantizeOptions, quantize_model
 from tests.model.tiny import tiny_bert
 from tests.runs import run_command
 
@@ -37,6 +44,74 @@ def test_a_target_that_is_missing_is_a_row_that_says_how_to_get_it(model, data, 
     assert reference["changed_labels"] == 0
     assert reference["padding_waste"] == 0
     assert reference["p50_ms"] <= reference["p95_ms"] <= reference["p99_ms"]
+
+
+def measured(model, data, targets, **more):
+    """Rows of a benchmark as small as can be."""
+    return run_benchmark(model, data, targets, split="validation", rows=32, repeats=1, say=lambda text: None, **more)[
+        "rows"
+    ]
+
+
+def test_what_a_library_raises_is_a_row_and_the_others_stay(model, data, monkeypatch):
+    def fail(backend, *arguments):
+        if backend.name == "onnxruntime":
+            raise RuntimeError("an illegal memory access\nat 0x7f")
+        return latencies_ms(backend, *arguments)
+
+    closed = []
+    monkeypatch.setattr("bertforge.benchmark.run.latencies_ms", fail)
+    measured(model, data, "onnxruntime-fp32")  # compiled, and the backend that proved it closed
+    monkeypatch.setattr(OnnxRuntimeBackend, "close", lambda self: closed.append(self.name))
+    reference, broken, intact = measured(model, data, "onnxruntime-fp32,openvino-fp32")
+    assert broken == {
+        "framework": "onnxruntime",
+        "precision": "fp32",
+        "missing": "RuntimeError: an illegal memory access",
+    }
+    assert closed == ["onnxruntime"]
+    assert reference["questions_per_s"] > 0
+    assert intact["questions_per_s"] > 0
+
+
+def test_an_error_of_the_reference_is_raised(model, data, monkeypatch):
+    monkeypatch.setattr("bertforge.benchmark.run.latencies_ms", None)
+    with pytest.raises(TypeError):
+        measured(model, data, "pytorch-fp32")
+
+
+def test_what_no_gpu_here_runs_is_not_even_built(model, data):
+    rows = measured(model, data, "tensorrt,tensorrt-rtx")[1:]
+    assert len(rows) == 10
+    for row in rows:
+        assert row["missing"] == f"{row['framework']} cannot run here, for this machine has no NVIDIA GPU"
+    assert not (model / "engines").exists()
+
+
+def test_memory_is_unknown_when_the_process_fails_and_libraries_may_print(model, data, tmp_path, monkeypatch):
+    assert peak_memory_gb(tmp_path / "nowhere", "pytorch", "fp32", data, "validation", 32) is None
+    (tmp_path / "usercustomize.py").write_text("print('hello from a library')")
+    (tmp_path / "sitecustomize.py").write_text("print('hello from a library')")
+    source = Path(bertforge.__file__).parents[1]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(source)]))
+    assert 0.1 < peak_memory_gb(model, "pytorch", "fp32", data, "validation", 32) < 5
+
+
+def test_engines_of_a_quantized_folder_are_built_from_it_and_from_no_other(model, runs, data, tmp_path):
+    quantized = tmp_path / "q"
+    quick = QuantizeOptions(calibration="max", rows=16, validation_rows=16)
+    quantize_model(model, data, quantized, quick, None, lambda text: None)
+    rows = measured(model, data, "openvino-fp32,openvino-int8", quantized=quantized)
+    assert [row["precision"] for row in rows if "missing" not in row] == ["fp32", "fp32", "int8"]
+    parent = read_manifest(quantized / "engines" / "openvino-int8", "engine")["parent"]
+    assert parent == hash_file(quantized / MANIFEST) != hash_file(model / MANIFEST)
+    assert [path.name for path in (model / "engines").iterdir()] == ["openvino-fp32"]
+    with pytest.raises(UsageError, match=f"{quantized} was not made from {runs['columns']} as it is now"):
+        measured(runs["columns"], data, "openvino-int8", quantized=quantized)
+    with pytest.raises(UsageError, match=f"benchmark MODEL --quantized {quantized}"):
+        measured(quantized, data, "openvino-int8")
+    with pytest.raises(ArtifactError, match="is of kind 'run', but quantized is needed"):
+        measured(model, data, "openvino-int8", quantized=model)
 
 
 def test_from_the_command_line(model, data, tmp_path, capsys):

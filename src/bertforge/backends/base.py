@@ -26,19 +26,26 @@ class BatchShape:
     """Lengths are padded up to a multiple of this many tokens."""
     edges: tuple[int, ...] = ()
     """Where there are any, lengths are padded up to the next of these instead; ascending."""
+    filled: bool = False
+    """A batch, unless it is one row alone, is padded to as many rows as fit into `tokens`."""
 
     def padded(self, length: int) -> int:
         """Tokens a row takes in a batch whose longest row has `length`."""
         return next((edge for edge in self.edges if edge >= length), -(-length // self.multiple) * self.multiple)
+
+    def computed(self, rows: int, length: int) -> int:
+        """Tokens that a batch of `rows` takes, padding included, when its longest row has `length`."""
+        width = self.padded(length)
+        return width * (max(rows, self.tokens // width) if self.filled and rows > 1 else rows)
 
 
 class Backend(Protocol):
     """One loaded model."""
 
     name: str
-    """pytorch, onnxruntime, openvino, tensorrt."""
+    """pytorch, onnxruntime, openvino, tensorrt, tensorrt-rtx."""
     precision: str
-    """What its matrix products run in, as far as it was asked for: fp32, bf16, int8, fp8."""
+    """What its matrix products run in, as far as it was asked for: fp32, fp16, bf16, int8, fp8."""
     device: str
     """Product name."""
     packed: bool

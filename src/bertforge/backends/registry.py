@@ -24,7 +24,11 @@ class Target:
     file: str
     """What the engine is loaded from, in its folder."""
     only: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Type of device -> those of `precisions` it runs; all of them where it is not named."""
+    """Type of device -> those of `precisions` it runs, none where it does not run; all where it is not named."""
+
+    def on(self, device: str) -> tuple[str, ...]:
+        """What it computes in on a type of device."""
+        return self.only.get(device, self.precisions)
 
     @property
     def installed(self) -> bool:
@@ -47,22 +51,27 @@ TARGETS = {
         # Its float16 is emulated on a CPU; its int8 products are a CPU's, and on a GPU many times slower than float32.
         {"cpu": ("fp32", "int8"), "cuda": ("fp32", "fp16")},
     ),
-    "openvino": Target(("fp32", "bf16", "int8"), ("onnx", "openvino", "nncf"), "openvino", "model.xml"),
+    "openvino": Target(("fp32", "bf16", "int8"), ("onnx", "openvino", "nncf"), "openvino", "model.xml", {"cuda": ()}),
     "tensorrt": Target(_ALL, ("onnx", MODULES["tensorrt"]), "tensorrt", ENGINE),
     "tensorrt-rtx": Target(_ALL, ("onnx", MODULES["tensorrt-rtx"]), "tensorrt-rtx", ENGINE),
 }
 
 
 def check_target(name: str, precision: str, hardware: Hardware) -> Target:
-    """The target; raises UsageError for a name or precision it does not know, MachineError without its libraries and
-    for a precision that it has on other hardware."""
+    """The target; raises UsageError for a name or precision it does not know, MachineError without its libraries, on
+    a device it does not run on, and for a precision that it has on other hardware."""
     if name not in TARGETS:
         raise UsageError(f"target {name!r} does not exist; choose one of {', '.join(TARGETS)}")
     target = TARGETS[name]
     if precision not in target.precisions:
         raise UsageError(f"{name} has no precision {precision!r}; choose one of {', '.join(target.precisions)}")
-    device = hardware.device.type
-    if precision not in (there := target.only.get(device, target.precisions)):
+    there = target.on(hardware.device.type)
+    if not there:
+        raise MachineError(
+            f"{name} runs on a CPU, and the device here is {hardware.name}; take another target, "
+            "or hide the GPU: CUDA_VISIBLE_DEVICES=-1 bertforge ..."
+        )
+    if precision not in there:
         raise MachineError(
             f"{name} computes in {' or '.join(there)} on {hardware.name}, not in {precision}; "
             f"bertforge compile MODEL --target {name} --precision {there[-1]}"

@@ -60,9 +60,7 @@ def padding_waste(lengths: np.ndarray, packed: bool, shape: BatchShape) -> float
     """Tokens computed for one real token, less one: 0 without padding."""
     if packed:
         return 0.0
-    computed = 0
-    for places in group(lengths, shape):
-        computed += shape.padded(int(lengths[places].max())) * len(places)
+    computed = sum(shape.computed(len(places), int(lengths[places].max())) for places in group(lengths, shape))
     return computed / int(lengths.sum()) - 1
 
 

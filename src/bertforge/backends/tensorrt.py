@@ -74,7 +74,8 @@ class TensorRtBackend:
         if jit:
             jit.keep()
         edges = tuple(sorted({bucket.length for bucket in self.profiles}))
-        self.shape = BatchShape(tokens=max(bucket.rows * bucket.length for bucket in self.profiles), edges=edges)
+        most = max(bucket.rows * bucket.length for bucket in self.profiles)
+        self.shape = BatchShape(tokens=most, edges=edges, filled=True)
 
     def logits(self, batch: PaddedBatch | PackedBatch) -> np.ndarray:
         """See `base.Backend`; raises UsageError for a row longer than the longest profile or of more values."""

@@ -13,11 +13,12 @@ from bertforge.backends.registry import TARGETS
 from bertforge.benchmark.measure import throughput
 from bertforge.benchmark.workload import Workload
 from bertforge.data.prepared import PreparedData
-from bertforge.errors import BertforgeError, MachineError, UsageError
+from bertforge.errors import MachineError, UsageError, reason
 from bertforge.hardware import Hardware
 from bertforge.inference.compile import compile_model
 from bertforge.inference.predictor import Predictor
 from bertforge.scales import SCALES, Scales
+from bertforge.tensorrt_library import MODULES, unfit
 
 AUTO = "auto"
 TIMED_ROWS, REPEATS = 200, 3
@@ -33,8 +34,13 @@ class Candidate:
     precision: str
     questions_per_s: float = 0.0
     receipt: dict[str, Any] | None = None
-    error: BertforgeError | None = None
+    error: Exception | None = None
     """Why it is out, if it is."""
+
+    @property
+    def why(self) -> str:
+        """The same in one line."""
+        return reason(self.error) if self.error else ""
 
     @property
     def name(self) -> str:
@@ -45,28 +51,38 @@ class Candidate:
 def candidates(model: Path, target: str, precision: str, hardware: Hardware, data: Path | None) -> list[Candidate]:
     """What `auto` stands for: without data the one to take unmeasured, otherwise all that are worth a measurement.
 
-    A candidate has 8 bits, or the most exact type that is fast here. Raises UsageError for an unknown target,
-    MachineError when no engine is installed.
+    A candidate has 8 bits, or the most exact type that is fast here. A target that is named is a candidate even where
+    it cannot run, so that compiling it says why. Raises UsageError for an unknown target and for a precision that no
+    candidate has, MachineError when no engine is installed.
     """
     if target not in (AUTO, *TARGETS):
         raise UsageError(f"target {target!r} does not exist; choose auto or one of {', '.join(TARGETS)}")
-    mine = [name for name in _TARGETS[hardware.device.type] if name in TARGETS]
+    device = hardware.device.type
+    mine = [name for name in _TARGETS[device] if not (name in MODULES and unfit(name, hardware))]
     names = [name for name in mine if TARGETS[name].installed] if target == AUTO else [target]
     if not names:
         raise MachineError(f"no engine for this machine is installed; {TARGETS[mine[0]].hint}")
+    if precision == AUTO and (model / SCALES).is_file():
+        precision = Scales.load(model).format
     found = []
     for name in names:
-        exact = "bf16" if hardware.bf16 and "bf16" in TARGETS[name].precisions else "fp32"
+        there = TARGETS[name].on(device)
         if precision != AUTO:
-            wanted = [precision] if precision in TARGETS[name].precisions or target != AUTO else []
-        elif (model / SCALES).is_file():
-            wanted = [Scales.load(model).format]
+            wanted = [precision] if precision in there or target != AUTO else []
         else:
-            wanted = [exact, "int8"] if data else [exact]
+            wanted = [_exact(there, hardware)]
+            if data and "int8" in there and name not in MODULES:  # those take 8 bits from a quantized model alone
+                wanted.append("int8")
         found += [Candidate(name, each) for each in wanted]
     if not found:
-        raise UsageError(f"none of {', '.join(names)} has precision {precision!r}")
+        raise UsageError(f"none of {', '.join(names)} has precision {precision!r} on {hardware.name}")
     return found if data else found[:1]
+
+
+def _exact(there: tuple[str, ...], hardware: Hardware) -> str:
+    """The type the device is fastest in, 8 bits apart, of those that a target has `there`."""
+    fast = {"bf16": hardware.bf16, "fp16": hardware.device.type == "cuda"}
+    return next((name for name, is_fast in fast.items() if is_fast and name in there), "fp32")
 
 
 def compile_fastest(
@@ -94,12 +110,20 @@ def _try(model: Path, candidate: Candidate, data: Path, folder: Path, say: Calla
     say(f"{target} {precision}")
     try:
         receipt = compile_model(model, target, precision, data, folder, say)
-        predictor = Predictor.load(folder)  # which refuses an engine that this machine can build but not run
-    except BertforgeError as error:
-        say(str(error))
-        return Candidate(target, precision, error=error)
-    work = Workload.of(predictor, PreparedData.open(data), "validation", TIMED_ROWS)
-    say(f"timing {len(work.timed)} validation rows")
-    speed = throughput(predictor.backend, work.examples, work.timed, predictor.backend.shape, REPEATS)
-    predictor.backend.close()
-    return Candidate(target, precision, speed.median, receipt)
+        speed = _timed(folder, data, say)
+    except Exception as error:  # of any library: what is wrong with one candidate must not lose the others
+        out = Candidate(target, precision, error=error)
+        say(out.why)
+        return out
+    return Candidate(target, precision, speed, receipt)
+
+
+def _timed(folder: Path, data: Path, say: Callable[[str], object]) -> float:
+    """Questions a second of the engine in `folder` on validation rows."""
+    predictor = Predictor.load(folder)  # which refuses an engine that this machine can build but not run
+    try:
+        work = Workload.of(predictor, PreparedData.open(data), "validation", TIMED_ROWS)
+        say(f"timing {len(work.timed)} validation rows")
+        return throughput(predictor.backend, work.examples, work.timed, predictor.backend.shape, REPEATS).median
+    finally:
+        predictor.backend.close()

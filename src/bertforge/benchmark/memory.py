@@ -21,11 +21,13 @@ _STATUS = Path("/proc/self/status")  # getrusage would count the parent's memory
 
 
 def peak_memory_gb(folder: Path, framework: str, precision: str, data: Path, split: str, rows: int) -> float | None:
-    """GB (10^9 bytes) of a process that loads the engine and answers the timed rows; None where it cannot be read."""
+    """GB (10^9 bytes) of a process that loads the engine and answers the timed rows; None where it cannot be read, and
+    when the process fails."""
     arguments = [folder, framework, precision, data, split, rows]
     command = [sys.executable, "-m", "bertforge.benchmark.memory", *map(str, arguments)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return float(said) / 1e9 if said.strip() else None
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    last = done.stdout.rstrip().rpartition("\n")[2]  # libraries may print before it
+    return int(last) / 1e9 if done.returncode == 0 and last.isdigit() else None
 
 
 def _main(folder: str, framework: str, precision: str, data: str, split: str, rows: str) -> None:

@@ -1,12 +1,13 @@
 """Targets x precisions -> rows, the reference first, each on the same questions.
 
 The reference is PyTorch in float32 on packed tokens. An engine that was not compiled yet is compiled; a target that is
-not installed becomes a row that says how to install it.
+not installed becomes a row that says how to install it, and whatever goes wrong with one engine a row that says what.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,39 @@ from bertforge.benchmark.memory import peak_memory_gb
 from bertforge.benchmark.roofline import ceiling, needed_flops
 from bertforge.benchmark.workload import PADDED, Workload, load
 from bertforge.data.prepared import PreparedData
-from bertforge.errors import BertforgeError, UsageError
+from bertforge.errors import MachineError, UsageError, reason
 from bertforge.evaluation.compare import Comparison, compare
 from bertforge.evaluation.groups import wilson_interval
-from bertforge.hardware import detect
+from bertforge.hardware import Hardware, detect
 from bertforge.inference.compile import compile_model, default_folder
 from bertforge.inference.predictor import Predictor
 from bertforge.model.config import BertConfig
 from bertforge.scales import Scales
+from bertforge.tensorrt_library import MODULES, unfit
 
 REFERENCE = ("pytorch", "fp32")
+_OURS = ("pytorch", PADDED)
 LATENCY_ROWS = 100
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """What the rows share."""
+
+    model: Path
+    sources: dict[str, Path]
+    """Precision -> the folder its engines are built from, where that is not `model`."""
+    data: Path
+    split: str
+    hardware: Hardware
+    prepared: PreparedData
+    work: Workload
+    baseline: np.ndarray
+    """The reference's logits of `work.rows`, [rows, labels]."""
+    flops: float
+    """Needed for a question."""
+    repeats: int
+    say: Callable[[str], object]
 
 
 def run_benchmark(
@@ -47,40 +70,32 @@ def run_benchmark(
 ) -> dict[str, Any]:
     """Measures and returns a record: its rows are engines, `say` tells what is being done.
 
-    Engines of the 8 bits of `quantized`, a folder made from `model` by `bertforge quantize`, are built from it.
+    Engines of the 8 bits of `quantized`, a folder made from `model` by `bertforge quantize`, are built from it. Raises
+    UsageError when it was made from another, and when `model` itself is such a folder.
     """
     wanted = chosen(targets)
-    eight_bits = None if quantized is None else Scales.load(quantized).format
+    _check_parentage(model, quantized)
     hardware = detect()
     reference = Predictor.load(model, "fp32")
     prepared = PreparedData.open(data)
     work = Workload.of(reference, prepared, split, rows)
     baseline = run(reference.backend, work.examples, work.rows)
     flops = needed_flops(BertConfig.load(model), work.examples.lengths(work.timed)) / len(work.timed)
-    found: list[dict[str, Any]] = []
-    for framework, precision in wanted:
-        name: dict[str, Any] = {"framework": framework, "precision": precision}
-        try:
-            ours = framework in ("pytorch", PADDED)
-            source = quantized if quantized and precision == eight_bits else model
-            folder = model if ours else engine(source, framework, precision, data, say)
-            predictor = load(folder, framework, precision)
-        except BertforgeError as error:
-            found.append({**name, "missing": str(error)})
-            continue
-        say(f"measuring {framework} {precision}")
-        is_reference = (framework, precision) == REFERENCE
-        logits = baseline if is_reference else run(predictor.backend, work.examples, work.rows)
-        row = {**name, **_speed(predictor, work, repeats), "bytes": _bytes(folder)}
-        most = ceiling(hardware.device.type, precision)
-        row["share_of_ceiling"] = flops * row["questions_per_s"] / most if most else None
-        if not ours:
-            row["products"] = predictor.manifest["products"]
-        row |= _accuracy(baseline, logits, work.labels)
-        row["changed_rows"] = _changed(baseline, logits, prepared, work)
-        predictor.backend.close()
-        row["peak_memory_gb"] = peak_memory_gb(folder, framework, precision, data, split, rows)
-        found.append(row)
+    sources = {} if quantized is None else {Scales.load(quantized).format: quantized}
+    bench = _Bench(
+        model=model,
+        sources=sources,
+        data=data,
+        split=split,
+        hardware=hardware,
+        prepared=prepared,
+        work=work,
+        baseline=baseline,
+        flops=flops,
+        repeats=repeats,
+        say=say,
+    )
+    found = [_row(bench, framework, precision) for framework, precision in wanted]
     return {
         "benchmark": "engines",
         "model": str(model),
@@ -93,6 +108,60 @@ def run_benchmark(
         "versions": versions(),
         "rows": found,
     }
+
+
+def _check_parentage(model: Path, quantized: Path | None) -> None:
+    """See `run_benchmark`."""
+    if read_manifest(model, "run", "model", "quantized")["kind"] == "quantized":
+        raise UsageError(
+            f"{model} is a quantized folder, and is measured beside its model: "
+            f"bertforge benchmark MODEL --quantized {model}"
+        )
+    if quantized and read_manifest(quantized, "quantized").get("parent") != hash_file(model / MANIFEST):
+        raise UsageError(
+            f"{quantized} was not made from {model} as it is now; make it again: "
+            f"bertforge quantize {model} --data DIR --out Q"
+        )
+
+
+def _row(bench: _Bench, framework: str, precision: str) -> dict[str, Any]:
+    """What was measured, or why it could not be; raises the reference's errors, for each row is set against it."""
+    name: dict[str, Any] = {"framework": framework, "precision": precision}
+    try:
+        return name | _measured(bench, _folder(bench, framework, precision), framework, precision)
+    except Exception as error:  # of any library: what is wrong with one engine must not lose the rows of the others
+        if (framework, precision) == REFERENCE:
+            raise
+        return {**name, "missing": reason(error)}
+
+
+def _folder(bench: _Bench, framework: str, precision: str) -> Path:
+    """What is loaded; an engine is compiled if need be. Raises MachineError for one that would not run here."""
+    if framework in _OURS:
+        return bench.model
+    if framework in MODULES and (why := unfit(framework, bench.hardware)):
+        raise MachineError(f"{framework} cannot run here, for {why}")
+    return engine(bench.sources.get(precision, bench.model), framework, precision, bench.data, bench.say)
+
+
+def _measured(bench: _Bench, folder: Path, framework: str, precision: str) -> dict[str, Any]:
+    work, baseline = bench.work, bench.baseline
+    predictor = load(folder, framework, precision)
+    try:
+        bench.say(f"measuring {framework} {precision}")
+        is_reference = (framework, precision) == REFERENCE
+        logits = baseline if is_reference else run(predictor.backend, work.examples, work.rows)
+        found = {**_speed(predictor, work, bench.repeats), "bytes": _bytes(folder)}
+    finally:
+        predictor.backend.close()
+    most = ceiling(bench.hardware.device.type, precision)
+    found["share_of_ceiling"] = bench.flops * found["questions_per_s"] / most if most else None
+    if framework not in _OURS:
+        found["products"] = predictor.manifest["products"]
+    found |= _accuracy(baseline, logits, work.labels)
+    found["changed_rows"] = _changed(baseline, logits, bench.prepared, work)
+    found["peak_memory_gb"] = peak_memory_gb(folder, framework, precision, bench.data, bench.split, len(work.timed))
+    return found
 
 
 def chosen(targets: str) -> list[tuple[str, str]]:

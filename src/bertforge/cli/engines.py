@@ -93,7 +93,7 @@ def _comparison(tried: list[Candidate]) -> Table:
     for place, candidate in enumerate(tried):
         name = f"{candidate.target} {candidate.precision}"
         if candidate.receipt is None:
-            table.add_row(name, "-", "-", str(candidate.error))
+            table.add_row(name, "-", "-", candidate.why)
             continue
         why = "the fastest: kept" if place == 0 else "slower"
         accuracy = candidate.receipt["validation_accuracy"]
@@ -122,7 +122,7 @@ def _say_proof(console: Console, receipt: dict[str, Any]) -> None:
 
 
 def benchmark(
-    model: Model,
+    model: Annotated[Path, typer.Argument(help="Folder made by `bertforge merge`, or by `train` in full.")],
     data: Annotated[Path, typer.Option(help="Folder made by `bertforge prepare`.")],
     targets: Annotated[
         str, typer.Option(help="all, or TARGET or TARGET-PRECISION, several with commas: openvino,pytorch-fp32.")
