@@ -12,6 +12,7 @@ import pytest
 from bertforge.artifact import (
     MANIFEST,
     check_output,
+    compile_command,
     fresh_directory,
     hash_file,
     read_manifest,
@@ -184,6 +185,13 @@ def test_a_manifest_without_a_field_that_readers_need_is_damaged(tmp_path):
     write_manifest(tmp_path, "model", recipe={}, labels=[])
     with pytest.raises(ArtifactError, match=r"is damaged \(it lacks 'schema'\); .*`bertforge merge RUN"):
         read_manifest(tmp_path, "model")
+
+
+def test_the_command_that_builds_an_engine_again_names_its_folder_where_it_must():
+    kind, command = ("openvino", "int8"), "bertforge compile {} --target openvino --precision int8"
+    assert compile_command(Path("m/engines/openvino-int8"), *kind) == command.format("m")
+    assert compile_command(Path("m/engines/auto"), *kind) == command.format("m") + " --out m/engines/auto"
+    assert compile_command(Path("e"), *kind) == command.format("MODEL") + " --out e"
 
 
 def test_a_wrong_kind_names_the_command_that_makes_the_right_one(tmp_path):

@@ -115,9 +115,10 @@ def fresh_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 def compile_command(engine: Path, target: str, precision: str) -> str:
     """What builds the engine in the folder `engine` again; its model is known where the folder lies in the model's."""
-    if engine.parent.name == "engines":
-        return f"bertforge compile {engine.parent.parent} --target {target} --precision {precision}"
-    return f"bertforge compile MODEL --target {target} --precision {precision} --out {engine}"
+    in_model = engine.parent.name == "engines"
+    command = f"bertforge compile {engine.parent.parent if in_model else 'MODEL'}"
+    command += f" --target {target} --precision {precision}"
+    return command if in_model and engine.name == f"{target}-{precision}" else f"{command} --out {engine}"
 
 
 def write_manifest(directory: Path, kind: str, **fields: Any) -> Path:

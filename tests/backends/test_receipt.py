@@ -43,6 +43,18 @@ def test_every_product_is_counted_once(kind, model, graph, batch):
     assert {product.precision for product in products} == {"fp32"}
 
 
+def test_attention_that_is_one_kernel_is_two_products(model, batch, tmp_path):
+    path = export_onnx(model, tmp_path / "fused.onnx", fused=True)
+    products = OnnxRuntimeBackend(path, detect(), "fp32").products(batch)
+    assert sum(product.multiply_adds for product in products) == needed_flops(model.config, np.array([TOKENS])) / 2
+    *below, last = (product for product in products if product.attention)
+    assert [product.multiply_adds for product in below] == [2 * TOKENS * TOKENS * 64] * 2
+    assert last.multiply_adds == 2 * TOKENS * 64, "the last layer asks for the first token alone"
+    described = describe(products, "fp32", TOKENS)
+    assert described["attention_fused"] is True
+    assert described["attention_shares"] == {"fp32": 1}
+
+
 def test_an_int8_graph_is_seen_to_run_in_int8(graph, batch, tmp_path):
     path = quantize_dynamically(graph, tmp_path / "int8.onnx")
     described = describe(OnnxRuntimeBackend(path, detect(), "int8").products(batch), "int8", TOKENS)

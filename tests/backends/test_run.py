@@ -1,8 +1,10 @@
 """Rows go through any backend once, grouped as it likes, and come back in the caller's order."""
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -132,6 +134,34 @@ def test_a_question_alone_has_every_core_in_openvino_and_a_batch_a_core_each(mod
     expected = backend.logits(both)[0]
     backend.requests = None  # so that a question alone cannot have used it
     np.testing.assert_allclose(backend.logits(one)[0], expected, atol=2e-5)
+
+
+class Watched:
+    """A request that says how many streams its model has, and waits until another call is under way."""
+
+    def __init__(self, request, used, together):
+        self.request, self.used, self.together = request, used, together
+
+    def infer(self, arrays):
+        self.used.append(self.request.get_compiled_model().get_property("NUM_STREAMS"))
+        self.together.wait(timeout=20)  # raises when the other call waits for this one's request
+        return self.request.infer(arrays)
+
+
+def test_single_rows_that_come_together_do_not_wait_for_one_request(model, examples, tmp_path):
+    backend = OpenVinoBackend(export_onnx(model, tmp_path / "m.onnx"), replace(detect(), cores=2), "fp32")
+    used, together = [], Barrier(3)
+    for requests in (backend.requests, backend.alone):
+        for _ in range(requests.qsize()):
+            requests.put(Watched(requests.get(), used, together))
+    batches = [batch_of(examples, np.array([row]), False, backend.shape) for row in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        found = np.concatenate(list(pool.map(backend.logits, batches)))
+    assert sorted(used) == [1, 2, 2], "the first came alone"
+    backend.alone.get()
+    backend.alone.put(Watched(backend.single.create_infer_request(), used, Barrier(1)))
+    np.testing.assert_allclose(backend.logits(batches[0])[0], found[0], atol=2e-5)
+    assert used[3:] == [1], "alone again"
 
 
 def test_signals_of_the_main_thread_keep_their_stack(model, tmp_path):

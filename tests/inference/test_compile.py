@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 
 from bertforge.artifact import hash_file, read_manifest
+from bertforge.backends.registry import open_engine
 from bertforge.errors import ArtifactError, DataError, UsageError
-from bertforge.inference.compile import compile_model
+from bertforge.inference.compile import compile_model, verify_engine
 from bertforge.inference.predict import predict_table
 from bertforge.inference.predictor import Predictor
 from bertforge.training.finetune import finetune
@@ -77,7 +78,7 @@ def test_the_receipt_says_what_was_shown(engines):
     receipt = read_manifest(engines / "openvino-int8", "engine")
     assert receipt["golden_agreement"]["rows"] == 16
     assert receipt["validation_agreement"]["rows"] == receipt["validation_agreement"]["rows"] > 10
-    assert receipt["validation_accuracy"] >= receipt["validation_accuracy_fp32"] - 0.003
+    assert receipt["validation_accuracy"] >= receipt["validation_accuracy_model"] - 0.003
     assert receipt["padding_waste"] >= 0
     assert receipt["hashes"]["model.bin"] == hash_file(engines / "openvino-int8" / "model.bin")
     assert {"openvino", "nncf"} <= receipt["versions"].keys()
@@ -104,20 +105,96 @@ def test_what_cannot_be_compiled_is_refused_and_nothing_written(tmp_path, runs, 
     assert not list(tmp_path.iterdir())
 
 
-def test_an_engine_that_computes_something_else_is_not_kept(tmp_path, runs):
+class Wrong:
+    """An engine whose logits are wrong: `change(logits, from_golden_rows)` is what comes out."""
+
+    def __init__(self, engine, change):
+        self.engine, self.change, self.golden = engine, change, 16  # which are run first
+
+    def __getattr__(self, name):
+        return getattr(self.engine, name)
+
+    def logits(self, batch):
+        found = self.engine.logits(batch)
+        self.golden -= len(found)
+        return self.change(found, self.golden >= 0)
+
+
+def becomes_wrong(monkeypatch, change):
+    """From here on every engine that `compile` opens is `Wrong`."""
+    monkeypatch.setattr("bertforge.inference.compile.open_engine", lambda *given: Wrong(open_engine(*given), change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda logits, golden: logits + 3e-3, r"differs from the model by 0\.003 in a logit of its golden rows"),
+        (lambda logits, golden: logits * np.nan, "differs from the model by nan in a logit of its golden rows"),
+        (lambda logits, golden: logits if golden else logits * np.nan, "no finite logits for 17 of 17 validation rows"),
+        (lambda logits, golden: logits if golden else -logits, r"fp32 loses \d+\.\d+% accuracy on 17 validation rows"),
+    ],
+    ids=["shifted", "NaN", "NaN on validation rows", "flipped on validation rows"],
+)
+def test_an_engine_that_computes_something_else_is_not_kept(tmp_path, runs, data, monkeypatch, change, message):
+    becomes_wrong(monkeypatch, change)
+    with pytest.raises(ArtifactError, match=f"the onnxruntime engine .*{message}.*; nothing was written"):
+        compile_model(runs["full"], "onnxruntime", "fp32", data, tmp_path / "engine")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_difference_within_the_tolerance_is_kept_and_told(tmp_path, runs, data, monkeypatch):
+    becomes_wrong(monkeypatch, lambda logits, golden: logits + 1e-3)
+    receipt = compile_model(runs["full"], "onnxruntime", "fp32", data, tmp_path / "engine")
+    assert receipt["golden_agreement"]["max_logit_difference"] == pytest.approx(1e-3, rel=0.01)
+    assert receipt["validation_accuracy"] == receipt["validation_accuracy_model"]
+
+
+def test_an_engine_that_fails_its_second_proof_is_served_no_more(tmp_path, runs, engines, data, monkeypatch):
+    engine = shutil.copytree(engines / "onnxruntime-fp32", tmp_path / "engine")
+    assert verify_engine(runs["full"], engine, data)["verified"]
+    Predictor.load(engine)
+    with monkeypatch.context() as patch:
+        becomes_wrong(patch, lambda logits, golden: logits + 3e-3)
+        with pytest.raises(ArtifactError, match="differs from the model"):
+            verify_engine(runs["full"], engine, data)
+    receipt = read_manifest(engine, "engine")
+    assert receipt["verified"] is False
+    assert receipt["not_verified"].endswith("more than 0.002 for fp32"), "and not that nothing was written"
+    with pytest.raises(ArtifactError, match=r"is not verified \(the onnxruntime engine differs .* --verify"):
+        Predictor.load(engine)
+    assert "not_verified" not in verify_engine(runs["full"], engine, data)
+    Predictor.load(engine)
+
+
+def test_a_verification_that_cannot_begin_takes_nothing_back(tmp_path, runs, engines):
+    engine = shutil.copytree(engines / "onnxruntime-fp32", tmp_path / "engine")
+    (engine / "model.onnx").write_bytes(b"")
+    with pytest.raises(ArtifactError, match="cannot be loaded"):
+        verify_engine(runs["full"], engine, None)
+    assert read_manifest(engine, "engine")["verified"]
+
+
+def test_verify_from_the_command_line_names_its_engine(tmp_path, runs, engines, capsys):
+    engine = shutil.copytree(engines / "onnxruntime-fp32", tmp_path / "engine")
+    for given in ((), ("--target", "onnxruntime"), ("--precision", "fp32")):
+        assert run_command("compile", runs["full"], *given, "--verify") == 2
+        assert "--out ENGINE, or --target and --precision" in capsys.readouterr().err
+    assert run_command("compile", runs["full"], "--out", engine, "--verify") == 0
+    said = capsys.readouterr().out
+    assert f"verified {engine}: " in said
+    assert "linear layers run 100% in fp32" in said, "as its receipt says, whatever auto would choose"
+
+
+def test_a_model_that_computes_something_else_than_it_did_is_not_compiled(tmp_path, runs):
     model = tmp_path / "model"
     shutil.copytree(runs["full"], model)
     manifest = json.loads((model / "bertforge.json").read_text())
     for row in manifest["golden"]["logits"]:
-        row[0] += 1.5e-3  # within what the model itself is allowed, so only half of it is left for the engine
-    (model / "bertforge.json").write_text(json.dumps(manifest))
-    compile_model(model, "onnxruntime", "fp32", None, tmp_path / "near")
-    for row in manifest["golden"]["logits"]:
-        row[0] += 1e-3
+        row[0] += 2.5e-3
     (model / "bertforge.json").write_text(json.dumps(manifest))
     with pytest.raises(ArtifactError, match="does not compute what it did"):
-        compile_model(model, "onnxruntime", "fp32", None, tmp_path / "far")
-    assert not (tmp_path / "far").exists()
+        compile_model(model, "onnxruntime", "fp32", None, tmp_path / "engine")
+    assert not (tmp_path / "engine").exists()
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_an_engine_that_nothing_here_runs_says_so_and_is_not_served(engine):
     assert receipt["not_verified"] == "this machine has no NVIDIA GPU"
     assert receipt["layers"]["gemm_share"]["fp16"] > 0.9
     assert receipt["edges"] == [48]
-    with pytest.raises(ArtifactError, match="never verified") as error:
+    with pytest.raises(ArtifactError, match=r"is not verified \(this machine has no NVIDIA GPU\)") as error:
         Predictor.load(engine)
     assert f"bertforge compile {engine.parent.parent} --target {TARGET} --precision fp16 --verify" in str(error.value)
 
@@ -85,6 +85,22 @@ def test_verifying_runs_the_proof_and_opens_the_engine(copied, engine, data, mon
     np.testing.assert_allclose(
         Predictor.load(engine).logits(texts), Predictor.load(copied, "fp32").logits(texts), atol=2e-2
     )
+
+
+def test_what_was_shown_on_one_gpu_is_not_believed_of_another(copied, engine, monkeypatch):
+    on_a_gpu(monkeypatch, engine)
+    verify_engine(copied, engine, None)
+    Predictor.load(engine)
+    other = replace(GPU, name="Fake RTX 3090", capability=(8, 6))
+    monkeypatch.setattr("bertforge.inference.predictor.detect", lambda: other)
+    with pytest.raises(ArtifactError, match=f"verified on {GPU.name}, and this is {other.name}; .* --verify$"):
+        Predictor.load(engine)
+    monkeypatch.setattr("bertforge.inference.compile.detect", lambda: other)
+    verify_engine(copied, engine, None)
+    Predictor.load(engine)
+    monkeypatch.setattr("bertforge.inference.predictor.detect", lambda: replace(other, name="a CPU", capability=None))
+    with pytest.raises(MachineError, match="has no NVIDIA GPU"):
+        Predictor.load(engine)
 
 
 def test_an_engine_that_computes_something_else_stays_unverified(copied, engine, monkeypatch):

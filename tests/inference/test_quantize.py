@@ -10,7 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from bertforge.artifact import read_manifest
+<<<<<<< HEAD
 from bertforge.data.prepared import PreparedData
+=======
+from bertforge.backends.run import run
+>>>>>>> mend-fb
 from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.inference.compile import compile_model
 from bertforge.inference.predictor import Predictor
@@ -100,6 +104,16 @@ def test_an_engine_computes_with_the_folders_ranges(tmp_path, folders, target):
     compile_model(folders / "plain", target, "int8", None, tmp_path / "engine")
     found, wanted = (Predictor.load(folder).logits(TEXTS) for folder in (tmp_path / "engine", folders / "plain"))
     np.testing.assert_allclose(found, wanted, atol=0.1)  # a value at the edge of two steps may round to either
+
+
+def test_an_engine_of_other_ranges_is_not_kept(tmp_path, folders, monkeypatch):
+    def shifted(backend, *rows):
+        return run(backend, *rows) + 0.5  # half of what an engine may differ that has its ranges from a plain model
+
+    monkeypatch.setattr("bertforge.inference.proof.run", shifted)
+    with pytest.raises(ArtifactError, match=r"more than 0\.4 for int8; nothing was written"):
+        compile_model(folders / "plain", "onnxruntime", "int8", None, tmp_path / "engine")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_quantized_is_one_line_and_leaves_nothing(tmp_path, runs, folders, data):

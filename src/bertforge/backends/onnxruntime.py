@@ -25,6 +25,7 @@ from bertforge.hardware import Hardware
 _CUDA = "CUDAExecutionProvider"
 _INT8 = {"MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm"}
 _FLOAT = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm"}
+_ATTENTION = "MultiHeadAttention"
 _PRECISIONS = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -90,7 +91,7 @@ class OnnxRuntimeBackend:
             session = self._session(options)
             session.run(["logits"], feeds(batch, self.types))
             events = json.loads(Path(session.end_profiling()).read_text())
-        kernels = [event for event in events if event["args"].get("op_name") in _INT8 | _FLOAT]
+        kernels = [event for event in events if event["args"].get("op_name") in _INT8 | _FLOAT | {_ATTENTION}]
         return [_product(event["name"], event["args"]) for event in kernels if "output_type_shape" in event["args"]]
 
     def _options(self, threads: int) -> Any:
@@ -122,8 +123,11 @@ def _cuda_options(stream: torch.cuda.Stream) -> dict[str, str]:
 
 def _product(name: str, kernel: dict[str, Any]) -> Product:
     """A kernel of a profile: `[{"float": [1, 128, 384]}, ...]` came in, likewise out."""
-    (precision, left), (_, out) = (
-        next(iter(kernel[key][0].items())) for key in ("input_type_shape", "output_type_shape")
-    )
-    precision = "int8" if kernel["op_name"] in _INT8 else _PRECISIONS.get(precision, precision)
-    return Product(name.removesuffix("_kernel_time"), precision, math.prod(out) * left[-1], len(out) == 4)
+    reads = [next(iter(value.items())) for value in kernel["input_type_shape"]]
+    (precision, left), out = reads[0], next(iter(kernel["output_type_shape"][0].values()))
+    name, precision = name.removesuffix("_kernel_time"), _PRECISIONS.get(precision, precision)
+    if kernel["op_name"] == _ATTENTION:  # of queries and keys [batch, length, hidden]; two products
+        keys = reads[1][1][1]
+        return Product(name, precision, 2 * math.prod(out) * keys, attention=True, fused=True)
+    precision = "int8" if kernel["op_name"] in _INT8 else precision
+    return Product(name, precision, math.prod(out) * left[-1], len(out) == 4)

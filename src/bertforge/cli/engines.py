@@ -35,7 +35,9 @@ def compile_(
             show_default="MODEL/engines/TARGET-PRECISION, or MODEL/engines/auto where candidates are compared",
         ),
     ] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Build nothing; prove the engine that is there.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Build nothing; prove the engine of --out, or of --target and --precision.")
+    ] = False,
 ) -> None:
     """Build an engine and show that it computes what the model does.
 
@@ -56,32 +58,39 @@ def compile_(
         bertforge compile models/first --data data
     """
     from bertforge.benchmark.fastest import AUTO, candidates, compile_fastest
+    from bertforge.errors import UsageError
     from bertforge.hardware import detect
     from bertforge.inference.compile import compile_model, default_folder, verify_engine
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
     say = Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print
-    wanted = candidates(model, target, precision, detect(), data)
-    target, precision = wanted[0].target, wanted[0].precision
-    if data is None or len(wanted) == 1 or verify:
+    if verify:
+        if out is None and AUTO in (target, precision):
+            raise UsageError("--verify needs the engine that is meant: --out ENGINE, or --target and --precision")
         folder = out or default_folder(model, target, precision)
-        receipt = (
-            verify_engine(model, folder, data) if verify else compile_model(model, target, precision, data, folder, say)
-        )
+        receipt = verify_engine(model, folder, data)
     else:
-        folder = out or model / "engines" / AUTO
-        tried = compile_fastest(model, wanted, data, folder, say)
-        console.print(_comparison(tried))
-        target, precision, receipt = tried[0].target, tried[0].precision, tried[0].receipt or {}
+        wanted = candidates(model, target, precision, detect(), data)
+        if data is None or len(wanted) == 1:
+            target, precision = wanted[0].target, wanted[0].precision
+            folder = out or default_folder(model, target, precision)
+            receipt = compile_model(model, target, precision, data, folder, say)
+        else:
+            folder = out or model / "engines" / AUTO
+            tried = compile_fastest(model, wanted, data, folder, say)
+            console.print(_comparison(tried))
+            receipt = tried[0].receipt or {}
     _say_layers(console, receipt)
     size, seconds = receipt["bytes"] / 1e6, receipt["build_seconds"]
-    console.print(f"wrote {folder}: {size:,.0f} MB, built in {seconds:.0f} s; bertforge.json is its receipt")
+    done = "verified" if verify else "wrote"
+    console.print(f"{done} {folder}: {size:,.0f} MB, built in {seconds:.0f} s; bertforge.json is its receipt")
     if receipt["verified"]:
         _say_proof(console, receipt)
         console.print(f"next: bertforge predict {folder} TABLE --out predictions.csv")
     else:
         console.print(f"not verified: {receipt['not_verified']}")
-        console.print(f"next, where it runs: {compile_command(folder, target, precision)} --verify")
+        command = compile_command(folder, receipt["target"], receipt["precision"])
+        console.print(f"next, where it runs: {command} --verify")
 
 
 def _comparison(tried: list[Candidate]) -> Table:
@@ -115,8 +124,8 @@ def _say_proof(console: Console, receipt: dict[str, Any]) -> None:
     console.print(f"golden rows: {Agreement(**receipt['golden_agreement'])}")
     if "validation_agreement" in receipt:
         console.print(f"validation rows: {Agreement(**receipt['validation_agreement'])}")
-        before, after = receipt["validation_accuracy_fp32"], receipt["validation_accuracy"]
-        console.print(f"accuracy on them: {after:.2%}, {before:.2%} in float32")
+        before, after = receipt["validation_accuracy_model"], receipt["validation_accuracy"]
+        console.print(f"accuracy on them: {after:.2%}, {before:.2%} in the model")
     if receipt["products"]:
         console.print(verdict(receipt["products"], receipt["precision"]))
 

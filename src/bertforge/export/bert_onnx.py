@@ -14,6 +14,8 @@ fuse these pairs into 8-bit products.
 
 `fused` is for ONNX Runtime on CUDA: attention is its operator MultiHeadAttention, which does not write the scores out
 where the length is a multiple of 8, and LayerNorm takes and gives `precision`, so that the residual's sum joins it.
+So in float16, in that graph alone, LayerNorm is not in float32 and softmax is inside the operator; the largest logit
+difference from float32 was 0.0014 (BERT-base with random weights, H100, 2026-11-23).
 
 The last layer computes what the head reads and no more: its queries, output projection and feed-forward run on the
 first token alone. The logits are the same.

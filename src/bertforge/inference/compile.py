@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,18 +27,17 @@ from bertforge.artifact import (
     write_json,
     write_manifest,
 )
-from bertforge.backends.base import BatchShape
+from bertforge.backends.base import Backend, BatchShape
 from bertforge.backends.feeds import feeds
 from bertforge.backends.registry import TARGETS, check_target, open_engine
 from bertforge.backends.run import batch_of
 from bertforge.data.prepared import PreparedData
 from bertforge.data.streaming import in_a_thread
-from bertforge.errors import ArtifactError, DataError, UsageError
+from bertforge.errors import ArtifactError, UsageError
 from bertforge.hardware import detect
 from bertforge.inference.compile_tensorrt import Order, build_engine
-from bertforge.inference.predictor import Predictor, plain_model
-from bertforge.inference.proof import MAX_DROP, Rows, prove, some_rows
-from bertforge.lora.adapter_io import ADAPTER_CONFIG
+from bertforge.inference.predictor import Predictor, check_merged, plain_model
+from bertforge.inference.proof import MAX_DROP, Rows, check_classes, prove, some_rows
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.scales import Scales
 from bertforge.tensorrt_library import MODULES, unfit
@@ -113,7 +113,8 @@ def compile_model(
             receipt |= {"verified": False, "not_verified": reason}
         else:
             say("proving that it computes what the model does")
-            receipt |= _verified(folder, predictor, receipt, prepared)
+            with closing(open_engine(folder, target, precision, hardware)) as backend:
+                receipt |= {"verified": True, **_proved(predictor, backend, prepared)}
         kept = {name: predictor.manifest[name] for name in _KEPT}
         predictor.tokenizer.save(folder)
         write_manifest(folder, "engine", **receipt, parent=hash_file(model / MANIFEST), **kept)
@@ -123,8 +124,8 @@ def compile_model(
 def verify_engine(model: Path, engine: Path, data: Path | None) -> dict[str, Any]:
     """Proves an engine that was built where nothing could run it, and returns its receipt, which now says so.
 
-    Raises ArtifactError for an engine of another model and for one that does not compute what the model does,
-    MachineError where it cannot run.
+    Raises ArtifactError for an engine of another model and for one that does not compute what the model does, which is
+    not served from then on, whatever was shown before; MachineError where it cannot run.
     """
     manifest = read_manifest(engine, "engine")
     if manifest["parent"] != hash_file(model / MANIFEST):
@@ -134,8 +135,15 @@ def verify_engine(model: Path, engine: Path, data: Path | None) -> dict[str, Any
         )
     predictor = Predictor.load(model, "fp32")
     prepared = None if data is None else PreparedData.open(data)
+    hardware = detect()
+    with closing(open_engine(engine, manifest["target"], manifest["precision"], hardware)) as backend:
+        try:
+            proof = prove(predictor, backend, prepared)
+        except ArtifactError as error:
+            write_json(engine / MANIFEST, manifest | {"verified": False, "not_verified": str(error)})
+            raise
     manifest.pop("not_verified", None)
-    manifest |= {"device": detect().name, **_verified(engine, predictor, manifest, prepared)}
+    manifest |= {"verified": True, "device": hardware.name, **proof}
     write_json(engine / MANIFEST, manifest)
     return manifest
 
@@ -148,10 +156,7 @@ def default_folder(model: Path, target: str, precision: str) -> Path:
 def _scales(model: Path, target: str, precision: str, data: Path | None) -> Scales | None:
     """The ranges of a quantized model, None for one that is not; raises when `precision` is not to be had from it."""
     manifest = read_manifest(model, "run", "model", "quantized")
-    if (model / ADAPTER_CONFIG).is_file():
-        raise ArtifactError(
-            f"{model} still has its adapter beside the base; merge first: bertforge merge {model} --out DIR"
-        )
+    check_merged(model)
     if manifest["kind"] == "quantized":
         scales = Scales.load(model)
         if precision != scales.format:
@@ -169,15 +174,12 @@ def _scales(model: Path, target: str, precision: str, data: Path | None) -> Scal
     return None
 
 
-def _verified(
-    folder: Path, predictor: Predictor, receipt: dict[str, Any], prepared: PreparedData | None
-) -> dict[str, Any]:
-    """The engine in `folder`, loaded from what was written, with its proof."""
-    backend = open_engine(folder, receipt["target"], receipt["precision"], detect())
+def _proved(predictor: Predictor, backend: Backend, prepared: PreparedData | None) -> dict[str, Any]:
+    """`prove` of an engine that is kept only with its proof."""
     try:
-        return {"verified": True, **prove(predictor, backend, prepared)}
-    finally:
-        backend.close()
+        return prove(predictor, backend, prepared)
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}; nothing was written") from error
 
 
 def _renewable(out: Path, target: str) -> bool:
@@ -230,8 +232,7 @@ def _calibrate_openvino(graph: Path, wanted: Path, source: _Source) -> None:
     from bertforge.export.openvino_convert import Calibration, convert
 
     train, validation = source.rows("train"), source.rows("validation")
-    if len(np.unique(train.labels)) < 2:
-        raise DataError("the calibration rows hold one class only; prepare a table with rows of every class")
+    check_classes(train.labels)
     names = input_names(graph)
 
     def one_by_one(rows: Rows) -> list[dict[str, np.ndarray]]:

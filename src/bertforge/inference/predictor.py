@@ -32,6 +32,7 @@ from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.config import BertConfig
 from bertforge.models import resolve, weights_file
 from bertforge.scales import Scales
+from bertforge.tensorrt_library import unfit
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Predictor:
 
         `precision` is that of a run or merged model: fp32, bf16, or auto; an engine has its own. Raises ArtifactError
         when a file is missing or damaged, when an adapter's base model is not the one it was trained on, when the
-        golden rows do not give the logits they gave when the model was saved, or when an engine was never verified;
-        UsageError for a precision that the engine was not compiled in.
+        golden rows do not give the logits they gave when the model was saved, or when an engine was not verified where
+        that counts; UsageError for a precision that the engine was not compiled in.
         """
         directory = Path(directory)
         manifest = read_manifest(directory, "run", "model", "quantized", "engine")
@@ -60,12 +61,7 @@ class Predictor:
         if manifest["kind"] == "engine":
             if precision not in ("auto", manifest["precision"]):
                 raise UsageError(f"{directory} was compiled in {manifest['precision']}, not in {precision}")
-            if manifest.get("verified") is False:
-                prove = compile_command(directory, manifest["target"], manifest["precision"])
-                raise ArtifactError(
-                    f"{directory} was never verified, for nothing that runs it was there when it was built; "
-                    f"where it runs: {prove} --verify"
-                )
+            _check_verified(directory, manifest, hardware)
             backend = open_engine(directory, manifest["target"], manifest["precision"], hardware)
         else:
             model = verified_model(directory, manifest, hardware)
@@ -211,6 +207,29 @@ def with_quantizers(model: BertForSequenceClassification, directory: Path) -> Be
     from bertforge.quantize.fake import with_scales
 
     return with_scales(model, Scales.load(directory)).eval()
+
+
+def check_merged(directory: Path) -> None:
+    """Raises ArtifactError for a run whose adapter still stands beside its base."""
+    if (directory / ADAPTER_CONFIG).is_file():
+        raise ArtifactError(
+            f"{directory} still has its adapter beside the base; merge first: bertforge merge {directory} --out DIR"
+        )
+
+
+def _check_verified(directory: Path, manifest: dict[str, Any], hardware: Hardware) -> None:
+    """Raises ArtifactError for an engine that was not shown to compute what its model does, naming what shows it.
+
+    TensorRT-RTX compiles an engine's kernels anew for each GPU, so what was shown on one says nothing of another.
+    """
+    target = manifest["target"]
+    verify = f"{compile_command(directory, target, manifest['precision'])} --verify"
+    if manifest.get("verified") is False:
+        raise ArtifactError(f"{directory} is not verified ({manifest['not_verified']}); where it runs: {verify}")
+    if target == "tensorrt-rtx" and manifest["device"] != hardware.name and not unfit(target, hardware):
+        raise ArtifactError(
+            f"{directory} was verified on {manifest['device']}, and this is {hardware.name}; prove it here: {verify}"
+        )
 
 
 def plain_model(predictor: Predictor) -> BertForSequenceClassification:

@@ -19,12 +19,12 @@ from safetensors.torch import save as to_bytes
 from bertforge.artifact import MANIFEST, fresh_directory, hash_file, read_manifest, write_atomic, write_manifest
 from bertforge.data.loader import Examples
 from bertforge.data.prepared import PreparedData
-from bertforge.errors import ArtifactError, DataError, MachineError, UsageError
+from bertforge.errors import ArtifactError, MachineError, UsageError
 from bertforge.evaluation.compare import compare
 from bertforge.evaluation.golden import GoldenRows
 from bertforge.evaluation.logits import predict_logits
-from bertforge.inference.predictor import Predictor, load_model, plain_model
-from bertforge.lora.adapter_io import ADAPTER_CONFIG
+from bertforge.inference.predictor import Predictor, check_merged, load_model, plain_model
+from bertforge.inference.proof import check_classes
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.weights import WEIGHTS
 from bertforge.scales import FORMATS
@@ -100,10 +100,7 @@ def quantize_model(
     ArtifactError for a run with adapters, MachineError without ModelOpt, DataError for calibration rows of one class.
     """
     manifest = read_manifest(model, "run", "model")
-    if (model / ADAPTER_CONFIG).is_file():
-        raise ArtifactError(
-            f"{model} still has its adapter beside the base; merge first: bertforge merge {model} --out DIR"
-        )
+    check_merged(model)
     if not util.find_spec("modelopt"):
         raise MachineError("quantization needs NVIDIA ModelOpt; pip install 'bertforge[quantize]'")
     from bertforge.quantize import fake
@@ -142,8 +139,7 @@ def _choose(predictor: Predictor, prepared: PreparedData, options: QuantizeOptio
     calibration = train[np.linspace(0, len(train) - 1, min(options.rows, len(train))).astype(int)]
     judged = validation[np.linspace(0, len(validation) - 1, min(options.validation_rows, len(validation))).astype(int)]
     examples = predictor.examples(prepared, np.concatenate([train, validation]))
-    if len(np.unique(examples.labels[calibration])) < 2:
-        raise DataError("the calibration rows hold one class only; prepare a table with rows of every class")
+    check_classes(examples.labels[calibration])
     return _Rows(examples, calibration, judged, train, validation)
 
 
