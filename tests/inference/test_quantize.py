@@ -10,11 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from bertforge.artifact import read_manifest
-<<<<<<< HEAD
-from bertforge.data.prepared import PreparedData
-=======
 from bertforge.backends.run import run
->>>>>>> mend-fb
+from bertforge.data.prepared import PreparedData
 from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.inference.compile import compile_model
 from bertforge.inference.predictor import Predictor

@@ -267,7 +267,8 @@ class _Exporter:
 
     def scale_of(self, size: np.ndarray) -> np.ndarray:
         """`size` in the products' type, never 0: a channel that is always 0 has no range."""
-        return np.maximum(size, float(ml_dtypes.finfo(self.dtype).tiny)).astype(self.dtype)
+        finfo: Any = ml_dtypes.finfo  # untyped
+        return np.maximum(size, float(finfo(self.dtype).tiny)).astype(self.dtype)
 
     def smoothed(self, value: str, name: str, factor: np.ndarray) -> str:
         return self.graph.add("Mul", value, self.graph.constant(f"{name}.smooth", factor.astype(self.dtype)))

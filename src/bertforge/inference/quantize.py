@@ -19,7 +19,7 @@ from safetensors.torch import save as to_bytes
 from bertforge.artifact import MANIFEST, fresh_directory, hash_file, read_manifest, write_atomic, write_manifest
 from bertforge.data.loader import Examples
 from bertforge.data.prepared import PreparedData
-from bertforge.errors import ArtifactError, MachineError, UsageError
+from bertforge.errors import ArtifactError, DataError, MachineError, UsageError
 from bertforge.evaluation.compare import compare
 from bertforge.evaluation.golden import GoldenRows
 from bertforge.evaluation.logits import predict_logits
