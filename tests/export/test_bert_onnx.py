@@ -164,3 +164,22 @@ def test_what_cannot_be_exported_is_said(tmp_path):
     with pytest.raises(ArtifactError, match="bertforge merge RUN"):
         export_onnx(model, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_weights_past_their_range_are_clipped_and_a_dead_channel_stays_dead(tmp_path, batch, form):
+    """Fine-tuning moves weights and leaves their ranges; E4M3 has no infinity, so what lies past it would be NaN."""
+    model = tiny_bert(**SMALL)
+    linear = model.bert.encoder.layer[0].intermediate.dense
+    with torch.no_grad():
+        linear.weight[0] = 0
+    scales = calibrated(model, batch, form)
+    name = "bert.encoder.layer.0.intermediate.dense"
+    scales.weights[name] = linear.weight.detach().abs().amax(1).numpy() / 1.1
+    graph = onnx.load(export_onnx(model, tmp_path / "m.onnx", precision="fp16", scales=scales)).graph
+    tensors = {tensor.name: onnx.numpy_helper.to_array(tensor).astype(np.float32) for tensor in graph.initializer}
+    stored, scale = tensors[f"{name}.weight_{form}"], tensors[f"{name}.weight_scale"]
+    assert np.isfinite(stored).all()
+    assert (scale > 0).all()
+    assert np.abs(stored[:, 1:]).max(0) == pytest.approx(scales.largest)
+    assert (stored[:, 0] == 0).all()

@@ -267,8 +267,9 @@ class _Exporter:
 
     def scale_of(self, size: np.ndarray) -> np.ndarray:
         """`size` in the products' type, never 0: a channel that is always 0 has no range."""
-        finfo: Any = ml_dtypes.finfo  # untyped
-        return np.maximum(size, float(finfo(self.dtype).tiny)).astype(self.dtype)
+        limits: Any = ml_dtypes.finfo  # untyped
+        sizes: np.ndarray = np.maximum(size, float(limits(self.dtype).tiny))
+        return sizes.astype(self.dtype)
 
     def smoothed(self, value: str, name: str, factor: np.ndarray) -> str:
         return self.graph.add("Mul", value, self.graph.constant(f"{name}.smooth", factor.astype(self.dtype)))
