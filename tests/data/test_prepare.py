@@ -257,7 +257,11 @@ def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path, vocabulary: Path, se
     (vocabulary / "config.json").touch()  # which makes it a model's folder
     command = [sys.executable, "-m", "bertforge", "prepare", str(table), "--out", str(folder / "out")]
     command += ["--model", str(vocabulary)]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=dict(os.environ)) as process:
+
+    def listen() -> None:  # a shell's background job ignores SIGINT, and so do its children unless told otherwise
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=dict(os.environ), preexec_fn=listen) as process:
         deadline = time.monotonic() + 60
         while not any(path.stat().st_size > 10_000 for path in folder.glob(".out*/tokens/*/ids.npy")):
             assert process.poll() is None, "it was done before it could be interrupted"

@@ -38,7 +38,7 @@ class BertForSequenceClassification(nn.Module):
     def forward(self, batch: PaddedBatch | PackedBatch) -> Tensor:
         """Logits `[sequences, labels]`."""
         _, pooled = self.bert(batch)  # [sequences, hidden]
-        features = self.dropout(pooled).float()  # the encoder may be a bfloat16 copy
+        features = self.dropout(pooled).to(self.classifier.weight.dtype)  # the encoder may be a bfloat16 copy
         if self.tabular is not None:
             if batch.tabular is None:
                 raise UsageError("this model reads columns beside the text, but the batch has none; set batch.tabular")
