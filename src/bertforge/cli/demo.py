@@ -87,7 +87,7 @@ def demo(
     source = out / ("int8" if fastest["precision"] == "int8" else "model")
     is_ours = fastest["framework"] == "pytorch"
     engine = source if is_ours else default_folder(source, fastest["framework"], fastest["precision"])
-    console.rule(f"7 of 8: predict with the fastest, {fastest['framework']} {fastest['precision']}")
+    console.rule(f"8 of 8: predict with the fastest, {fastest['framework']} {fastest['precision']}")
     questions = out / "new-questions.csv"
     write_sample(questions, sample_rows(20, seed=7))
     predictions = out / "predictions.csv"
