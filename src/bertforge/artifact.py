@@ -29,7 +29,7 @@ _FIELDS = {
     "run": ("recipe", "labels", "schema", "tabular", "data", "base", "golden"),
     "model": ("recipe", "labels", "schema", "tabular", "data", "base", "golden"),
     "quantized": ("recipe", "labels", "schema", "tabular", "data", "base", "golden", "quantization"),
-    "engine": ("recipe", "labels", "schema", "tabular", "data", "base", "golden", "target", "precision"),
+    "engine": ("recipe", "labels", "schema", "tabular", "data", "base", "golden", "target", "precision", "hashes"),
 }
 _MADE_BY = {
     "data": "bertforge prepare TABLE --out DIR",
@@ -94,7 +94,7 @@ def fresh_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     path = path.resolve()  # `.` has no name to write beside
     if path.is_file() or (path.exists() and not replace and any(path.iterdir())):
-        raise ArtifactError(f"{path} already exists and is not empty; name another folder or remove it: rm -r {path}")
+        raise ArtifactError(f"{path} already exists and is not empty; name another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     aside = beside.with_suffix(".old")

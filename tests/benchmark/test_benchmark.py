@@ -68,6 +68,8 @@ def test_what_a_library_raises_is_a_row_and_the_others_stay(model, data, monkeyp
         "framework": "onnxruntime",
         "precision": "fp32",
         "missing": "RuntimeError: an illegal memory access",
+        "split": "random/validation",
+        "rows_timed": 17,
     }
     assert closed == ["onnxruntime"]
     assert reference["questions_per_s"] > 0
@@ -108,7 +110,7 @@ def test_engines_of_a_quantized_folder_are_built_from_it_and_from_no_other(model
     assert [path.name for path in (model / "engines").iterdir()] == ["openvino-fp32"]
     with pytest.raises(UsageError, match=f"{quantized} was not made from {runs['columns']} as it is now"):
         measured(runs["columns"], data, "openvino-int8", quantized=quantized)
-    with pytest.raises(UsageError, match=f"benchmark MODEL --quantized {quantized}"):
+    with pytest.raises(UsageError, match=f"benchmark MODEL --data DIR --quantized {quantized}"):
         measured(quantized, data, "openvino-int8")
     with pytest.raises(ArtifactError, match="is of kind 'run', but quantized is needed"):
         measured(model, data, "openvino-int8", quantized=model)

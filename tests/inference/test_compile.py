@@ -261,3 +261,14 @@ def test_compile_and_predict_from_the_command_line(tmp_path, runs, data, capsys)
     table = data.with_suffix(".csv")
     assert run_command("predict", engine, table, "--out", tmp_path / "p.csv") == 0
     assert len((tmp_path / "p.csv").read_text().splitlines()) == 161
+
+
+def test_an_engine_with_other_bytes_than_were_proved_is_refused(tmp_path, engines):
+    """As long as before, so that the library has nothing to complain of."""
+    broken = tmp_path / "engine"
+    shutil.copytree(engines / "openvino-bf16", broken)
+    weights = bytearray((broken / "model.bin").read_bytes())
+    weights[len(weights) // 2] ^= 0xFF
+    (broken / "model.bin").write_bytes(weights)
+    with pytest.raises(ArtifactError, match="or not what was proved; compile it again: bertforge"):
+        Predictor.load(broken)

@@ -53,6 +53,9 @@ def on_a_gpu(monkeypatch, engine):
     version = json.loads((engine / "engine.json").read_text())["built_for"]["version"]
     install(monkeypatch, "tensorrt_rtx", engine / "model.onnx", shapes, version)
     (engine / "model.engine").write_bytes(MAGIC)
+    manifest = json.loads((engine / "bertforge.json").read_text())
+    manifest["hashes"]["model.engine"] = hash_file(engine / "model.engine")
+    (engine / "bertforge.json").write_text(json.dumps(manifest))
     for module in ("compile", "predictor"):
         monkeypatch.setattr(f"bertforge.inference.{module}.detect", lambda: GPU)
     monkeypatch.setattr("bertforge.backends.registry.util.find_spec", lambda name: True)

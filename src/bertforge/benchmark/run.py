@@ -27,7 +27,7 @@ from bertforge.evaluation.compare import Comparison, compare
 from bertforge.evaluation.groups import wilson_interval
 from bertforge.hardware import Hardware, detect
 from bertforge.inference.compile import compile_model, default_folder
-from bertforge.inference.predictor import Predictor
+from bertforge.inference.predictor import Predictor, check_merged
 from bertforge.model.config import BertConfig
 from bertforge.scales import Scales
 from bertforge.tensorrt_library import MODULES, unfit
@@ -95,12 +95,12 @@ def run_benchmark(
         repeats=repeats,
         say=say,
     )
-    found = [_row(bench, framework, precision) for framework, precision in wanted]
+    of = {"split": f"{reference.manifest['recipe']['split']}/{split}", "rows_timed": len(work.timed)}
+    found = [{**_row(bench, framework, precision), **of} for framework, precision in wanted]
     return {
         "benchmark": "engines",
         "model": str(model),
-        "split": f"{reference.manifest['recipe']['split']}/{split}",
-        "rows_timed": len(work.timed),
+        **of,
         "tokens_per_question": float(work.examples.lengths(work.timed).mean()),
         "gflop_per_question": flops / 1e9,
         "repeats": repeats,
@@ -112,10 +112,11 @@ def run_benchmark(
 
 def _check_parentage(model: Path, quantized: Path | None) -> None:
     """See `run_benchmark`."""
+    check_merged(model)
     if read_manifest(model, "run", "model", "quantized")["kind"] == "quantized":
         raise UsageError(
             f"{model} is a quantized folder, and is measured beside its model: "
-            f"bertforge benchmark MODEL --quantized {model}"
+            f"bertforge benchmark MODEL --data DIR --quantized {model}"
         )
     if quantized and read_manifest(quantized, "quantized").get("parent") != hash_file(model / MANIFEST):
         raise UsageError(
@@ -148,7 +149,7 @@ def _measured(bench: _Bench, folder: Path, framework: str, precision: str) -> di
     work, baseline = bench.work, bench.baseline
     predictor = load(folder, framework, precision)
     try:
-        bench.say(f"measuring {framework} {precision}")
+        bench.say(f"measuring {framework} {precision}: {len(work.timed):,} questions, {bench.repeats} times")
         is_reference = (framework, precision) == REFERENCE
         logits = baseline if is_reference else run(predictor.backend, work.examples, work.rows)
         found = {**_speed(predictor, work, bench.repeats), "bytes": _bytes(folder)}

@@ -17,6 +17,7 @@ _OPTIONAL = {
     "openvino": ("engines for CPUs: compile --target openvino", "openvino"),
     "nncf": ("INT8 for OpenVINO", "openvino"),
     "onnxruntime": ("engines for CPUs: compile --target onnxruntime", "onnxruntime"),
+    "modelopt": ("8 bits: quantize", "quantize"),
     "tensorrt": ("engines for the NVIDIA GPU here: compile --target tensorrt", "tensorrt"),
     "tensorrt_rtx": (
         "engines for GPUs of compute capability 8.0, 8.6, 8.9 and 12.x, not 9.0: compile --target tensorrt-rtx",

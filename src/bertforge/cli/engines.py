@@ -47,7 +47,8 @@ def compile_(
 
     auto, with --data, builds every engine that this machine can run, times
     those that keep the accuracy, and keeps the fastest. Without --data it is
-    bfloat16 where the CPU has it, and float32 elsewhere.
+    bfloat16 where the CPU has it, and float32 elsewhere. A quantized folder
+    is compiled in its own 8 bits.
 
     tensorrt builds on the GPU it will run on. tensorrt-rtx builds anywhere
     and runs on GPUs of compute capability 8.0, 8.6, 8.9 and 12.x; what was

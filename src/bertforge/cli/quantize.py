@@ -27,7 +27,9 @@ def quantize(
     ] = "best",
     smooth: Annotated[float, typer.Option(help="SmoothQuant's alpha, 0 (off) to 1.")] = 0.0,
     rows: Annotated[int, typer.Option(min=2, help="Train rows that calibrate.")] = 300,
-    validation_rows: Annotated[int, typer.Option(min=16, help="Validation rows that judge.")] = 1000,
+    validation_rows: Annotated[
+        int, typer.Option(min=16, help="Validation rows that judge; every fourth of them ranks methods and parts.")
+    ] = 1000,
     max_drop: Annotated[
         float | None,
         typer.Option(
@@ -112,7 +114,7 @@ def _calibrations(found: dict[str, Any]) -> Table:
     for name in ("calibration", "divergence", "labels changed"):
         table.add_column(name, justify="left" if name == "calibration" else "right")
     for name, cost in found["calibrations"].items():
-        table.add_row(name, f"{cost['divergence']:.5f}", str(cost["changed_labels"]))
+        table.add_row(name, f"{cost['divergence']:.2g}", str(cost["changed_labels"]))
     return table
 
 
@@ -127,7 +129,7 @@ def _sensitivity(found: dict[str, Any]) -> Table:
     for row in found["sensitivity"]:
         alone, gained = row["alone"]["divergence"], everything - row["spared"]["divergence"]
         bar = "█" * round(_BAR * alone / longest)
-        table.add_row(row["name"], f"{row['work']:.0%}", f"{alone:.5f}", f"{gained:+.5f}", bar)
+        table.add_row(row["name"], f"{row['work']:.0%}", f"{alone:.2g}", f"{gained:+.2g}", bar)
     return table
 
 

@@ -40,7 +40,7 @@ from bertforge.inference.predictor import Predictor, check_merged, plain_model
 from bertforge.inference.proof import MAX_DROP, Rows, check_classes, prove, some_rows
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.scales import Scales
-from bertforge.tensorrt_library import MODULES, unfit
+from bertforge.tensorrt_library import MODULES, RUNTIME_CACHE, unfit
 
 _KEPT = ("recipe", "labels", "schema", "tabular", "data", "base", "golden")
 
@@ -94,7 +94,7 @@ def compile_model(
     with fresh_directory(out, replace=_renewable(out, target)) as folder:
         if target in MODULES:
             lengths = None if prepared is None else _lengths(predictor, prepared)
-            say("building, which takes minutes")
+            say("building")
             order = Order(target, precision, predictor.max_length, lengths, scales)
             built = build_engine(folder, source.network(), order, hardware, out)
         else:
@@ -106,7 +106,8 @@ def compile_model(
             "build_seconds": round(time.monotonic() - start, 1),
             "bytes": sum(path.stat().st_size for path in folder.iterdir()),
             "versions": versions(*TARGETS[target].libraries),
-            "hashes": {path.name: hash_file(path) for path in sorted(folder.iterdir())},
+            # The runtime's cache grows as the engine is used.
+            "hashes": {path.name: hash_file(path) for path in sorted(folder.iterdir()) if path.name != RUNTIME_CACHE},
             **built,
         }
         if target in MODULES and (reason := unfit(target, hardware)):

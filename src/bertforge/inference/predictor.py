@@ -62,6 +62,7 @@ class Predictor:
             if precision not in ("auto", manifest["precision"]):
                 raise UsageError(f"{directory} was compiled in {manifest['precision']}, not in {precision}")
             _check_verified(directory, manifest, hardware)
+            _check_files(directory, manifest)
             backend = open_engine(directory, manifest["target"], manifest["precision"], hardware)
         else:
             model = verified_model(directory, manifest, hardware)
@@ -215,6 +216,15 @@ def check_merged(directory: Path) -> None:
         raise ArtifactError(
             f"{directory} still has its adapter beside the base; merge first: bertforge merge {directory} --out DIR"
         )
+
+
+def _check_files(directory: Path, manifest: dict[str, Any]) -> None:
+    """Raises ArtifactError when a file of an engine is not the one that was proved."""
+    for name, proved in manifest["hashes"].items():
+        path = directory / name
+        if not path.is_file() or hash_file(path) != proved:
+            again = compile_command(directory, manifest["target"], manifest["precision"])
+            raise ArtifactError(f"{path} is missing, or not what was proved; compile it again: {again}")
 
 
 def _check_verified(directory: Path, manifest: dict[str, Any], hardware: Hardware) -> None:
