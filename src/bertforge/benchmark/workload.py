@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from bertforge.backends.pytorch import PyTorchBackend
-from bertforge.data.loader import Examples
+from bertforge.data.loader import Examples, spread
 from bertforge.data.prepared import PreparedData
 from bertforge.hardware import detect
 from bertforge.inference.predictor import Predictor
@@ -34,7 +34,7 @@ class Workload:
     def of(cls, predictor: Predictor, prepared: PreparedData, split: str, rows: int) -> Workload:
         """`rows` of a part to time, in no order of length, as questions come, and all of it for accuracy."""
         whole = prepared.rows(predictor.manifest["recipe"]["split"], split)
-        timed = whole[np.linspace(0, len(whole) - 1, min(rows, len(whole))).astype(int)]
+        timed = spread(whole, rows)
         timed = np.random.default_rng(0).permutation(timed)
         columns = predictor.columns(prepared, timed)
         return cls(predictor.examples(prepared, whole), whole, timed, prepared.texts(timed), columns)

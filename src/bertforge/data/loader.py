@@ -96,6 +96,12 @@ def _with_rows(column: Tensor, rows: int) -> Tensor:
     return torch.cat([column, column.new_zeros(rows, column.shape[1])])
 
 
+def spread(rows: np.ndarray, count: int) -> np.ndarray:
+    """`count` of `rows`, or all where there are fewer, at even distances from the first to the last."""
+    places = np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)
+    return np.asarray(rows[places])
+
+
 def tabular_batch(arrays: TabularArrays) -> TabularBatch:
     """The same numbers as tensors."""
     return TabularBatch(*(torch.from_numpy(a) for a in (arrays.numeric, arrays.categorical, arrays.multi)))

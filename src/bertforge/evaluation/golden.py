@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 from torch import nn
 
-from bertforge.data.loader import Examples
+from bertforge.data.loader import Examples, spread
 from bertforge.data.tabular import TabularArrays
 from bertforge.data.tokens import TokenStore
 from bertforge.evaluation.logits import predict_logits
@@ -33,7 +33,7 @@ class GoldenRows:
     def record(cls, model: nn.Module, examples: Examples, rows: np.ndarray) -> Self:
         """Takes rows spread evenly over the lengths of `rows` and runs them in float32."""
         by_length = rows[np.argsort(examples.lengths(rows), kind="stable")]
-        chosen = by_length[np.linspace(0, len(rows) - 1, min(ROWS, len(rows))).astype(int)]
+        chosen = spread(by_length, ROWS)
         lengths = examples.lengths(chosen)
         batch, _ = examples.pack(chosen)
         kept = Examples(

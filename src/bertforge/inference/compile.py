@@ -92,13 +92,14 @@ def compile_model(
     source = _Source(predictor, model, scales, prepared, say)
     start = time.monotonic()
     with fresh_directory(out, replace=_renewable(out, target)) as folder:
+        built: dict[str, Any] = {}
         if target in MODULES:
             lengths = None if prepared is None else _lengths(predictor, prepared)
             say("building")
             order = Order(target, precision, predictor.max_length, lengths, scales)
             built = build_engine(folder, source.network(), order, hardware, out)
         else:
-            built = _build(folder, source, target, precision)
+            _build(folder, source, target, precision)
         receipt = {
             "target": target,
             "precision": precision,
@@ -194,8 +195,8 @@ def _lengths(predictor: Predictor, prepared: PreparedData) -> np.ndarray:
     return predictor.examples(prepared, rows[:0]).lengths(rows)
 
 
-def _build(folder: Path, source: _Source, target: str, precision: str) -> dict[str, Any]:
-    """Writes what `target` loads; returns what is to be said of it."""
+def _build(folder: Path, source: _Source, target: str, precision: str) -> None:
+    """Writes what `target` loads."""
     from bertforge.export.bert_onnx import export_onnx
 
     source.say("writing the ONNX graph")
@@ -212,7 +213,7 @@ def _build(folder: Path, source: _Source, target: str, precision: str) -> dict[s
     wanted = folder / TARGETS[target].file
     if target == "onnxruntime" and not calibrate:
         graph.rename(wanted)
-        return {}
+        return
     if target == "onnxruntime":
         from bertforge.export.onnx_int8 import quantize_dynamically
 
@@ -224,7 +225,6 @@ def _build(folder: Path, source: _Source, target: str, precision: str) -> dict[s
 
         convert(graph, wanted)
     graph.unlink()
-    return {}
 
 
 def _calibrate_openvino(graph: Path, wanted: Path, source: _Source) -> None:

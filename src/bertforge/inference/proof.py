@@ -10,7 +10,7 @@ import numpy as np
 from bertforge.backends.base import Backend, BatchShape
 from bertforge.backends.receipt import describe
 from bertforge.backends.run import batch_of, padding_waste, run
-from bertforge.data.loader import Examples
+from bertforge.data.loader import Examples, spread
 from bertforge.data.prepared import PreparedData
 from bertforge.errors import ArtifactError, DataError
 from bertforge.evaluation.agreement import Agreement
@@ -44,7 +44,7 @@ def some_rows(predictor: Predictor, prepared: PreparedData, part: str) -> Rows:
     """Rows spread over a part of the data: for calibration from train, for judgement from validation."""
     rows = prepared.rows(predictor.manifest["recipe"]["split"], part)
     wanted = CALIBRATION_ROWS if part == "train" else VALIDATION_ROWS
-    rows = rows[np.linspace(0, len(rows) - 1, min(wanted, len(rows))).astype(int)]
+    rows = spread(rows, wanted)
     return Rows(predictor.examples(prepared, rows), rows)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors.torch import save as to_bytes
 
 from bertforge.artifact import MANIFEST, fresh_directory, hash_file, read_manifest, write_atomic, write_manifest
-from bertforge.data.loader import Examples
+from bertforge.data.loader import Examples, spread
 from bertforge.data.prepared import PreparedData
 from bertforge.errors import ArtifactError, DataError, MachineError, UsageError
 from bertforge.evaluation.compare import compare
@@ -136,8 +136,7 @@ def quantize_model(
 def _choose(predictor: Predictor, prepared: PreparedData, options: QuantizeOptions) -> _Rows:
     split = predictor.manifest["recipe"]["split"]
     train, validation = prepared.rows(split, "train"), prepared.rows(split, "validation")
-    calibration = train[np.linspace(0, len(train) - 1, min(options.rows, len(train))).astype(int)]
-    judged = validation[np.linspace(0, len(validation) - 1, min(options.validation_rows, len(validation))).astype(int)]
+    calibration, judged = spread(train, options.rows), spread(validation, options.validation_rows)
     examples = predictor.examples(prepared, np.concatenate([train, validation]))
     check_classes(examples.labels[calibration])
     return _Rows(examples, calibration, judged, train, validation)

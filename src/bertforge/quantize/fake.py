@@ -82,10 +82,8 @@ def insert(model: BertForSequenceClassification, form: str, preset: str) -> Bert
     bits = _BITS[form]
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for point in _points(units(model.config, preset)):
-        if point.endswith(PRODUCTS):
-            entries.append({"quantizer_name": point, "cfg": {"num_bits": bits, "axis": None}})
-        else:
-            entries.append({"quantizer_name": f"{point}.input_quantizer", "cfg": {"num_bits": bits, "axis": None}})
+        entries.append({"quantizer_name": _activation(point), "cfg": {"num_bits": bits, "axis": None}})
+        if _linear(point):
             entries.append({"quantizer_name": f"{point}.weight_quantizer", "cfg": {"num_bits": bits, "axis": 0}})
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():  # it prints what it inserted
         warnings.simplefilter("ignore")
@@ -129,8 +127,10 @@ def smooth(model: BertForSequenceClassification, chosen: list[Unit], loop: Loop,
 
 def calibrate_weights(model: BertForSequenceClassification, chosen: list[Unit]) -> None:
     """Sets the range of each output channel of every quantized weight to its largest value."""
-    for quantizer, weight in _weights(model, chosen):
-        quantizer.amax = weight.detach().abs().amax(1, keepdim=True)  # [out, 1]
+    modules = dict(model.named_modules())
+    for point in filter(_linear, _points(chosen)):
+        linear: Any = modules[point]
+        linear.weight_quantizer.amax = linear.weight.detach().abs().amax(1, keepdim=True)  # [out, 1]
 
 
 def set_activations(model: BertForSequenceClassification, ranges: dict[str, float]) -> None:
@@ -152,10 +152,7 @@ def quantize_only(model: BertForSequenceClassification, chosen: Iterable[Unit]) 
 def activation_quantizers(model: nn.Module, points: Iterable[str]) -> dict[str, TensorQuantizer]:
     """Point -> the quantizer of its activation."""
     modules = dict(model.named_modules())
-    return {
-        point: cast(TensorQuantizer, modules[point if point.endswith(PRODUCTS) else f"{point}.input_quantizer"])
-        for point in points
-    }
+    return {point: cast(TensorQuantizer, modules[_activation(point)]) for point in points}
 
 
 def read_scales(model: BertForSequenceClassification, form: str, chosen: list[Unit]) -> Scales:
@@ -221,10 +218,9 @@ def _linear(point: str) -> bool:
     return not point.endswith(PRODUCTS)
 
 
-def _weights(model: nn.Module, chosen: list[Unit]) -> list[tuple[Any, Tensor]]:
-    modules = dict(model.named_modules())
-    linears = [cast(Any, modules[point]) for point in _points(chosen) if _linear(point)]
-    return [(linear.weight_quantizer, linear.weight) for linear in linears]
+def _activation(point: str) -> str:
+    """The name of the quantizer of a point's activation."""
+    return f"{point}.input_quantizer" if _linear(point) else point
 
 
 def _array(tensor: Tensor) -> np.ndarray:
