@@ -39,9 +39,15 @@ def make_model(directory: Path, kind: str, **config: Any) -> torch.nn.Module:
     model: Any = AutoModelForSequenceClassification.from_pretrained(
         directory, num_labels=2, dtype=torch.float32, **config
     )
-    if kind == "full":
-        return model  # type: ignore[no-any-return]
-    return get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=TARGETS[kind]))
+    return model if kind == "full" else adapt(model, kind)
+
+
+def adapt(model: Any, kind: str, layers: list[int] | None = None) -> torch.nn.Module:
+    """PEFT's LoRA of rank 8 in `layers`, None for all."""
+    config = LoraConfig(
+        task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=TARGETS[kind], layers_to_transform=layers
+    )
+    return get_peft_model(model, config)
 
 
 def train(
@@ -98,22 +104,22 @@ def train_step(
     optimizer.zero_grad()
 
 
-def batches(rows: np.ndarray, lengths: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+def batches(rows: np.ndarray, lengths: np.ndarray, rng: np.random.Generator, size: int = BATCH) -> list[np.ndarray]:
     """Batches of like length, as transformers' `group_by_length` makes them: sorted within windows of 50 batches."""
     found = []
-    for start in range(0, len(rows), 50 * BATCH):
-        window = rows[start : start + 50 * BATCH]
+    for start in range(0, len(rows), 50 * size):
+        window = rows[start : start + 50 * size]
         window = window[np.argsort(-lengths[window], kind="stable")]
-        found += [window[i : i + BATCH] for i in range(0, len(window), BATCH)]
+        found += [window[i : i + size] for i in range(0, len(window), size)]
     return [found[i] for i in rng.permutation(len(found))]
 
 
-def collate(tokens: TokenStore, rows: np.ndarray, device: torch.device) -> dict[str, Tensor]:
-    """Padded on the right to the longest row."""
-    lengths = tokens.lengths[rows]
-    ids = np.zeros((len(rows), lengths.max()), np.int64)
+def collate(tokens: TokenStore, rows: np.ndarray, device: torch.device, width: int | None = None) -> dict[str, Tensor]:
+    """Cut to 512 tokens, padded on the right to `width` or the longest row."""
+    lengths = np.minimum(tokens.lengths[rows], 512)
+    ids = np.zeros((len(rows), width or lengths.max()), np.int64)
     for row, (source, length) in enumerate(zip(rows, lengths, strict=True)):
-        ids[row, :length] = tokens[int(source)]
+        ids[row, :length] = tokens[int(source)][:length]
     mask = np.arange(ids.shape[1]) < lengths[:, None]
     return {
         "input_ids": torch.from_numpy(ids).to(device),

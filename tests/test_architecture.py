@@ -16,7 +16,7 @@ PARTS = {path.parent.name for path in PACKAGE.glob("*/*.py")}
 MAY_IMPORT = {
     "kernels": set(),
     "model": {"kernels"},
-    "lora": set(),
+    "lora": {"kernels"},
     "data": set(),
     "evaluation": {"data"},
     "training": {"model", "lora", "data", "evaluation"},

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bertforge.errors import UsageError
-from bertforge.kernels.attention import varlen_attention
+from bertforge.kernels.attention import Bounds, varlen_attention
 
 HEADS, HEAD_DIM = 3, 8
 LENGTHS = {
@@ -23,6 +23,11 @@ def packed(lengths, dtype=torch.float64, head_dim=HEAD_DIM):
     return parts, torch.tensor([0, *lengths]).cumsum(0).int()
 
 
+def everyone(cu_seqlens):
+    """Bounds by which every token asks."""
+    return Bounds(cu_seqlens, cu_seqlens)
+
+
 def reference(query, key, value, cu_seqlens):
     outputs = []
     for begin, end in zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:], strict=False):
@@ -38,7 +43,7 @@ def test_values_and_gradients_are_the_references(lengths, dtype, atol):
     parts, cu_seqlens = packed(lengths, dtype)
     ours = [part.clone().requires_grad_() for part in parts]
     exact = [part.double().requires_grad_() for part in parts]
-    output, expected = varlen_attention(*ours, cu_seqlens, max(lengths)), reference(*exact, cu_seqlens)
+    output, expected = varlen_attention(*ours, everyone(cu_seqlens), max(lengths)), reference(*exact, cu_seqlens)
     assert output.shape == expected.shape
     assert output.dtype == dtype
     torch.testing.assert_close(output.double(), expected, rtol=0, atol=atol)
@@ -52,11 +57,11 @@ def test_values_and_gradients_are_the_references(lengths, dtype, atol):
 @pytest.mark.parametrize("changed", range(4))
 def test_a_sequence_depends_on_its_own_tokens_bit_for_bit(changed):
     (query, key, value), cu_seqlens = packed((3, 17, 1, 64), torch.float32)
-    before = varlen_attention(query, key, value, cu_seqlens, 64)
+    before = varlen_attention(query, key, value, everyone(cu_seqlens), 64)
     mine = slice(int(cu_seqlens[changed]), int(cu_seqlens[changed + 1]))
     for part in (query, key, value):
         part[mine] += 1
-    after = varlen_attention(query, key, value, cu_seqlens, 64)
+    after = varlen_attention(query, key, value, everyone(cu_seqlens), 64)
     others = torch.ones(85, dtype=torch.bool)
     others[mine] = False
     assert torch.equal(before[others], after[others])
@@ -65,14 +70,26 @@ def test_a_sequence_depends_on_its_own_tokens_bit_for_bit(changed):
 
 def test_other_boundaries_give_other_values():
     parts, cu_seqlens = packed((5, 5))
-    assert not torch.allclose(varlen_attention(*parts, cu_seqlens, 5), reference(*parts, torch.tensor([0, 4, 10])))
+    assert not torch.allclose(
+        varlen_attention(*parts, everyone(cu_seqlens), 5), reference(*parts, torch.tensor([0, 4, 10]))
+    )
+
+
+def test_first_tokens_alone_get_what_they_get_among_all():
+    (query, key, value), cu_seqlens = packed((3, 1, 17))
+    starts = cu_seqlens[:-1].long()
+    bounds = Bounds(torch.arange(4).int(), cu_seqlens)
+    first = varlen_attention(query[starts], key, value, bounds, 17)
+    torch.testing.assert_close(first, reference(query, key, value, cu_seqlens)[starts], rtol=0, atol=1e-12)
 
 
 def test_dropout_drops_whole_weights_and_scales_the_rest():
     # A sequence of one token has one weight, 1: dropped it is 0, kept it is 1 / (1 - p).
     (query, key, value), cu_seqlens = packed((1,) * 200, torch.float32)
     torch.manual_seed(0)
-    ratio = varlen_attention(query, key, value, cu_seqlens, 1, dropout_p=0.75) / value  # [200, heads, head_dim]
+    ratio = (
+        varlen_attention(query, key, value, everyone(cu_seqlens), 1, dropout_p=0.75) / value
+    )  # [200, heads, head_dim]
     kept = ratio.amax(-1)
     torch.testing.assert_close(ratio, kept[..., None].expand_as(ratio))
     assert torch.all((kept == 0) | (kept - 4).abs().lt(1e-5))
@@ -81,8 +98,10 @@ def test_dropout_drops_whole_weights_and_scales_the_rest():
 
 def test_without_dropout_two_runs_are_equal_and_with_it_they_are_not():
     parts, cu_seqlens = packed((3, 17), torch.float32)
-    assert torch.equal(varlen_attention(*parts, cu_seqlens, 17), varlen_attention(*parts, cu_seqlens, 17))
-    once, twice = (varlen_attention(*parts, cu_seqlens, 17, dropout_p=0.5) for _ in range(2))
+    assert torch.equal(
+        varlen_attention(*parts, everyone(cu_seqlens), 17), varlen_attention(*parts, everyone(cu_seqlens), 17)
+    )
+    once, twice = (varlen_attention(*parts, everyone(cu_seqlens), 17, dropout_p=0.5) for _ in range(2))
     assert not torch.equal(once, twice)
 
 
@@ -93,7 +112,7 @@ def test_the_cuda_kernel_gives_the_references_values_and_gradients(lengths, dtyp
     parts, cu_seqlens = packed(lengths, dtype, head_dim=64)
     ours = [part.cuda().requires_grad_() for part in parts]
     exact = [part.double().requires_grad_() for part in parts]
-    output, expected = varlen_attention(*ours, cu_seqlens.cuda(), max(lengths)), reference(*exact, cu_seqlens)
+    output, expected = varlen_attention(*ours, everyone(cu_seqlens.cuda()), max(lengths)), reference(*exact, cu_seqlens)
     weights = torch.randn_like(expected).to(dtype)
     output.backward(weights.cuda())
     expected.backward(weights.double())
@@ -108,4 +127,4 @@ def test_the_cuda_kernel_gives_the_references_values_and_gradients(lengths, dtyp
 def test_the_cuda_kernel_refuses_dropout_instead_of_leaving_it_out():
     parts, cu_seqlens = packed((3, 4), torch.bfloat16, head_dim=64)
     with pytest.raises(UsageError, match=r"attention_dropout is 0\.1; set attention_dropout=0"):
-        varlen_attention(*(part.cuda() for part in parts), cu_seqlens.cuda(), 4, dropout_p=0.1)
+        varlen_attention(*(part.cuda() for part in parts), everyone(cu_seqlens.cuda()), 4, dropout_p=0.1)

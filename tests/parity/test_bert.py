@@ -55,7 +55,8 @@ def ours(tmp_path):
 def test_a_padded_batch_gives_their_logits_and_gradients(pair, side):
     ours, theirs = pair
     batch = random_batch(LENGTHS, theirs.config.vocab_size, side)
-    logits, expected = ours(batch), their_logits(theirs, batch)
+    assert_equal(ours(batch), their_logits(theirs, batch))
+    logits, expected = ours.double()(batch), their_logits(theirs.double(), batch)
     assert_equal(logits, expected)
     assert_equal_gradients(gradients(ours, logits), gradients(theirs, expected))
 
@@ -63,7 +64,8 @@ def test_a_padded_batch_gives_their_logits_and_gradients(pair, side):
 def test_a_packed_batch_gives_their_logits_and_gradients(pair):
     ours, theirs = pair
     batch = random_batch(LENGTHS, theirs.config.vocab_size)
-    logits, expected = ours(pack(batch)), their_logits(theirs, batch)
+    assert_equal(ours(pack(batch)), their_logits(theirs, batch))
+    logits, expected = ours.double()(pack(batch)), their_logits(theirs.double(), batch)
     assert_equal(logits, expected)
     assert_equal_gradients(gradients(ours, logits), gradients(theirs, expected))
 

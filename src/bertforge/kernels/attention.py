@@ -1,11 +1,11 @@
 """Bidirectional attention over packed sequences: each token attends to its own sequence only.
 
-Three implementations of one function, equal up to rounding:
+Three implementations, equal up to rounding:
 
-- `triton`: our kernels for short sequences (attention_triton.py), on CUDA in float16 and bfloat16, forward and
-  backward, for the head sizes in TRITON_HEAD_DIMS. It has no dropout.
-- `varlen`: torch's FlashAttention kernel for packed input, on CUDA in float16 and bfloat16, forward and backward,
-  for any other head size. It has no dropout.
+- attention_triton.py: our kernels for short sequences, forward and backward, for the head sizes in TRITON_HEAD_DIMS, on
+  CUDA in half precision. `model.fused_layer` calls them; autograd does not.
+- `varlen`: torch's FlashAttention kernel for packed input, on CUDA in float16 and bfloat16, for all else. It has no
+  dropout.
 - `split`: scaled_dot_product_attention on one sequence after another; any device and dtype. On a CPU nothing is lost
   by the loop: a sequence fills the cores, and neither padding nor a mask is ever touched. On CUDA it serves float32,
   which FlashAttention does not take: for checking, not for speed.
@@ -15,6 +15,7 @@ A sequence's result depends on its own tokens alone, in `split` bit for bit.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -27,12 +28,22 @@ from bertforge.errors import UsageError
 TRITON_HEAD_DIMS = frozenset({32, 64})
 
 
-def varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float = 0.0
-) -> Tensor:
-    """Attention of packed sequences: `query`, `key`, `value` and the result are `[tokens, heads, head_dim]`.
+@dataclass(frozen=True)
+class Bounds:
+    """Where the sequences of a pack begin; one tensor twice, unless only some tokens ask."""
 
-    `cu_seqlens` is `[sequences + 1]` int32; a sequence may be empty. Scores are scaled by 1 / sqrt(head_dim)
+    queries: Tensor
+    """`cu_seqlens` of the queries, [sequences + 1] int32; the last entry is the number of queries."""
+    keys: Tensor
+    """`cu_seqlens` of keys and values, [sequences + 1] int32; the last entry is the number of tokens."""
+
+
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, max_seqlen: int, dropout_p: float = 0.0
+) -> Tensor:
+    """Attention of packed sequences: `query` and the result are `[queries, heads, head_dim]`.
+
+    `key` and `value` are `[tokens, heads, head_dim]`. A sequence may be empty. Scores are scaled by 1 / sqrt(head_dim)
     (Vaswani et al. 2017, section 3.2.1). Raises UsageError for dropout where the kernel has none.
     """
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
@@ -41,33 +52,25 @@ def varlen_attention(
                 f"the packed CUDA attention kernel has no dropout, but attention_dropout is {dropout_p}; "
                 "set attention_dropout=0"
             )
-        if query.shape[-1] in TRITON_HEAD_DIMS:
-            return _triton(query, key, value, cu_seqlens)
-        return _varlen(query, key, value, cu_seqlens, max_seqlen)
+        return _varlen(query, key, value, bounds, max_seqlen)
     if query.dtype is torch.bfloat16 and query.requires_grad:
         # torch's CPU kernel is quick in bfloat16 forward, but backward takes five times float32's time: half of a whole
         # training step (torch 2.13, a Xeon with AMX).
         with torch.autocast(query.device.type, enabled=False):
-            return _split(query.float(), key.float(), value.float(), cu_seqlens, dropout_p).to(query.dtype)
-    return _split(query, key, value, cu_seqlens, dropout_p)
+            return _split(query.float(), key.float(), value.float(), bounds, dropout_p).to(query.dtype)
+    return _split(query, key, value, bounds, dropout_p)
 
 
-def _triton(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
-    from bertforge.kernels.attention_triton import packed_attention
-
-    output, _ = packed_attention(query, key, value, cu_seqlens)
-    return cast(Tensor, output)
-
-
-def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+def _varlen(query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, max_seqlen: int) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     # It returns a tuple only when asked for auxiliary outputs.
-    return cast(Tensor, varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen))
+    return cast(Tensor, varlen_attn(query, key, value, bounds.queries, bounds.keys, max_seqlen, max_seqlen))
 
 
-def _split(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, dropout_p: float) -> Tensor:
-    lengths = cu_seqlens.diff().tolist()
+def _split(query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, dropout_p: float) -> Tensor:
+    lengths = bounds.keys.diff().tolist()
+    asked = lengths if bounds.queries is bounds.keys else bounds.queries.diff().tolist()
     # Splitting once costs one concatenation in the backward pass; slicing in the loop would cost a zero-filled
     # gradient of the whole pack for every sequence. The batch of one is there because torch's fused CPU kernel takes
     # four dimensions only: given three, it writes all scores out, three to eight times slower.
@@ -75,7 +78,7 @@ def _split(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, dropou
         F.scaled_dot_product_attention(
             q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], dropout_p=dropout_p
         )  # [1, heads, length, head_dim]
-        for q, k, v in zip(*(torch.split(part, lengths) for part in (query, key, value)), strict=True)
+        for q, k, v in zip(*map(torch.split, (query, key, value), (asked, lengths, lengths)), strict=True)
         if len(q)
     ]
-    return torch.cat(outputs, dim=2)[0].transpose(0, 1)  # [tokens, heads, head_dim]
+    return torch.cat(outputs, dim=2)[0].transpose(0, 1)  # [queries, heads, head_dim]

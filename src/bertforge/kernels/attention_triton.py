@@ -1,11 +1,11 @@
-"""Bidirectional attention over packed short sequences: Triton kernels for the forward and the backward pass.
+"""Bidirectional attention over packed short sequences: Triton kernels, forward and backward.
 
 Texts of 184 tokens on average leave a FlashAttention kernel made for long ones waiting: large tiles are mostly padding,
 and a program ends soon after its pipeline is full. Here tiles are 64 rows, several programs share a multiprocessor, and
 a program works on one tile of one head, in three kernels:
 
-- `_forward`: a tile of queries walks over its sequence's keys, softmax on the fly (Dao 2023, FlashAttention-2,
-  algorithm 1).
+- `_attention_forward`: a tile of queries walks over its sequence's keys, softmax on the fly (Dao 2023,
+  FlashAttention-2, algorithm 1).
 - `_query_gradient`: a tile of queries walks over the keys for dQ; it also leaves delta, the sum of output * gradient
   over each row, which saves a pass over memory for delta alone.
 - `_key_value_gradients`: a tile of keys walks over the queries for dK and dV.
@@ -30,12 +30,13 @@ instruction. Only the step that holds a sequence's end is masked.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from bertforge.kernels.attention import Bounds
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 ALIGNED = tl.constexpr(128)
@@ -72,9 +73,9 @@ TILINGS = {
 
 @triton.jit
 def _locate(cu_seqlens, sequences, tile, BLOCK: tl.constexpr):
-    """Four scalars: the sequence's first token and length, the tile's first row in it, the first row's aligned place.
+    """The tile's sequence, and the tile's first row in it.
 
-    The tile is empty when its first row lies past the length.
+    The tile is empty when its first row lies past the sequence's length.
     """
     found = 0
     for first in range(0, sequences, SEARCHED):
@@ -82,9 +83,20 @@ def _locate(cu_seqlens, sequences, tile, BLOCK: tl.constexpr):
         begins = tl.load(cu_seqlens + numbers, mask=numbers < sequences, other=0)
         found += tl.sum(((begins // BLOCK + numbers <= tile) & (numbers < sequences)).to(tl.int32))
     sequence = found - 1
+    return sequence, (tile - tl.load(cu_seqlens + sequence) // BLOCK - sequence) * BLOCK
+
+
+@triton.jit
+def _bounds(cu_seqlens, sequence):
+    """The sequence's first token (int64, for it is multiplied with strides) and its length."""
     begin = tl.load(cu_seqlens + sequence)
-    length = tl.load(cu_seqlens + sequence + 1) - begin
-    return begin, length, (tile - begin // BLOCK - sequence) * BLOCK, (begin // ALIGNED + sequence) * ALIGNED
+    return begin.to(tl.int64), tl.load(cu_seqlens + sequence + 1) - begin
+
+
+@triton.jit
+def _place(begin, sequence):
+    """Where the sequence's first row has its lse and delta."""
+    return (begin // ALIGNED + sequence) * ALIGNED
 
 
 @triton.jit
@@ -100,23 +112,23 @@ def _store_rows(first, stride, rows, length, values, DIM: tl.constexpr):
 
 
 @triton.jit
-def _forward(
-    query, key, value, output, lse, cu_seqlens, sequences, places,
+def _attention_forward(
+    query, key, value, output, lse, cu_seqlens_q, cu_seqlens_k, sequences, places,
     query_stride, key_stride, value_stride,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % HEADS
-    begin, length, first, place = _locate(cu_seqlens, sequences, tl.program_id(0) // HEADS, BLOCK)
-    if first >= length:
+    sequence, first = _locate(cu_seqlens_q, sequences, tl.program_id(0) // HEADS, BLOCK)
+    own, queries = _bounds(cu_seqlens_q, sequence)
+    if first >= queries:
         return
-    token = begin.to(tl.int64)
-    query += token * query_stride + head * DIM
-    key += token * key_stride + head * DIM
-    value += token * value_stride + head * DIM
-    output += (token * HEADS + head) * DIM
+    begin, length = _bounds(cu_seqlens_k, sequence)
+    query += own * query_stride + head * DIM
+    key += begin * key_stride + head * DIM
+    value += begin * value_stride + head * DIM
     scale = LOG2_E * DIM**-0.5
     rows = first + tl.arange(0, BLOCK)
-    q = _load_rows(query, query_stride, rows, length, DIM)  # [BLOCK, DIM]
+    q = _load_rows(query, query_stride, rows, queries, DIM)  # [BLOCK, DIM]
     maximum = tl.full([BLOCK], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     weighted = tl.zeros([BLOCK, DIM], tl.float32)
@@ -133,29 +145,32 @@ def _forward(
         maximum = highest
         v = _load_rows(value, value_stride, columns, length, DIM)
         weighted = tl.dot(weights.to(v.dtype), v, weighted * fade[:, None])
-    _store_rows(output, HEADS * DIM, rows, length, weighted * (1 / total)[:, None], DIM)
-    tl.store(lse + head * places + place + rows, maximum + tl.log2(total))
+    output += (own * HEADS + head) * DIM
+    share = tl.where(total > 0, 1 / total, 0.0)  # a query without keys gets zeros
+    _store_rows(output, HEADS * DIM, rows, queries, weighted * share[:, None], DIM)
+    tl.store(lse + head * places + _place(own, sequence) + rows, maximum + tl.log2(total))
 
 
 @triton.jit
 def _query_gradient(
-    query, key, value, output, grad, lse, delta, query_grad, cu_seqlens, sequences, places,
-    query_stride, key_stride, value_stride, grad_stride,
+    query, key, value, output, grad, lse, delta, query_grad, cu_seqlens_q, cu_seqlens_k, sequences, places,
+    query_stride, key_stride, value_stride, grad_stride, query_grad_stride,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % HEADS
-    begin, length, first, place = _locate(cu_seqlens, sequences, tl.program_id(0) // HEADS, BLOCK)
-    if first >= length:
+    sequence, first = _locate(cu_seqlens_q, sequences, tl.program_id(0) // HEADS, BLOCK)
+    own, queries = _bounds(cu_seqlens_q, sequence)
+    if first >= queries:
         return
-    token = begin.to(tl.int64)
-    key += token * key_stride + head * DIM
-    value += token * value_stride + head * DIM
-    own = (token * HEADS + head) * DIM  # in tensors laid out [tokens, HEADS, DIM]
+    begin, length = _bounds(cu_seqlens_k, sequence)
+    place = _place(own, sequence)
+    key += begin * key_stride + head * DIM
+    value += begin * value_stride + head * DIM
     scale = LOG2_E * DIM**-0.5
     rows = first + tl.arange(0, BLOCK)
-    q = _load_rows(query + token * query_stride + head * DIM, query_stride, rows, length, DIM)  # [BLOCK, DIM]
-    do = _load_rows(grad + token * grad_stride + head * DIM, grad_stride, rows, length, DIM)
-    o = _load_rows(output + own, HEADS * DIM, rows, length, DIM)
+    q = _load_rows(query + own * query_stride + head * DIM, query_stride, rows, queries, DIM)  # [BLOCK, DIM]
+    do = _load_rows(grad + own * grad_stride + head * DIM, grad_stride, rows, queries, DIM)
+    o = _load_rows(output + (own * HEADS + head) * DIM, HEADS * DIM, rows, queries, DIM)
     mean = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BLOCK], what softmax's backward subtracts
     tl.store(delta + head * places + place + rows, mean)
     log_total = tl.load(lse + head * places + place + rows)
@@ -170,56 +185,63 @@ def _query_gradient(
             exponents = tl.where(columns[None, :] < length, exponents, -float("inf"))
         ds = tl.exp2(exponents) * (tl.dot(do, tl.trans(v)) - mean[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq)
-    _store_rows(query_grad + own, HEADS * DIM, rows, length, dq * DIM**-0.5, DIM)
+    query_grad += own * query_grad_stride + head * DIM
+    _store_rows(query_grad, query_grad_stride, rows, queries, dq * DIM**-0.5, DIM)
 
 
 @triton.jit
 def _key_value_gradients(
-    query, key, value, grad, lse, delta, key_grad, value_grad, cu_seqlens, sequences, places,
-    query_stride, key_stride, value_stride, grad_stride,
+    query, key, value, grad, lse, delta, key_grad, value_grad, cu_seqlens_q, cu_seqlens_k, sequences, places,
+    query_stride, key_stride, value_stride, grad_stride, key_grad_stride, value_grad_stride,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % HEADS
-    begin, length, first, place = _locate(cu_seqlens, sequences, tl.program_id(0) // HEADS, BLOCK)
+    sequence, first = _locate(cu_seqlens_k, sequences, tl.program_id(0) // HEADS, BLOCK)
+    own, length = _bounds(cu_seqlens_k, sequence)
     if first >= length:
         return
-    token = begin.to(tl.int64)
-    query += token * query_stride + head * DIM
-    grad += token * grad_stride + head * DIM
-    lse += head * places + place
-    delta += head * places + place
-    own = (token * HEADS + head) * DIM
+    begin, queries = _bounds(cu_seqlens_q, sequence)
+    query += begin * query_stride + head * DIM
+    grad += begin * grad_stride + head * DIM
+    lse += head * places + _place(begin, sequence)
+    delta += head * places + _place(begin, sequence)
     scale = LOG2_E * DIM**-0.5
     columns = first + tl.arange(0, BLOCK)
-    k = _load_rows(key + token * key_stride + head * DIM, key_stride, columns, length, DIM)  # [BLOCK, DIM]
-    v = _load_rows(value + token * value_stride + head * DIM, value_stride, columns, length, DIM)
+    k = _load_rows(key + own * key_stride + head * DIM, key_stride, columns, length, DIM)  # [BLOCK, DIM]
+    v = _load_rows(value + own * value_stride + head * DIM, value_stride, columns, length, DIM)
     dk = tl.zeros([BLOCK, DIM], tl.float32)
     dv = tl.zeros([BLOCK, DIM], tl.float32)
     # No mask: past the end, rows of q and do are zeros and add nothing, and rows of dk and dv are not stored.
-    for start in range(0, length, STEP):
+    for start in range(0, queries, STEP):
         rows = start + tl.arange(0, STEP)
-        q = _load_rows(query, query_stride, rows, length, DIM)  # [STEP, DIM]
-        do = _load_rows(grad, grad_stride, rows, length, DIM)
+        q = _load_rows(query, query_stride, rows, queries, DIM)  # [STEP, DIM]
+        do = _load_rows(grad, grad_stride, rows, queries, DIM)
         weights = tl.exp2(tl.dot(k, tl.trans(q)) * scale - tl.load(lse + rows)[None, :])  # [BLOCK, STEP]
         dv = tl.dot(weights.to(do.dtype), do, dv)
         ds = weights * (tl.dot(v, tl.trans(do)) - tl.load(delta + rows)[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk)
-    _store_rows(key_grad + own, HEADS * DIM, columns, length, dk * DIM**-0.5, DIM)
-    _store_rows(value_grad + own, HEADS * DIM, columns, length, dv, DIM)
+    _store_rows(key_grad + own * key_grad_stride + head * DIM, key_grad_stride, columns, length, dk * DIM**-0.5, DIM)
+    _store_rows(value_grad + own * value_grad_stride + head * DIM, value_grad_stride, columns, length, dv, DIM)
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, tilings: Tilings | None = None
+    query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, tilings: Tilings | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The attended values `[tokens, heads, head_dim]`, and log2 of each softmax's denominator `[heads, places]`."""
-    tokens, heads, dim = query.shape
-    output, lse = _like(query), _per_row(query, cu_seqlens)
+    """The attended values `[queries, heads, head_dim]`, and log2 of each softmax's denominator `[heads, places]`.
+
+    `query` is `[queries, heads, head_dim]`, `key` and `value` are `[tokens, heads, head_dim]`, head_dim one of TILINGS;
+    slices of joined projections are read where they are. A sequence may be empty.
+    """
+    queries, heads, dim = query.shape
+    sequences = bounds.queries.numel() - 1
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    places = (queries // ALIGNED.value + sequences) * ALIGNED.value
+    lse = torch.empty(heads, places, dtype=torch.float32, device=query.device)
     q, k, v = map(_rows_together, (query, key, value))
     tiling = (tilings or TILINGS[dim]).forward
-    sequences = cu_seqlens.numel() - 1
     with torch.cuda.device_of(query):
-        _forward[_grid(tokens, sequences, heads, tiling)](
-            q, k, v, output, lse, cu_seqlens, sequences, lse.shape[1], q.stride(0), k.stride(0), v.stride(0),
+        _attention_forward[_grid(queries, sequences, heads, tiling)](
+            q, k, v, output, lse, bounds.queries, bounds.keys, sequences, places, q.stride(0), k.stride(0), v.stride(0),
             HEADS=heads, DIM=dim, BLOCK=tiling.block, STEP=tiling.step,
             num_warps=tiling.warps, num_stages=tiling.stages,
         )  # fmt: skip
@@ -227,32 +249,36 @@ def forward(
 
 
 def backward(
-    grad: Tensor, inputs: tuple[Tensor, Tensor, Tensor, Tensor], output: Tensor, lse: Tensor,
-    tilings: Tilings | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of query, key and value from that of `output`; `inputs` are `forward`'s, `lse` its second result."""
-    query, key, value, cu_seqlens = inputs
-    tokens, heads, dim = query.shape
-    query_grad, key_grad, value_grad = map(_like, (query, key, value))
+    grad: Tensor, inputs: tuple[Tensor, Tensor, Tensor, Bounds], results: tuple[Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor, Tensor], tilings: Tilings | None = None,
+) -> None:  # fmt: skip
+    """Writes the gradients of query, key and value, from that of the attended values.
+
+    `inputs` and `results` are `forward`'s; `gradients` are shaped like query, key and value, and may be slices of a
+    tensor that joins them.
+    """
+    query, key, value, bounds = inputs
+    output, lse = results
+    query_grad, key_grad, value_grad = gradients
+    _, heads, dim = query.shape
     delta = torch.empty_like(lse)
     q, k, v, do = map(_rows_together, (query, key, value, grad))
-    bounds = (cu_seqlens, cu_seqlens.numel() - 1, lse.shape[1])
+    places = (bounds.queries, bounds.keys, bounds.queries.numel() - 1, lse.shape[1])
     strides = (q.stride(0), k.stride(0), v.stride(0), do.stride(0))
     tilings = tilings or TILINGS[dim]
     with torch.cuda.device_of(query):
         tiling = tilings.query_gradient
-        _query_gradient[_grid(tokens, bounds[1], heads, tiling)](
-            q, k, v, output, do, lse, delta, query_grad, *bounds, *strides,
+        _query_gradient[_grid(query.shape[0], places[2], heads, tiling)](
+            q, k, v, output, do, lse, delta, query_grad, *places, *strides, query_grad.stride(0),
             HEADS=heads, DIM=dim, BLOCK=tiling.block, STEP=tiling.step,
             num_warps=tiling.warps, num_stages=tiling.stages,
         )  # fmt: skip
         tiling = tilings.key_value_gradients
-        _key_value_gradients[_grid(tokens, bounds[1], heads, tiling)](
-            q, k, v, do, lse, delta, key_grad, value_grad, *bounds, *strides,
+        _key_value_gradients[_grid(key.shape[0], places[2], heads, tiling)](
+            q, k, v, do, lse, delta, key_grad, value_grad, *places, *strides, key_grad.stride(0), value_grad.stride(0),
             HEADS=heads, DIM=dim, BLOCK=tiling.block, STEP=tiling.step,
             num_warps=tiling.warps, num_stages=tiling.stages,
         )  # fmt: skip
-    return query_grad, key_grad, value_grad
 
 
 def _grid(tokens: int, sequences: int, heads: int, tiling: Tiling) -> tuple[int]:
@@ -260,56 +286,6 @@ def _grid(tokens: int, sequences: int, heads: int, tiling: Tiling) -> tuple[int]
     return ((tokens // tiling.block + sequences) * heads,)
 
 
-def _like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)  # [tokens, heads, head_dim], whatever x's strides
-
-
-def _per_row(query: Tensor, cu_seqlens: Tensor) -> Tensor:
-    places = (query.shape[0] // ALIGNED.value + cu_seqlens.numel() - 1) * ALIGNED.value
-    return torch.empty(query.shape[1], places, dtype=torch.float32, device=query.device)  # [heads, places]
-
-
 def _rows_together(x: Tensor) -> Tensor:
     """`x` itself where a token's heads lie side by side, as in a slice of joined query, key and value; else a copy."""
     return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
-
-
-@torch.library.custom_op("bertforge::packed_attention", mutates_args=())
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """`forward` as an operator that autograd, torch.compile and CUDA graphs take; only the first result has a gradient.
-
-    `query`, `key`, `value` are `[tokens, heads, head_dim]`, head_dim one of TILINGS; `cu_seqlens` is
-    `[sequences + 1]` int32, its last entry the number of tokens; sequences may be empty.
-    """
-    return forward(query, key, value, cu_seqlens)
-
-
-@packed_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    return _like(query), _per_row(query, cu_seqlens)
-
-
-@torch.library.custom_op("bertforge::packed_attention_backward", mutates_args=())
-def packed_attention_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, output: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`backward` as an operator."""
-    return backward(grad, (query, key, value, cu_seqlens), output, lse)
-
-
-@packed_attention_backward.register_fake
-def _(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, output: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(query), _like(key), _like(value)
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, *output)
-
-
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    return *packed_attention_backward(grad, *ctx.saved_tensors), None
-
-
-packed_attention.register_autograd(_differentiate, setup_context=_save)

@@ -7,6 +7,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bertforge.kernels.low_rank import adapted_weight, low_rank_update
 from bertforge.lora.config import LoraConfig
 
 
@@ -31,13 +32,25 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., out]`."""
+        if (adapted := self.adapted()) is not None:
+            return F.linear(x, *adapted)
         output: Tensor = self.base_layer(x)
-        if self.base_layer.weight.dtype != self.lora_A.weight.dtype:  # a bfloat16 base; adapters stay float32
-            x = x.to(self.lora_A.weight.dtype)
-        low_rank = self.lora_A(F.dropout(x, self.dropout_p, self.training))  # [..., r]
-        update: Tensor = self.lora_B(low_rank) * self.scaling
+        dropped = F.dropout(x, self.dropout_p, self.training).to(self.lora_A.weight.dtype)
+        update: Tensor = self.lora_B(self.lora_A(dropped)) * self.scaling  # [..., out]
         return output + update.to(output.dtype)
 
+    def adapted(self) -> tuple[Tensor, Tensor] | None:
+        """W + (alpha / r) B A `[out, in]` in W's type, and the bias `[out]`.
+
+        None in training with dropout, which stands between x and A, and where W is quantized on its way. One matrix
+        costs a pass over the weights, where the update beside the base costs four over the tokens, and its gradient
+        gives those of A and B through the same small products.
+        """
+        if (self.training and self.dropout_p) or type(self.base_layer) is not nn.Linear:
+            return None
+        weight = adapted_weight(self.base_layer.weight, self.lora_A.weight, self.lora_B.weight, self.scaling)
+        return weight, self.base_layer.bias
+
     def delta(self) -> Tensor:
-        """The update as one matrix `[out, in]`, in float32: bfloat16 would round most of it away."""
-        return (self.lora_B.weight.float() @ self.lora_A.weight.float()) * self.scaling
+        """The update as one matrix `[out, in]`, in float32 or wider."""
+        return low_rank_update(self.lora_A.weight, self.lora_B.weight, self.scaling)

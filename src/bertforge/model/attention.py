@@ -2,18 +2,18 @@
 
 A core maps query, key and value to the attended values, all shaped like the batch: `[batch, seq, heads, head_dim]` or
 `[tokens, heads, head_dim]`. It is made once per batch and shared by all layers, so the mask or the boundaries are
-worked out once.
+worked out once. Where only some tokens ask, as the first of each sequence in the last layer, they come as `queries`.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bertforge.kernels.attention import varlen_attention
-from bertforge.kernels.layer_norm import residual_layer_norm
+from bertforge.kernels.attention import Bounds, varlen_attention
 from bertforge.model.config import BertConfig
 
 
@@ -36,16 +36,31 @@ class PaddedCore:
         )  # [batch, heads, seq, head_dim]
         return attended.transpose(1, 2)
 
+    def first(self, hidden: Tensor) -> tuple[PaddedCore, Tensor]:
+        """The core for one query a sequence, and the first tokens, `[batch, 1, hidden]`, that ask."""
+        return self, hidden[:, :1]
+
 
 class PackedCore:
     """Attention over `[tokens, heads, head_dim]` within the bounds of `cu_seqlens`."""
 
-    def __init__(self, cu_seqlens: Tensor, max_seqlen: int) -> None:
-        self.cu_seqlens = cu_seqlens
+    def __init__(self, bounds: Bounds, max_seqlen: int) -> None:
+        self.bounds = bounds
         self.max_seqlen = max_seqlen
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
-        return varlen_attention(query, key, value, self.cu_seqlens, self.max_seqlen, dropout_p)
+        return varlen_attention(query, key, value, self.bounds, self.max_seqlen, dropout_p)
+
+    def first(self, hidden: Tensor) -> tuple[PackedCore, Tensor]:
+        """The core for one query a sequence, and the first tokens, `[sequences, hidden]`, that ask."""
+        starts = self.bounds.keys
+        each = torch.arange(len(starts), dtype=torch.int32, device=starts.device)  # [sequences + 1]
+        # An empty sequence at the end would start one past the last token.
+        first = hidden[starts[:-1].clamp_max(len(hidden) - 1)]  # [sequences, hidden]
+        return PackedCore(Bounds(each, starts), self.max_seqlen), first
+
+
+Core = PaddedCore | PackedCore
 
 
 class BertSelfAttention(nn.Module):
@@ -59,9 +74,9 @@ class BertSelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout_p = config.attention_probs_dropout_prob
 
-    def forward(self, hidden: Tensor, core: AttentionCore) -> Tensor:
-        """`[..., hidden]` -> `[..., hidden]`."""
-        query = self.query(hidden).unflatten(-1, self.heads)  # [..., heads, head_dim]
+    def forward(self, hidden: Tensor, core: AttentionCore, queries: Tensor) -> Tensor:
+        """`hidden` `[..., hidden]`, and those of it that ask -> one row for each of `queries`."""
+        query = self.query(queries).unflatten(-1, self.heads)  # [..., heads, head_dim]
         key = self.key(hidden).unflatten(-1, self.heads)
         value = self.value(hidden).unflatten(-1, self.heads)
         attended = core(query, key, value, self.dropout_p if self.training else 0.0)
@@ -76,9 +91,9 @@ class BertAttention(nn.Module):
         self.self = BertSelfAttention(config)
         self.output = ResidualOutput(config.hidden_size, config)
 
-    def forward(self, hidden: Tensor, core: AttentionCore) -> Tensor:
-        """`[..., hidden]` -> `[..., hidden]`."""
-        attended: Tensor = self.output(self.self(hidden, core), hidden)
+    def forward(self, hidden: Tensor, core: AttentionCore, queries: Tensor) -> Tensor:
+        """See `BertSelfAttention`."""
+        attended: Tensor = self.output(self.self(hidden, core, queries), queries)
         return attended
 
 
@@ -93,4 +108,5 @@ class ResidualOutput(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """`x [..., in_features]`, `residual [..., hidden]` -> `[..., hidden]`."""
-        return residual_layer_norm(self.dropout(self.dense(x)), residual, self.LayerNorm)
+        normed: Tensor = self.LayerNorm(self.dropout(self.dense(x)) + residual)
+        return normed

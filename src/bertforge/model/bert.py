@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from bertforge.batch import PackedBatch, PaddedBatch
 from bertforge.errors import UsageError
-from bertforge.model.attention import AttentionCore, PackedCore, PaddedCore
+from bertforge.kernels.attention import Bounds
+from bertforge.model.attention import Core, PackedCore, PaddedCore
 from bertforge.model.config import BertConfig
 from bertforge.model.embeddings import BertEmbeddings
 from bertforge.model.encoder import BertEncoder
@@ -38,14 +39,31 @@ class BertModel(nn.Module):
     def forward(self, batch: PaddedBatch | PackedBatch) -> tuple[Tensor, Tensor]:
         """Hidden states `[batch, seq, hidden]` or `[tokens, hidden]`, and pooled `[sequences, hidden]`.
 
+        See `_embedded` for what a batch may hold.
+        """
+        hidden, core = self._embedded(batch)
+        hidden = self.encoder(hidden, core)
+        _, first = core.first(hidden)
+        return hidden, self.pooler(first.reshape(-1, hidden.shape[-1]))
+
+    def pooled(self, batch: PaddedBatch | PackedBatch) -> Tensor:
+        """The second result of `forward` alone, for less: the last layer works on first tokens only."""
+        hidden, core = self._embedded(batch)
+        first = self.encoder.first(hidden, core)  # [sequences, hidden] or [batch, 1, hidden]
+        pooled: Tensor = self.pooler(first.reshape(-1, hidden.shape[-1]))
+        return pooled
+
+    def _embedded(self, batch: PaddedBatch | PackedBatch) -> tuple[Tensor, Core]:
+        """The embeddings' output and the core that knows the sequences' bounds.
+
         A padded batch is read as transformers reads it: positions count from the left edge and the pooled token is the
         first column. Pad on the right, or `pack` the batch, when that column may be padding.
         Raises UsageError when a sequence is longer than the checkpoint's positions.
         """
-        core: AttentionCore
+        core: Core
         if isinstance(batch, PackedBatch):
             longest, positions = batch.max_seqlen, batch.position_ids  # [tokens]
-            core = PackedCore(batch.cu_seqlens, batch.max_seqlen)
+            core = PackedCore(Bounds(batch.cu_seqlens, batch.cu_seqlens), batch.max_seqlen)
         else:
             longest = batch.input_ids.shape[1]
             positions = torch.arange(longest, device=batch.input_ids.device)  # [seq]
@@ -55,11 +73,4 @@ class BertModel(nn.Module):
                 f"a sequence has {longest} tokens, but this model holds {self.config.max_position_embeddings}; "
                 f"truncate to max_length={self.config.max_position_embeddings}"
             )
-        hidden = self.embeddings(batch.input_ids, positions, batch.token_type_ids)
-        hidden = self.encoder(hidden, core)
-        if isinstance(batch, PackedBatch):
-            # An empty sequence at the end would start one past the last token.
-            first = hidden[batch.cu_seqlens[:-1].clamp_max(len(hidden) - 1)]  # [sequences, hidden]
-        else:
-            first = hidden[:, 0]
-        return hidden, self.pooler(first)
+        return self.embeddings(batch.input_ids, positions, batch.token_type_ids), core

@@ -37,7 +37,7 @@ class BertForSequenceClassification(nn.Module):
 
     def forward(self, batch: PaddedBatch | PackedBatch) -> Tensor:
         """Logits `[sequences, labels]`."""
-        _, pooled = self.bert(batch)  # [sequences, hidden]
+        pooled = self.bert.pooled(batch)  # [sequences, hidden]
         features = self.dropout(pooled).to(self.classifier.weight.dtype)  # the encoder may be a bfloat16 copy
         if self.tabular is not None:
             if batch.tabular is None:

@@ -1,15 +1,21 @@
-"""The stack of BERT layers: attention, then a feed-forward of four times the width, each with a residual."""
+"""The stack of BERT layers: attention, then a feed-forward of four times the width, each with a residual.
+
+A layer is its modules one after another, or on CUDA in half precision the same written out (fused_layer.py).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bertforge.model.attention import AttentionCore, BertAttention, ResidualOutput
+from bertforge.kernels.attention import TRITON_HEAD_DIMS
+from bertforge.model.attention import BertAttention, Core, PackedCore, ResidualOutput
 from bertforge.model.config import BertConfig
+from bertforge.model.fused_layer import FrozenCasts, Settings, fused_layer
 
 _TANH_GELU = partial(F.gelu, approximate="tanh")
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -38,15 +44,63 @@ class BertLayer(nn.Module):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
+        self.config = config
+        self.casts = FrozenCasts()
         self.attention = BertAttention(config)
         self.intermediate = BertIntermediate(config)
         self.output = ResidualOutput(config.intermediate_size, config)
 
-    def forward(self, hidden: Tensor, core: AttentionCore) -> Tensor:
-        """`[..., hidden]` -> `[..., hidden]`."""
-        attended = self.attention(hidden, core)
+    def forward(self, hidden: Tensor, core: Core, queries: Tensor | None = None) -> Tensor:
+        """`[..., hidden]` -> one row for each of `queries`; all tokens ask where there are none."""
+        if isinstance(core, PackedCore) and (dtype := self._fused_dtype(hidden)) and (weights := self.weights()):
+            halves = tuple(self.casts(place, weight, dtype) for place, weight in enumerate(weights))
+            asked = None if queries is None else queries.to(dtype)
+            return fused_layer(hidden.to(dtype), asked, core.bounds, self.settings(), halves)
+        asked = hidden if queries is None else queries
+        attended = self.attention(hidden, core, asked)
         normed: Tensor = self.output(self.intermediate(attended), attended)
         return normed
+
+    def weights(self) -> tuple[Tensor, ...] | None:
+        """Weight and bias of each of `fused_layer.NAMES`; None where a projection is more than a weight and a bias."""
+        attention, own = self.attention, self.attention.self
+        linears = (own.query, own.key, own.value, attention.output.dense, self.intermediate.dense, self.output.dense)
+        pairs = [_weight_and_bias(linear) for linear in linears]
+        for place, norm in ((4, attention.output.LayerNorm), (7, self.output.LayerNorm)):
+            pairs.insert(place, (norm.weight, norm.bias))
+        return (
+            None if any(pair is None for pair in pairs) else tuple(tensor for pair in pairs if pair for tensor in pair)
+        )
+
+    def settings(self) -> Settings:
+        """Of the fused layer, as the mode of the module and of autograd has them."""
+        config = self.config
+        return Settings(
+            (config.num_attention_heads, config.head_dim),
+            config.layer_norm_eps,
+            config.hidden_dropout_prob if self.training else 0.0,
+            torch.is_grad_enabled(),
+        )
+
+    def _fused_dtype(self, hidden: Tensor) -> torch.dtype | None:
+        """The type the fused layer would compute in; None where it does not reach."""
+        config = self.config
+        if not hidden.is_cuda or config.head_dim not in TRITON_HEAD_DIMS or config.hidden_act != "gelu":
+            return None
+        if config.hidden_size % 16 or config.intermediate_size % 16:
+            return None
+        if self.training and config.attention_probs_dropout_prob:
+            return None
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else hidden.dtype
+        return dtype if dtype in (torch.float16, torch.bfloat16) else None
+
+
+def _weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """What `linear` computes with: its own, or what an adapter makes of them."""
+    if type(linear) is nn.Linear:
+        return linear.weight, linear.bias
+    adapted: Callable[[], tuple[Tensor, Tensor] | None] = getattr(linear, "adapted", lambda: None)
+    return adapted()
 
 
 class BertEncoder(nn.Module):
@@ -56,8 +110,16 @@ class BertEncoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, hidden: Tensor, core: AttentionCore) -> Tensor:
+    def forward(self, hidden: Tensor, core: Core) -> Tensor:
         """`[..., hidden]` -> `[..., hidden]`."""
         for layer in self.layer:
             hidden = layer(hidden, core)
         return hidden
+
+    def first(self, hidden: Tensor, core: Core) -> Tensor:
+        """`[..., hidden]` -> each sequence's first token, for which alone the last layer is computed."""
+        for layer in self.layer[:-1]:
+            hidden = layer(hidden, core)
+        one, queries = core.first(hidden)
+        first: Tensor = self.layer[-1](hidden, one, queries)
+        return first

@@ -37,13 +37,13 @@ class _QuantSelfAttention(BertSelfAttention):
         for name in PRODUCTS:
             setattr(self, name, TensorQuantizer())
 
-    def forward(self, hidden: Tensor, core: AttentionCore) -> Tensor:
-        """`[..., hidden]` -> `[..., hidden]`."""
+    def forward(self, hidden: Tensor, core: AttentionCore, queries: Tensor) -> Tensor:
+        """See `BertSelfAttention`."""
         quantizers = [getattr(self, name) for name in PRODUCTS]
         if not any(quantizer.is_enabled or quantizer._forward_hooks for quantizer in quantizers):  # off and unwatched
-            return super().forward(hidden, core)
+            return super().forward(hidden, core, queries)
         assert isinstance(core, PackedCore), "quantized attention is simulated on packed batches"
-        return super().forward(hidden, _QuantizedCore(self, core))
+        return super().forward(hidden, _QuantizedCore(self, core), queries)
 
 
 class _QuantizedCore:
@@ -54,24 +54,29 @@ class _QuantizedCore:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
         of: Any = self.quantizers
-        starts = self.core.cu_seqlens.long()  # [sequences + 1]
-        tokens = torch.arange(len(query), device=query.device)
-        rows = torch.searchsorted(starts[1:], tokens, right=True)  # [tokens]: the sequence of each
-        places = tokens - starts[rows]
-        real = torch.zeros(len(starts) - 1, self.core.max_seqlen, dtype=torch.bool, device=query.device)
-        real[rows, places] = True
+        bounds, seq = self.core.bounds, self.core.max_seqlen
+        asked, known = _places(bounds.queries, len(query)), _places(bounds.keys, len(key))
+        real = torch.zeros(len(bounds.keys) - 1, seq, dtype=torch.bool, device=query.device)
+        real[known] = True
 
-        def padded(packed: Tensor) -> Tensor:
+        def padded(packed: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
             wide = packed.new_zeros(*real.shape, *packed.shape[1:])
-            filled: Tensor = wide.index_put((rows, places), packed)
+            filled: Tensor = wide.index_put(places, packed)
             return filled.transpose(1, 2)  # [sequences, heads, seq, head_dim]
 
-        q = of.query_out(padded(query) * query.shape[-1] ** -0.5)
-        scores = q @ of.key_out(padded(key)).transpose(2, 3)  # [sequences, heads, seq, seq]
+        q = of.query_out(padded(query, asked) * query.shape[-1] ** -0.5)
+        scores = q @ of.key_out(padded(key, known)).transpose(2, 3)  # [sequences, heads, seq, seq]
         masked = scores.float().masked_fill(~real[:, None, None, :], torch.finfo(torch.float32).min)
         shares = nn.functional.dropout(masked.softmax(-1).to(query.dtype), dropout_p)
-        attended: Tensor = of.shares(shares) @ of.value_out(padded(value))
-        return attended.transpose(1, 2)[rows, places]  # [tokens, heads, head_dim]
+        attended: Tensor = of.shares(shares) @ of.value_out(padded(value, known))
+        return attended.transpose(1, 2)[asked]  # [queries, heads, head_dim]
+
+
+def _places(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Each token's sequence and its place in it, `[tokens]` both."""
+    starts, each = cu_seqlens.long(), torch.arange(tokens, device=cu_seqlens.device)
+    rows = torch.searchsorted(starts[1:], each, right=True)
+    return rows, each - starts[rows]
 
 
 mtq.register(original_cls=BertSelfAttention, quantized_cls=_QuantSelfAttention)

@@ -1,0 +1,278 @@
+"""Seconds of training for 112,217 questions on a GPU, beside transformers with PEFT on rows of the same lengths.
+
+    python benchmarks/train_rate_gpu.py PREPARED [--model minilm] [--tokens 32768] [--only bertforge] [--json FILE]
+
+BERT-base with random weights: speed does not depend on what they are. bertforge runs its own `Trainer` for three epochs
+of the train rows, so what is timed is what `bertforge train` does, loading and packing included; validation and the
+recording of the CUDA graph are not. transformers runs as many steps as fit in some seconds, on batches that lie on the
+GPU already. Both use bfloat16 autocast, AdamW and clipping. Each figure is a median, with its lowest and highest.
+
+TFLOP/s counts the products that the variant needs for real tokens when the last layer computes first tokens only, for
+every system alike; the ceiling is a product of 8,192-cubed bfloat16 matrices in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import BertConfig as TheirConfig
+from transformers import BertForSequenceClassification as TheirModel
+
+import peers
+from bertforge.artifact import write_json
+from bertforge.data.loader import Examples, load
+from bertforge.data.prepared import PreparedData
+from bertforge.data.tokens import Tokenizer
+from bertforge.determinism import seed_everything
+from bertforge.lora.inject import inject_lora
+from bertforge.model.classifier import BertForSequenceClassification
+from bertforge.model.config import BertConfig
+from bertforge.models import resolve
+from bertforge.training.config import load_recipe
+from bertforge.training.loop import Split, Trainer
+from gpu_time import seconds
+from record import record
+
+SEED = 42
+QUESTIONS = 112_217  # an epoch of the study
+VARIANTS = {"lora-r8": "lora-r8", "lora-r8-last-4": "lora-r8-last-4", "full": "bert-base"}  # name -> recipe
+EPOCHS = 3
+WARM_UP = 12  # steps
+FAMILIES = {  # name -> pattern of kernels' names
+    "attention": "_attention_forward|_query_gradient|_key_value_gradients|flash",
+    "linear, GELU": "^_product",
+    "linear": "nvjet|gemm|cutlass|xmma|splitK",
+    "LayerNorm, dropout": "_norm_|layer_norm",
+    "adapters": "_adapted|_a_gradient|_b_gradient",
+    "optimizer": "multi_tensor|Adam|lpnorm",
+    "copies": "Memcpy|Memset|copy|CatArray|direct_copy",
+}
+PEER_S = 6.0  # seconds of each of a peer's three repeats
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prepared", type=Path)
+    parser.add_argument("--model", default="minilm", help="whose tokenizer")
+    parser.add_argument("--tokens", type=int, default=32768, help="tokens a step")
+    parser.add_argument("--only", help="systems and variants whose name holds this")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    prepared = PreparedData.open(args.prepared)
+    tokenizer = Tokenizer.load(resolve(args.model))
+    train, validation = (prepared.rows("random", part) for part in ("train", "validation"))
+    examples = Examples(prepared.tokens(tokenizer), prepared.labels, tokenizer.sep_id, 512)
+    split = Split(examples, train, validation[:256])
+    one = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    ceiling = 2 * 8192**3 / seconds(lambda: one @ one)
+    print(f"ceiling {ceiling * 1e-12:.0f} TFLOP/s", flush=True)
+    rows: list[dict[str, Any]] = []
+    for name, run in {**ours(split, args.tokens), **theirs(split)}.items():
+        if args.only and args.only not in " ".join(name):
+            continue
+        seed_everything(SEED)
+        torch.use_deterministic_algorithms(name[0] == "bertforge")  # ours always asks for them
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            found = run()
+        except Exception as error:
+            print(f"{name}: {type(error).__name__}: {str(error)[:300]!r}", flush=True)
+            continue
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch._dynamo.reset()
+        for row in found:
+            rate = row["questions_per_s"]
+            row |= {"system": name[0], "variant": name[1], "model": "bert-base, random weights", "precision": "bf16"}
+            row["seconds_per_112217"] = QUESTIONS / rate
+            row["tflops"] = rate * operations(name[1], examples.lengths(train)) * 1e-12
+            row["share_of_ceiling"] = row["tflops"] * 1e12 / ceiling
+            rows.append(row)
+            print(
+                {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}, flush=True
+            )
+    if args.json:
+        write_json(args.json, record("train_rate_gpu", rows, SEED, "transformers", "peft", "triton"))
+
+
+def operations(variant: str, lengths: np.ndarray) -> float:
+    """Floating-point operations that a question needs, the mean over `lengths`."""
+    hidden, layers = 768, 12
+    tokens, pairs = float(lengths.mean()), float((lengths.astype(float) ** 2).mean())
+    linear = 2 * 12 * hidden**2 * tokens  # of one layer, forward
+    attention = 4 * hidden * pairs
+    last = 2 * 2 * hidden**2 * tokens + 2 * 10 * hidden**2 + 4 * hidden * tokens  # first tokens alone
+    forward = (layers - 1) * (linear + attention) + last
+    below = 8 if variant == "lora-r8-last-4" else 0
+    differentiated = (layers - 1 - below) * (linear + 2 * attention) + last
+    weights = (layers - 1) * linear + last if variant == "full" else 0
+    return forward + differentiated + weights
+
+
+def ours(split: Split, tokens: int) -> dict[tuple[str, str], Callable[[], list[dict[str, Any]]]]:
+    """bertforge's runs by system and variant."""
+    return {("bertforge", variant): lambda variant=variant: train(variant, split, tokens) for variant in VARIANTS}
+
+
+def train(variant: str, split: Split, tokens: int) -> list[dict[str, Any]]:
+    """Rows for the first epoch and, where they differ, the later ones."""
+    recipe = load_recipe(VARIANTS[variant]).with_settings(
+        [f"tokens_per_step={tokens}", f"epochs={EPOCHS}", f"patience={EPOCHS}", "checkpoint_seconds=1e9"]
+    )
+    model = BertForSequenceClassification.from_config(
+        BertConfig(labels=("open", "closed"), attention_probs_dropout_prob=0.0)
+    ).cuda()
+    if recipe.lora:
+        inject_lora(model, recipe.lora.config(12, ("classifier",)))
+    begun = {"set-up": time.perf_counter()}
+    marks: list[tuple[int, float, int]] = []  # epoch, time, questions of the epoch so far
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(model, split, recipe, Path(folder), "bf16")
+
+        def show(progress: Any, sequences: int, loss: float) -> None:
+            step, last = progress.step_in_epoch, len(trainer.plans[progress.epoch])
+            if step in (WARM_UP, last // 3, 2 * last // 3, last):
+                torch.cuda.synchronize()
+                if progress.step == WARM_UP:
+                    begun["set-up"] = time.perf_counter() - begun["set-up"]
+                marks.append((progress.epoch, time.perf_counter(), progress.sequences))
+
+        trainer.fit(show)
+        shares = profile(trainer)
+    rates: dict[int, list[float]] = {}
+    for (epoch, start, before), (same, end, after) in itertools.pairwise(marks):
+        if epoch == same:
+            rates.setdefault(epoch, []).append((after - before) / (end - start))
+    cached = variant == "lora-r8-last-4"
+    parts = (
+        {"first epoch": rates[0], "later epochs": rates[1] + rates[2]}
+        if cached
+        else {"": [rate for each in rates.values() for rate in each]}
+    )
+    shape = trainer.shape
+    real = float(split.examples.lengths(split.train).sum()) / (len(trainer.plans[0]) * shape.tokens)
+    return [
+        {
+            "framework": "PyTorch, packed",
+            "part": part,
+            "batch": f"{tokens} tokens",
+            **spread(found),
+            "set_up_s": begun["set-up"],
+            "peak_memory_gb": torch.cuda.max_memory_allocated() * 1e-9,
+            "padding_waste": 1 - real,
+            "time_shares": shares,
+        }
+        for part, found in parts.items()
+    ]
+
+
+def profile(trainer: Trainer) -> dict[str, float]:
+    """Shares of the GPU's time by family of kernels, over a few steps; prints the largest kernels."""
+    device = torch.device("cuda")
+    batches = list(load(trainer.split.examples, trainer.plans[0][:4], device, trainer.shape))
+    trainer.model.train()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        for batch, labels in batches:
+            trainer.step(batch, labels)
+            trainer.optimizer.step()
+        torch.cuda.synchronize()
+    kernels = [event for event in found.key_averages() if event.self_device_time_total]
+    total = sum(event.self_device_time_total for event in kernels)
+    shares: dict[str, float] = {}
+    for event in sorted(kernels, key=lambda event: -event.self_device_time_total):
+        family = next((name for name, pattern in FAMILIES.items() if re.search(pattern, event.key)), "other")
+        share = event.self_device_time_total / total
+        shares[family] = shares.get(family, 0.0) + share
+        if share > 0.004:
+            us = event.self_device_time_total / len(batches)
+            calls = event.count / len(batches)
+            print(f"  {share:6.1%} {us:8.0f} us a step, {calls:5.0f} calls  {family:12} {event.key[:90]}")
+    print(f"  {total / len(batches):.0f} us a step in kernels: {shares}", flush=True)
+    return shares
+
+
+def theirs(split: Split) -> dict[tuple[str, str], Callable[[], list[dict[str, Any]]]]:
+    """The peer's runs: as tutorials have it, and with all that makes it faster."""
+    found: dict[tuple[str, str], Callable[[], list[dict[str, Any]]]] = {}
+    for variant in VARIANTS:
+        found["transformers + PEFT, padded to 512", variant] = lambda v=variant: peer(split, v, 32, padded=True)
+        found["transformers + PEFT, by length", variant] = lambda v=variant: peer(split, v, 128)
+        found["transformers + PEFT, by length, torch.compile", variant] = lambda v=variant: peer(
+            split, v, 128, compiled=True
+        )
+    return found
+
+
+def peer(
+    split: Split, variant: str, batch: int, *, padded: bool = False, compiled: bool = False
+) -> list[dict[str, Any]]:
+    """One row; batches are of `batch` rows of like length, padded to the longest or to 512."""
+    model: Any = TheirModel(TheirConfig(num_labels=2, attn_implementation="sdpa"))
+    if variant != "full":
+        layers = list(range(8, 12)) if variant == "lora-r8-last-4" else None
+        model = peers.adapt(model, "lora-r8", layers)
+    model = model.cuda().train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    run = torch.compile(model, dynamic=True) if compiled else model
+    rng = np.random.default_rng(SEED)
+    lengths = np.minimum(split.examples.tokens.lengths, 512)
+    chosen = peers.batches(rng.permutation(split.train)[: 200 * batch], lengths, rng, batch)
+    device = torch.device("cuda")
+    inputs = [peers.collate(split.examples.tokens, rows, device, 512 if padded else None) for rows in chosen]
+    labels = [torch.from_numpy(split.examples.labels[rows]).to(device) for rows in chosen]
+    begun, rates, place = time.perf_counter(), [], 0
+
+    def step() -> int:
+        nonlocal place
+        peers.train_step(run, optimizer, inputs[place % len(inputs)], labels[place % len(inputs)])
+        place += 1
+        return batch
+
+    for _ in range(WARM_UP):
+        step()
+    torch.cuda.synchronize()
+    set_up = time.perf_counter() - begun
+    for _ in range(3):
+        start, done = time.perf_counter(), 0
+        while time.perf_counter() - start < PEER_S:
+            done += sum(step() for _ in range(8))
+            torch.cuda.synchronize()
+        rates.append(done / (time.perf_counter() - start))
+    used = sum(int(i["attention_mask"].sum()) for i in inputs) / sum(i["attention_mask"].numel() for i in inputs)
+    return [
+        {
+            "framework": "PyTorch, SDPA" + (", torch.compile" if compiled else ""),
+            "part": "",
+            "batch": f"{batch} rows",
+            **spread(rates),
+            "set_up_s": set_up,
+            "peak_memory_gb": torch.cuda.max_memory_allocated() * 1e-9,
+            "padding_waste": 1 - used,
+        }
+    ]
+
+
+def spread(rates: list[float]) -> dict[str, float]:
+    """Median, lowest, highest."""
+    return {
+        "questions_per_s": statistics.median(rates),
+        "questions_per_s_low": min(rates),
+        "questions_per_s_high": max(rates),
+    }
+
+
+if __name__ == "__main__":
+    main()
