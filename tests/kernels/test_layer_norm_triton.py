@@ -33,16 +33,18 @@ def drawn(rows, width, dtype, dropout_p=0.0, trained=True):
 
 
 def exact(x, residual, grad, norm, mask=None):
-    """The result, and gradients of residual, x, weight and bias; `mask` is dropout's, scaled."""
+    """The result, and gradients of residual, x, weight, bias and a bias in x; `mask` is dropout's, scaled."""
     inputs = [part.detach().double().requires_grad_() for part in (residual, x, norm.weight, norm.bias)]
     kept = inputs[1] if mask is None else inputs[1] * mask.double()
     output = F.layer_norm(inputs[0] + kept, norm.weight.shape, inputs[2], inputs[3], norm.eps)
-    return [output, *torch.autograd.grad(output, inputs, grad.double())]
+    gradients = torch.autograd.grad(output, inputs, grad.double())
+    return [output, *gradients, gradients[1].sum(0)]
 
 
 def ours(x, residual, grad, norm, **tiling):
     output, kept = residual_layer_norm(x, residual, norm, **tiling)
-    return [output, *residual_layer_norm_backward(grad, output, kept, norm, **tiling)]
+    sum_grad, x_grad, sums = residual_layer_norm_backward(grad, output, kept, norm, **tiling)
+    return [output, sum_grad, x_grad, sums.weight, sums.bias, sums.x]
 
 
 def check(results, expected, dtype):
@@ -59,7 +61,7 @@ def test_values_and_gradients_are_plain_pytorchs(rows, width, dtype, trained):
     parts = drawn(rows, width, dtype, trained=trained)
     results = ours(*parts)
     assert [result.dtype for result in results[:3]] == [dtype] * 3
-    assert [result is None for result in results[3:]] == [not trained] * 2
+    assert [result is None for result in results[3:]] == [not trained] * 3
     check(results, exact(*parts), dtype)
 
 

@@ -38,6 +38,7 @@ class Tiling:
 
 FORWARD = Tiling(4, 4)
 BACKWARD = Tiling(4, 4)
+BACKWARD_TRAINED = Tiling(2, 4)
 PROGRAMS = 528  # backward: four for each multiprocessor of an H100
 
 
@@ -55,7 +56,17 @@ class Norm:
     seed: Tensor
     """[1] int32, on the device, so that a CUDA graph draws anew at each replay; not read without dropout."""
     trained: bool
-    """Weight and bias get gradients."""
+    """Weight and bias get gradients, or the bias of the layer that made x."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Gradients that are sums over tokens, `[hidden]` float32; None where the norm is not trained."""
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    x: Tensor | None = None
+    """Of a bias added to x."""
 
 
 @triton.jit
@@ -107,7 +118,7 @@ def _norm_forward(
 
 @triton.jit
 def _norm_backward(
-    output, kept, weight, bias, seed, grad, sum_grad, x_grad, weight_grads, bias_grads,
+    output, kept, weight, bias, seed, grad, sum_grad, x_grad, weight_grads, bias_grads, x_sums,
     tokens, eps, threshold, scale,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, DROPOUT: tl.constexpr, TRAINED: tl.constexpr,
 ):  # fmt: skip
@@ -117,6 +128,7 @@ def _norm_backward(
     inverse = tl.where(tl.abs(w) < SMALLEST, 0.0, 1 / w)
     dw = tl.zeros([COLUMNS], tl.float32)
     db = tl.zeros([COLUMNS], tl.float32)
+    dx_sum = tl.zeros([COLUMNS], tl.float32)
     for first in range(tl.program_id(0) * ROWS, tokens, tl.num_programs(0) * ROWS):
         rows = first + tl.arange(0, ROWS)
         places = rows[:, None].to(tl.int64) * WIDTH + columns[None, :]
@@ -133,15 +145,18 @@ def _norm_backward(
         along = tl.sum(dn * normalized, 1) / WIDTH
         ds = (dn - (tl.sum(dn, 1) / WIDTH)[:, None] - normalized * along[:, None]) * deviation[:, None]
         tl.store(sum_grad + places, ds.to(sum_grad.dtype.element_ty), mask=exists)
+        dx = ds
         if DROPOUT:
             dx = tl.where(_kept(seed, rows, columns, threshold), ds * scale, 0.0)
             tl.store(x_grad + places, dx.to(x_grad.dtype.element_ty), mask=exists)
         if TRAINED:
+            dx_sum += tl.sum(tl.where(exists, dx, 0.0), 0)
             dw += tl.sum(dy * normalized, 0)
             db += tl.sum(dy, 0)
     if TRAINED:
         tl.store(weight_grads + tl.program_id(0) * WIDTH + columns, dw, mask=columns < WIDTH)
         tl.store(bias_grads + tl.program_id(0) * WIDTH + columns, db, mask=columns < WIDTH)
+        tl.store(x_sums + tl.program_id(0) * WIDTH + columns, dx_sum, mask=columns < WIDTH)
 
 
 def residual_layer_norm(x: Tensor, residual: Tensor, norm: Norm, tiling: Tiling = FORWARD) -> tuple[Tensor, Tensor]:
@@ -162,17 +177,18 @@ def residual_layer_norm(x: Tensor, residual: Tensor, norm: Norm, tiling: Tiling 
 
 
 def residual_layer_norm_backward(
-    grad: Tensor, output: Tensor, kept: Tensor, norm: Norm, tiling: Tiling = BACKWARD
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of `residual`, of `x`, of weight and of bias; `output` and `kept` are the forward pass's.
+    grad: Tensor, output: Tensor, kept: Tensor, norm: Norm, tiling: Tiling | None = None
+) -> tuple[Tensor, Tensor, Sums]:
+    """Gradients of `residual`, of `x`, and sums over tokens; `output` and `kept` are the forward pass's.
 
-    Without dropout the first two are one tensor. The last two are float32, None unless `norm` is trained.
+    Without dropout the first two are one tensor.
     """
+    tiling = tiling or (BACKWARD_TRAINED if norm.trained else BACKWARD)
     tokens, width = output.shape
     sum_grad = torch.empty_like(output)
     x_grad = torch.empty_like(output) if norm.dropout_p else sum_grad
     programs = min(PROGRAMS, triton.cdiv(tokens, tiling.rows))
-    parts = torch.empty(2, programs if norm.trained else 0, width, dtype=torch.float32, device=output.device)
+    parts = torch.empty(3, programs if norm.trained else 0, width, dtype=torch.float32, device=output.device)
     with torch.cuda.device_of(output):
         _norm_backward[(programs,)](
             output, kept, norm.weight, norm.bias, norm.seed, grad, sum_grad, x_grad, *parts,
@@ -180,10 +196,7 @@ def residual_layer_norm_backward(
             WIDTH=width, COLUMNS=triton.next_power_of_2(width), ROWS=tiling.rows,
             DROPOUT=norm.dropout_p > 0, TRAINED=norm.trained, num_warps=tiling.warps,
         )  # fmt: skip
-    if not norm.trained:
-        return sum_grad, x_grad, None, None
-    weight_grad, bias_grad = parts.sum(1)
-    return sum_grad, x_grad, weight_grad, bias_grad
+    return sum_grad, x_grad, Sums(*parts.sum(1)) if norm.trained else Sums()
 
 
 def _dropout(norm: Norm) -> tuple[int, float]:

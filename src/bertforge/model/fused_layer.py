@@ -103,8 +103,8 @@ class _FusedLayer(torch.autograd.Function):
         seeds = torch.zeros(2, dtype=torch.int32, device=hidden.device)
         if settings.dropout_p:
             seeds.random_()
-        first = Norm(g1, c1, settings.eps, settings.dropout_p, seeds[:1], settings.keep and any(needs[8:10]))
-        second = Norm(g2, c2, settings.eps, settings.dropout_p, seeds[1:], settings.keep and any(needs[14:16]))
+        first = Norm(g1, c1, settings.eps, settings.dropout_p, seeds[:1], settings.keep and any(needs[7:10]))
+        second = Norm(g2, c2, settings.eps, settings.dropout_p, seeds[1:], settings.keep and any(needs[13:16]))
         residual = hidden if queries is None else queries
         y1, kept1 = residual_layer_norm(F.linear(o.flatten(1), wo, bo), residual, first)
         activated, slope = linear_gelu(y1, wi, bi, keep=settings.keep)  # [queries, intermediate]
@@ -128,15 +128,15 @@ class _FusedLayer(torch.autograd.Function):
         found: list[Tensor | None] = [None] * len(dtypes)
 
         # Without dropout a norm's two gradients are one tensor: the branch's is read before the residual's is added to.
-        dy1, dd, found[14], found[15] = residual_layer_norm_backward(grads[0].contiguous(), y2, kept2, second)
-        found[12], found[13] = _product(dd, activated, needs[12]), _column_sums(dd, needs[13])
-        du = linear_gelu_backward(dd, wd, slope)  # [queries, intermediate]
-        found[10], found[11] = _product(du, y1, needs[10]), _column_sums(du, needs[11])
+        dy1, dd, sums = residual_layer_norm_backward(grads[0].contiguous(), y2, kept2, second)
+        found[12:] = _product(dd, activated) if needs[12] else None, sums.x, sums.weight, sums.bias
+        du, found[11] = linear_gelu_backward(dd, wd, slope, sums=needs[11])  # [queries, intermediate]
+        found[10] = _product(du, y1) if needs[10] else None
         dy1.addmm_(du, wi)  # [queries, hidden]
         del du, dd
 
-        ds, da, found[8], found[9] = residual_layer_norm_backward(dy1, y1, kept1, first)
-        found[6], found[7] = _product(da, o.flatten(1), needs[6]), _column_sums(da, needs[7])
+        ds, da, sums = residual_layer_norm_backward(dy1, y1, kept1, first)
+        found[6:10] = _product(da, o.flatten(1)) if needs[6] else None, sums.x, sums.weight, sums.bias
         do = (da @ wo).view(-1, *settings.heads)  # [queries, heads, head_dim]
         needs_hidden = ctx.needs_input_grad[0]
         if queries is None:
@@ -150,20 +150,23 @@ class _FusedLayer(torch.autograd.Function):
             attention_triton.backward(do, (q, k, v, bounds), (o, lse), (dq, dk, dv))
             dqueries = ds.addmm_(dq.flatten(1), joined[: hidden.shape[1]])  # [queries, hidden]
             dhidden = parts.flatten(1) @ joined[hidden.shape[1] :] if needs_hidden else None  # [tokens, hidden]
-        asked = hidden if queries is None else queries
-        for place, (grad, x) in enumerate(((dq, asked), (dk, hidden), (dv, hidden))):
-            flat = grad.flatten(1)  # [queries or tokens, hidden]
-            found[2 * place] = _product(flat, x, needs[2 * place])
-            found[2 * place + 1] = _column_sums(flat, needs[2 * place + 1])
-        own = (None if g is None else g.to(dtype) for g, dtype in zip(found, dtypes, strict=True))
+        if queries is None and all(needs[:6]):
+            found[0:6:2] = _product(parts.flatten(1), hidden).chunk(3)
+            found[1:6:2] = parts.flatten(1).sum(0, dtype=torch.float32).chunk(3)
+        else:
+            asked = hidden if queries is None else queries
+            for place, (grad, x) in enumerate(((dq, asked), (dk, hidden), (dv, hidden))):
+                flat = grad.flatten(1)  # [queries or tokens, hidden]
+                found[2 * place] = _product(flat, x) if needs[2 * place] else None
+                found[2 * place + 1] = flat.sum(0, dtype=torch.float32) if needs[2 * place + 1] else None
+        own = (
+            g.to(dtype) if needed and g is not None else None
+            for g, dtype, needed in zip(found, dtypes, needs, strict=True)
+        )
         return dhidden, dqueries, None, None, *own
 
 
-def _product(grad: Tensor, x: Tensor, wanted: bool) -> Tensor | None:
+def _product(grad: Tensor, x: Tensor) -> Tensor:
     """A weight's gradient `[out, in]`, from that of its output `[rows, out]` and its input `[rows, in]`."""
-    return grad.T @ x if wanted else None
-
-
-def _column_sums(grad: Tensor, wanted: bool) -> Tensor | None:
-    """A bias's gradient `[out]`, in float32."""
-    return grad.sum(0, dtype=torch.float32) if wanted else None
+    # On CUDA in float32, as it is summed up; rounded to half precision it would be turned into float32 right after.
+    return torch.mm(grad.T, x, out_dtype=torch.float32) if grad.is_cuda else grad.T @ x
