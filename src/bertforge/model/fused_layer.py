@@ -28,6 +28,7 @@ from torch import Tensor
 from bertforge.kernels.attention import Bounds
 
 NAMES = ("query", "key", "value", "attention.output", "attention.norm", "intermediate", "output", "norm")
+NORMS = (8, 9, 14, 15)  # places of the LayerNorms among the weights: they work in float32 and are not rounded
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class FrozenCasts:
         self._held: dict[int, tuple[Callable[[], Tensor | None], tuple[int, int, torch.dtype], Tensor]] = {}
 
     def __call__(self, place: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """`weight` in `dtype` if it is frozen, as it is otherwise; `place` names it within the layer."""
-        if weight.dtype == dtype or weight.requires_grad:
+        """`weight` in `dtype` if it is frozen, as it is otherwise; `place` is that among the layer's weights."""
+        if weight.dtype == dtype or weight.requires_grad or place in NORMS:
             return weight
         state = (weight._version, weight.data_ptr(), dtype)
         whose, when, copied = self._held.get(place, (lambda: None, None, weight))
@@ -89,7 +90,8 @@ class _FusedLayer(torch.autograd.Function):
         from bertforge.kernels.layer_norm_triton import Norm, residual_layer_norm
         from bertforge.kernels.linear_gelu_triton import linear_gelu
 
-        wq, bq, wk, bk, wv, bv, wo, bo, g1, c1, wi, bi, wd, bd, g2, c2 = (w.to(hidden.dtype) for w in weights)
+        halves = (w if place in NORMS else w.to(hidden.dtype) for place, w in enumerate(weights))
+        wq, bq, wk, bk, wv, bv, wo, bo, g1, c1, wi, bi, wd, bd, g2, c2 = halves
         needs, width = ctx.needs_input_grad[4:], hidden.shape[1]
         joined, shift = torch.cat([wq, wk, wv]), torch.cat([bq, bk, bv])  # [3 * hidden, hidden], [3 * hidden]
         if queries is None:
