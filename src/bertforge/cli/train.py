@@ -90,7 +90,7 @@ def run(data: Path, out: Path, recipe: Recipe, *, resume: bool = False) -> dict[
         console.print(
             f"{plan.recipe.name} on {plan.recipe.model}: {plan.trainable_parameters:,} trainable parameters, "
             f"{plan.train_rows:,} train and {plan.validation_rows:,} validation rows, "
-            f"{plan.hardware.name}, {plan.precision}"
+            f"{f'{plan.processes} x ' if plan.processes > 1 else ''}{plan.hardware.name}, {plan.precision}"
         )
         if plan.total_steps < FEW_STEPS:
             console.print(
