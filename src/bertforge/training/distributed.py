@@ -124,6 +124,11 @@ class World:
 ALONE = World()
 
 
+def is_first() -> bool:
+    """Whether this process, joined to others or not, is the one that prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def joined() -> Iterator[World]:
     """The world that torchrun started this process in, or a world of one.
