@@ -87,9 +87,9 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, worl
             optimizer.state[parameter]["step"] = optimizer.state[parameter]["step"].to(parameter.device)
     same_size = len(tensors["rng.cpu"]) == world.size
     stream = world.rank if same_size else 0
-    torch.set_rng_state(tensors["rng.cpu"][stream])
+    torch.set_rng_state(tensors["rng.cpu"][stream].clone())  # of a row that is a view, torch reads other bytes
     if torch.cuda.is_available() and "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"][stream])
+        torch.cuda.set_rng_state(tensors["rng.cuda"][stream].clone())
     if not same_size:
         branch(world.rank)
     if state["best_loss"] is None:
