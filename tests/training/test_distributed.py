@@ -179,6 +179,38 @@ def test_an_error_of_every_process_is_told_once(tmp_path, data, plain):
     assert not (tmp_path / "run").exists()
 
 
+MEETING = """
+import torch
+from bertforge.errors import ArtifactError, DataError
+from bertforge.training.distributed import joined
+with joined() as world:
+    assert world.sum(torch.full((2,), world.rank + 1.0)).tolist() == [3, 3]
+    assert world.gather(torch.tensor([world.rank, 7])).tolist() == [[0, 7], [1, 7]]
+    assert world.any(world.rank == 1, False) == (True, False)
+    assert world.texts(f"Zürich {world.rank}") == ["Zürich 0", "Zürich 1"]
+    world.check_same("a", "data")
+    try:
+        world.check_same("ab"[world.rank], "data")
+    except ArtifactError as error:
+        assert str(error) == "process 1 reads data b, process 0 a; give all the same"
+        with world.together():
+            pass
+        with world.together():
+            if world.rank:
+                raise DataError("row 7 is odd")
+"""
+
+
+def test_what_one_process_finds_all_raise_and_one_tells(tmp_path):
+    (tmp_path / "meeting.py").write_text(MEETING)
+    command = [*TORCHRUN[:-2], tmp_path / "meeting.py"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stderr
+    # The one that told left with a traceback, for there is no command line here; the other left with the exit code.
+    assert said.count("DataError: row 7 is odd") == 1, said
+    assert "AssertionError" not in said
+    assert "exitcode  : 3" in said
+
+
 def test_alone_nothing_is_changed():
     world, ones = World(), torch.ones(2)
     assert world.sum(ones) is ones

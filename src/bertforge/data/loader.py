@@ -40,6 +40,8 @@ class Examples:
 
     def shares(self, rows: np.ndarray, count: int) -> list[np.ndarray]:
         """`rows` dealt to `count` processes by their tokens, each share in the order of `rows`."""
+        if count == 1:
+            return [rows]
         return [rows[places] for places in shares(self.lengths(rows), count)]
 
     def pack(self, rows: np.ndarray, shape: PackShape | None = None) -> tuple[PackedBatch, Tensor]:

@@ -157,9 +157,8 @@ def joined() -> Iterator[World]:
         if rank:
             raise SystemExit(130) from None
         raise
-    finally:
-        with suppress(RuntimeError):  # of a group that has lost a process
-            dist.destroy_process_group()
+    else:  # after an error it might wait for a process that is gone
+        dist.destroy_process_group()
 
 
 @contextmanager

@@ -119,6 +119,9 @@ class Trainer:
                 f"{error}; go on with --resume: "
                 + (f"the checkpoint of step {step:,} in {self.directory} is whole" if step else "none was saved yet")
             ) from error
+        finally:
+            if isinstance(self.step, GraphedStep):
+                self.step.release()
         checkpoint.load_trainable(self.model, self._read_best(), self.directory / BEST)
         return self.progress
 
@@ -268,4 +271,5 @@ def _interruptible() -> Iterator[threading.Event]:
         yield event
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) in (remember, signal.default_int_handler):  # not one that came since
+                signal.signal(number, handler)

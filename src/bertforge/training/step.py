@@ -77,6 +77,10 @@ class GraphedStep:
         self.graph.replay()
         return self.loss.clone()
 
+    def release(self) -> None:
+        """Lets go of the graph: NCCL does not end while a graph holds work of it."""
+        self.graph = None
+
     def _record(self, batch: PackedBatch, labels: Tensor) -> None:
         self.batch, self.labels = batch.map(Tensor.clone), labels.clone()
         random_state = torch.cuda.get_rng_state()
