@@ -19,6 +19,7 @@ from bertforge.training.finetune import finetune
 from tests.runs import KINDS, WEIGHTS, make_base
 from tests.training.test_resume import CrashError, crash_after, outcome
 
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two processes need two GPUs, or none")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bertforge"]
 
 

@@ -126,6 +126,8 @@ def _start(data: Path, out: Path, recipe: Recipe, resume: bool, world: World) ->
     """
     with world.together():
         prepared = PreparedData.open(data)
+        if world.first:
+            _check_folder(out, resume)
         hardware = detect()
         if hardware.device.type == "cuda":
             torch.cuda.set_device(hardware.device)
@@ -137,7 +139,6 @@ def _start(data: Path, out: Path, recipe: Recipe, resume: bool, world: World) ->
         }
         precision = ""
         if world.first:
-            _check_folder(out, resume)
             # "auto" may measure something else on another day, so a resumed run keeps what it began with.
             wanted = _read_running(out / RUNNING, identity) if resume else recipe.precision
             precision = choose_precision(hardware, wanted)
