@@ -43,3 +43,12 @@ def test_autocast_computes_in_the_precision_and_leaves_weights_alone():
         with autocast(torch.device("cpu"), precision):
             assert layer(x).dtype == dtype
     assert layer.weight.dtype == torch.float32
+
+
+def test_each_process_of_torchrun_takes_the_gpu_of_its_number(monkeypatch):
+    assert module._local_gpu(8) == 0
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert module._local_gpu(4) == 3
+    with pytest.raises(MachineError, match="4 processes on this machine, but 2 GPUs; torchrun --nproc-per-node 2"):
+        module._local_gpu(2)

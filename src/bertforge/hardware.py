@@ -33,12 +33,16 @@ class Hardware:
 
 
 def detect() -> Hardware:
-    """The first CUDA device, or else the CPU."""
+    """The first CUDA device (under torchrun, the one of this process), or else the CPU.
+
+    Raises MachineError when torchrun started more processes here than there are GPUs.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
+        index = _local_gpu(torch.cuda.device_count())
+        properties = torch.cuda.get_device_properties(index)
         return Hardware(
-            device=torch.device("cuda", 0),
+            device=torch.device("cuda", index),
             name=properties.name,
             memory_gb=properties.total_memory / 1e9,
             cores=cores,
@@ -52,6 +56,17 @@ def detect() -> Hardware:
         cores=cores,
         bf16=torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
     )
+
+
+def _local_gpu(count: int) -> int:
+    """Number of this process's GPU of the `count` that this machine has."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes > count:
+        raise MachineError(
+            f"{processes} processes on this machine, but {count} GPUs; torchrun --nproc-per-node {count}, "
+            'or CUDA_VISIBLE_DEVICES="" to train on the CPU'
+        )
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def choose_precision(hardware: Hardware, wanted: str = "auto") -> str:

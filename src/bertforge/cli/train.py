@@ -60,6 +60,8 @@ def train(
     The epoch with the lowest validation loss is kept. Ctrl-C is safe: the
     same command with --resume goes on where it stopped, and ends with the
     same weights, bit for bit, as an uninterrupted run on the same device.
+    `torchrun --nproc-per-node 2 -m bertforge train ...` trains one model on
+    two GPUs (docs/training.md).
 
     Example:
 
@@ -68,12 +70,15 @@ def train(
     """
     from bertforge.errors import UsageError
     from bertforge.training.config import load_recipe
+    from bertforge.training.distributed import is_first
 
     if variant and recipe:
         raise UsageError("--variant and --recipe both name a recipe; give one of them")
     chosen = load_recipe(variant, recipe)
     chosen = replace(chosen, model=model or chosen.model).with_settings(settings or [])
     manifest = run(data, out, chosen, resume=resume)
+    if not is_first():
+        return
     console = Console(highlight=False, soft_wrap=True, markup=False)
     print_result(console, manifest, out)
     console.print(f"next: bertforge evaluate {out} --data {data} --split test")
@@ -90,7 +95,7 @@ def run(data: Path, out: Path, recipe: Recipe, *, resume: bool = False) -> dict[
         console.print(
             f"{plan.recipe.name} on {plan.recipe.model}: {plan.trainable_parameters:,} trainable parameters, "
             f"{plan.train_rows:,} train and {plan.validation_rows:,} validation rows, "
-            f"{plan.hardware.name}, {plan.precision}"
+            f"{f'{plan.processes} x ' if plan.processes > 1 else ''}{plan.hardware.name}, {plan.precision}"
         )
         if plan.total_steps < FEW_STEPS:
             console.print(
