@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from bertforge.training import checkpoint
 from bertforge.training.checkpoint import Progress
 from bertforge.training.config import Recipe
 from bertforge.training.history import History
+from bertforge.training.idle import IdleMeter
 from bertforge.training.optim import lr_scale, make_optimizer
 from bertforge.training.step import EagerStep, GraphedStep
 
@@ -82,6 +84,7 @@ class Trainer:
         graphed = self.device.type == "cuda" and precision == "bf16" and not eager
         self.step = GraphedStep(step) if graphed else step
         self.shape = PackShape.of(self.plans, split.examples)
+        self._saved_at = time.monotonic()
 
     def resume(self) -> None:
         """Goes on from the folder's checkpoint; without one, the run starts from its beginning."""
@@ -101,7 +104,7 @@ class Trainer:
             self._saved_at = time.monotonic()
             self._started = self._saved_at - self.progress.seconds
             while self.progress.epoch < self.recipe.epochs and not self._out_of_patience():
-                self._train_epoch(history, interrupted, show)
+                self.train_epoch(history.add, interrupted, show)
                 self._validate(history)
                 self._save()
                 if interrupted.is_set():
@@ -109,20 +112,26 @@ class Trainer:
         checkpoint.load_trainable(self.model, self._read_best(), self.directory / BEST)
         return self.progress
 
-    def _train_epoch(
-        self, history: History, interrupted: threading.Event, show: Callable[[Progress, int, float], None]
+    def train_epoch(
+        self,
+        add: Callable[[dict[str, Any]], object],
+        interrupted: threading.Event,
+        show: Callable[[Progress, int, float], None],
     ) -> None:
+        """Trains on what is left of the epoch under way; `add` is given the points of the loss curve."""
         progress, plan = self.progress, self.plans[self.progress.epoch]
         self.model.train()
         losses: list[Tensor] = []  # read together, so that the GPU is not waited for at every step
         loss_value = progress.history[-1].get("train/loss", float("nan")) if progress.history else float("nan")
         todo = plan[progress.step_in_epoch :]
+        meter, idle = IdleMeter(self.device), 0.0
         for rows, (batch, labels) in zip(todo, load(self.split.examples, todo, self.device, self.shape), strict=True):
             scale = lr_scale(progress.step, self.total_steps, self.recipe.warmup)
             for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
                 group["lr"] = peak * scale
-            losses.append(self.step(batch, labels) * len(rows))
-            self.optimizer.step()
+            with meter.step():
+                losses.append(self.step(batch, labels) * len(rows))
+                self.optimizer.step()
             progress.step += 1
             progress.step_in_epoch += 1
             progress.sequences += len(rows)
@@ -131,8 +140,10 @@ class Trainer:
             save = stop or self._checkpoint_due()
             if due or save:
                 loss_value = self._read_losses(losses)
+                idle = progress.add_time(*meter.read())
             if due:
-                history.add({"step": progress.step, "train/loss": loss_value, "train/lr": self.peaks[0] * scale})
+                point = {"train/loss": loss_value, "train/lr": self.peaks[0] * scale, "train/idle": idle}
+                add({"step": progress.step, **point})
             if save:
                 self._save()
             if stop:
