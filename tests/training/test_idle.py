@@ -56,6 +56,27 @@ def test_the_meter_by_hand():
     assert again == whole, "each reading begins where the last one ended"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_steps_that_are_queued_leave_no_idle_time_and_late_ones_do():
+    def share(pause):
+        torch.cuda.synchronize()
+        meter = IdleMeter(torch.device("cuda", 0))
+        for _ in range(10):
+            with meter.step():
+                torch.cuda._sleep(40_000_000)  # cycles: some 20 ms, of which the program does not wait
+                done = torch.ones(1, device="cuda")
+            if pause:
+                done.item()
+                time.sleep(pause)
+        done.item()
+        idle, whole = meter.read()
+        return idle / whole
+
+    share(0.0)
+    assert share(0.0) < 0.1
+    assert share(0.1) > 0.5
+
+
 def test_the_share_of_a_run_weighs_its_readings_by_their_length():
     progress = Progress()
     assert progress.idle != progress.idle, "unknown at first"
