@@ -45,7 +45,7 @@ def test_a_loader_that_sleeps_is_seen_and_one_that_is_ready_in_time_is_not(tmp_p
 
 def test_the_meter_by_hand():
     meter = IdleMeter(torch.device("cpu"))
-    with meter.step():
+    with meter.work():
         time.sleep(0.05)
     time.sleep(0.15)
     idle, whole = meter.read()
@@ -62,7 +62,7 @@ def test_on_a_gpu_steps_that_are_queued_leave_no_idle_time_and_late_ones_do():
         torch.cuda.synchronize()
         meter = IdleMeter(torch.device("cuda", 0))
         for _ in range(10):
-            with meter.step():
+            with meter.work():
                 torch.cuda._sleep(40_000_000)  # cycles: some 20 ms, of which the program does not wait
                 done = torch.ones(1, device="cuda")
             if pause:

@@ -25,8 +25,8 @@ class IdleMeter:
         self._since = time.perf_counter()
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """Around the work of a step."""
+    def work(self) -> Iterator[None]:
+        """Around a step, or other work that training would do anyway; not nested."""
         start = self._mark()
         yield
         self._steps.append((start, self._mark()))

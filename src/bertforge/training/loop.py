@@ -129,7 +129,7 @@ class Trainer:
             scale = lr_scale(progress.step, self.total_steps, self.recipe.warmup)
             for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
                 group["lr"] = peak * scale
-            with meter.step():
+            with meter.work():
                 losses.append(self.step(batch, labels) * len(rows))
                 self.optimizer.step()
             progress.step += 1
