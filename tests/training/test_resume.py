@@ -40,11 +40,16 @@ def crash_after(step):
 
 
 def outcome(run, kind):
-    """What two equal runs must share: the weights' bytes, the curves and the summary, seconds aside."""
+    """What two equal runs must share: the weights' bytes, the curves and the summary, all that is timed aside."""
     manifest = json.loads((run / "bertforge.json").read_text())
-    timed = ("seconds", "questions_per_s")
-    summary = {name: value for name, value in manifest["metrics"].items() if name not in timed}
-    return (run / WEIGHTS[kind]).read_bytes(), (run / "metrics.jsonl").read_text(), summary, manifest["golden"]
+    points = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    curves = [without(point, "train/idle") for point in points]
+    summary = without(manifest["metrics"], "seconds", "questions_per_s", "idle")
+    return (run / WEIGHTS[kind]).read_bytes(), curves, summary, manifest["golden"]
+
+
+def without(fields, *names):
+    return {name: value for name, value in fields.items() if name not in names}
 
 
 def dropping_out(base, kind, **changes):

@@ -39,12 +39,27 @@ class Progress:
     """Sequences seen in the epoch under way."""
     seconds: float = 0.0
     """Seconds of training, validation included."""
+    train_seconds: float = 0.0
+    """Seconds of training alone, up to the last loss that was read."""
+    idle_seconds: float = 0.0
+    """Seconds of those in which no step was at work."""
     best_epoch: int = 0
     """Epoch of the lowest validation loss, from 1; 0 before the first."""
     best_loss: float = float("inf")
     """That loss."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """What the curves show so far."""
+
+    @property
+    def idle(self) -> float:
+        """Share of the training time in which no step was at work; NaN before the first loss is read."""
+        return self.idle_seconds / self.train_seconds if self.train_seconds else float("nan")
+
+    def add_time(self, idle: float, whole: float) -> float:
+        """Counts `whole` seconds of training, `idle` of them without a step; returns their share."""
+        self.idle_seconds += idle
+        self.train_seconds += whole
+        return idle / whole
 
 
 def save(

@@ -332,4 +332,5 @@ def _summary(progress: Progress, train_rows: int) -> dict[str, Any]:
         "validation_accuracy": best["epoch/validation_accuracy"],
         "seconds": progress.seconds,
         "questions_per_s": progress.epoch * train_rows / progress.seconds,
+        "idle": progress.idle,
     }

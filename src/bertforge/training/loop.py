@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from bertforge.training.checkpoint import Progress
 from bertforge.training.config import Recipe
 from bertforge.training.distributed import ALONE, WorkerLostError, World
 from bertforge.training.history import History
+from bertforge.training.idle import IdleMeter
 from bertforge.training.optim import lr_scale, make_optimizer
 from bertforge.training.step import EagerStep, GraphedStep
 
@@ -96,6 +98,7 @@ class Trainer:
         self.step = GraphedStep(step) if graphed else step
         dealt = ([share for rows in plan for share in split.examples.shares(rows, world.size)] for plan in self.plans)
         self.shape = PackShape.of(dealt, split.examples)
+        self._saved_at = time.monotonic()
 
     def resume(self) -> None:
         """Goes on from the folder's checkpoint; without one, the run starts from its beginning."""
@@ -131,28 +134,34 @@ class Trainer:
             self._saved_at = time.monotonic()
             self._started = self._saved_at - self.progress.seconds
             while self.progress.epoch < self.recipe.epochs and not self._out_of_patience():
-                self._train_epoch(history, interrupted, show)
+                self.train_epoch(history.add, interrupted, show)
                 self._validate(history)
                 self._save()
                 if self.world.any(interrupted.is_set())[0]:
                     raise KeyboardInterrupt
 
-    def _train_epoch(
-        self, history: History, interrupted: threading.Event, show: Callable[[Progress, int, float], None]
+    def train_epoch(
+        self,
+        add: Callable[[dict[str, Any]], object],
+        interrupted: threading.Event,
+        show: Callable[[Progress, int, float], None],
     ) -> None:
+        """Trains on what is left of the epoch under way; `add` is given the points of the loss curve."""
         progress, plan = self.progress, self.plans[self.progress.epoch]
         self.model.train()
         losses: list[Tensor] = []  # read together, so that the GPU is not waited for at every step
         loss_value = progress.history[-1].get("train/loss", float("nan")) if progress.history else float("nan")
         todo = plan[progress.step_in_epoch :]
+        meter, idle = IdleMeter(self.device), 0.0
         examples, world = self.split.examples, self.world
         mine = (examples.shares(rows, world.size)[world.rank] for rows in todo)
         for rows, (batch, labels) in zip(todo, load(examples, mine, self.device, self.shape), strict=True):
             scale = lr_scale(progress.step, self.total_steps, self.recipe.warmup)
             for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
                 group["lr"] = peak * scale
-            losses.append(self.step(batch, labels) * len(rows))
-            self.optimizer.step()
+            with meter.work():
+                losses.append(self.step(batch, labels) * len(rows))
+                self.optimizer.step()
             progress.step += 1
             progress.step_in_epoch += 1
             progress.sequences += len(rows)
@@ -162,8 +171,10 @@ class Trainer:
             save = save or stop
             if due or save:
                 loss_value = self._read_losses(losses)
+                idle = progress.add_time(*meter.read())
             if due:
-                history.add({"step": progress.step, "train/loss": loss_value, "train/lr": self.peaks[0] * scale})
+                point = {"train/loss": loss_value, "train/lr": self.peaks[0] * scale, "train/idle": idle}
+                add({"step": progress.step, **point})
             if save:
                 self._save()
             if stop:
