@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bertforge.batch import PackedBatch, PaddedBatch
+from bertforge.batch import LowerLayers, PackedBatch, PaddedBatch
 from bertforge.errors import UsageError
 from bertforge.model.attention import AttentionCore, PackedCore, PaddedCore
 from bertforge.model.config import BertConfig
@@ -55,11 +55,20 @@ class BertModel(nn.Module):
                 f"a sequence has {longest} tokens, but this model holds {self.config.max_position_embeddings}; "
                 f"truncate to max_length={self.config.max_position_embeddings}"
             )
-        hidden = self.embeddings(batch.input_ids, positions, batch.token_type_ids)
-        hidden = self.encoder(hidden, core)
+        if isinstance(batch, PackedBatch) and batch.lower is not None:
+            hidden = self.encoder(batch.lower.hidden, core, batch.lower.layers)
+        else:
+            hidden = self.embeddings(batch.input_ids, positions, batch.token_type_ids)
+            hidden = self.encoder(hidden, core)
         if isinstance(batch, PackedBatch):
             # An empty sequence at the end would start one past the last token.
             first = hidden[batch.cu_seqlens[:-1].clamp_max(len(hidden) - 1)]  # [sequences, hidden]
         else:
             first = hidden[:, 0]
         return hidden, self.pooler(first)
+
+    def lower_layers(self, batch: PackedBatch, layers: int) -> LowerLayers:
+        """The embeddings and the lowest `layers` layers alone, for a batch to bring with it."""
+        hidden = self.embeddings(batch.input_ids, batch.position_ids, batch.token_type_ids)
+        core = PackedCore(batch.cu_seqlens, batch.max_seqlen)
+        return LowerLayers(self.encoder(hidden, core, 0, layers), layers)

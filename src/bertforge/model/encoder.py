@@ -56,8 +56,8 @@ class BertEncoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, hidden: Tensor, core: AttentionCore) -> Tensor:
-        """`[..., hidden]` -> `[..., hidden]`."""
-        for layer in self.layer:
+    def forward(self, hidden: Tensor, core: AttentionCore, first: int = 0, end: int | None = None) -> Tensor:
+        """`[..., hidden]` -> `[..., hidden]`, through the layers from `first` up to but not with `end`."""
+        for layer in self.layer[first:end]:
             hidden = layer(hidden, core)
         return hidden

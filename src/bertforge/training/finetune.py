@@ -51,6 +51,8 @@ class Plan:
     validation_rows: int
     total_steps: int
     resumed_step: int
+    frozen: str | None
+    """Which layers are frozen and where their output is kept; None where the lowest layer is trained."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ def finetune(
             validation_rows=len(run.split.validation),
             total_steps=trainer.total_steps,
             resumed_step=trainer.progress.step,
+            frozen=trainer.prefix.description if trainer.prefix else None,
         )
     )
     progress = trainer.fit(show)

@@ -21,17 +21,19 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
-from torch import Tensor, nn
+from torch import Tensor
 
 from bertforge.artifact import write_atomic
 from bertforge.data.loader import Examples, PackShape, epoch_plan, load
 from bertforge.errors import ArtifactError, DataError
 from bertforge.evaluation.logits import predict_logits
+from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.training import checkpoint
 from bertforge.training.checkpoint import Progress
 from bertforge.training.config import Recipe
 from bertforge.training.history import History
 from bertforge.training.optim import lr_scale, make_optimizer
+from bertforge.training.prefix import EagerPrefix, FrozenPrefix, frozen_layers
 from bertforge.training.step import EagerStep, GraphedStep
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -54,7 +56,14 @@ class Trainer:
     """One run in one folder; `fit` may be interrupted and called again on a new Trainer with `resume`."""
 
     def __init__(
-        self, model: nn.Module, split: Split, recipe: Recipe, directory: Path, precision: str, *, eager: bool = False
+        self,
+        model: BertForSequenceClassification,
+        split: Split,
+        recipe: Recipe,
+        directory: Path,
+        precision: str,
+        *,
+        eager: bool = False,
     ) -> None:
         """`eager` records no CUDA graph, for a model that may look at its values on the way (ModelOpt's quantizers)."""
         self.model = model
@@ -82,6 +91,10 @@ class Trainer:
         graphed = self.device.type == "cuda" and precision == "bf16" and not eager
         self.step = GraphedStep(step) if graphed else step
         self.shape = PackShape.of(self.plans, split.examples)
+        self.prefix: FrozenPrefix | None = None
+        if layers := frozen_layers(model.bert):
+            below = EagerPrefix(model.bert, layers, precision)
+            self.prefix = FrozenPrefix(below, split.examples, split.train, recipe, directory, graphed=graphed)
 
     def resume(self) -> None:
         """Goes on from the folder's checkpoint; without one, the run starts from its beginning."""
@@ -117,7 +130,10 @@ class Trainer:
         losses: list[Tensor] = []  # read together, so that the GPU is not waited for at every step
         loss_value = progress.history[-1].get("train/loss", float("nan")) if progress.history else float("nan")
         todo = plan[progress.step_in_epoch :]
-        for rows, (batch, labels) in zip(todo, load(self.split.examples, todo, self.device, self.shape), strict=True):
+        packs = load(self.split.examples, todo, self.device, self.shape)
+        if self.prefix:
+            packs = self.prefix.feed(packs, todo, self.shape.tokens)
+        for rows, (batch, labels) in zip(todo, packs, strict=True):
             scale = lr_scale(progress.step, self.total_steps, self.recipe.warmup)
             for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
                 group["lr"] = peak * scale
