@@ -20,7 +20,7 @@ def record(function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a loader's thread may pin memory meanwhile
         result = function()
     torch.cuda.set_rng_state(random_state)  # as if the warm-up had not been
     return graph, result
