@@ -57,7 +57,7 @@ def check(folder, device, given, held):
     assert cache.stage(ROWS, 14) is None, "nothing is kept yet"
     for rows in (ROWS[:1], ROWS[1:]):
         cache.put(rows, values(rows).to(device))
-    for rows in (ROWS[::-1], ROWS[[2, 0]], ROWS[:1], ROWS[1:3]):
+    for rows in (ROWS[::-1], ROWS[[2, 0]], ROWS[:1], ROWS[1:3], ROWS[:0]):
         hidden = cache.gather(cache.stage(rows, 14))
         used = len(values(rows)) - 3
         assert hidden.shape == (14, WIDTH)

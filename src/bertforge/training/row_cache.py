@@ -118,7 +118,8 @@ class RowCache:
         on_gpu = [self._blocks[block] is self._gpu for block, _, _ in places]
         width, dtype = self._blocks[0].shape[1], self._blocks[0].dtype
         pinned = self.device.type == "cuda"
-        hidden = torch.zeros(1 if all(on_gpu) else tokens, width, dtype=dtype, pin_memory=pinned)
+        nothing = self._gpu is not None and all(on_gpu)
+        hidden = torch.zeros(1 if nothing else tokens, width, dtype=dtype, pin_memory=pinned)
         source = torch.full((tokens,), -1, pin_memory=pinned)
         for (block, kept, packed), there in zip(places, on_gpu, strict=True):
             if there:
