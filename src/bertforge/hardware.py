@@ -88,6 +88,21 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
+def free_host_bytes() -> int:
+    """Memory that programs may still take, or all of it where the system does not say what is free."""
+    free = int(_host_memory_gb() * 1e9)
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+        group = Path("/sys/fs/cgroup")  # a container's limit
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            free = min(free, int(limit) - int((group / "memory.current").read_text()))
+    except (OSError, KeyError, ValueError):
+        pass
+    return max(0, free)
+
+
 def _product_seconds(dtype: torch.dtype) -> float:
     """Seconds for a matrix product of a small BERT's feed-forward, the fastest of five."""
     x, weight = torch.ones(2048, 384, dtype=dtype), torch.ones(1536, 384, dtype=dtype)

@@ -1,5 +1,6 @@
 """An estimate is what a run takes, for every variant that fits; it changes nothing on disk."""
 
+import tempfile
 import time
 
 import numpy as np
@@ -8,11 +9,13 @@ import torch
 
 from bertforge.data import loader
 from bertforge.errors import UsageError
+from bertforge.model.bert import BertModel
 from bertforge.training import estimate as module
 from bertforge.training.config import load_recipe
 from bertforge.training.estimate import OUT_OF_MEMORY, estimate
 from bertforge.training.finetune import finetune
 from bertforge.training.memory import PeakMemory
+from bertforge.training.row_cache import Room
 from bertforge.training.step import EagerStep
 from tests.model.tiny import tiny_bert
 from tests.runs import STEPS, quick_recipe
@@ -51,9 +54,10 @@ def test_the_three_variants_are_measured_and_nothing_is_written(tmp_path, data, 
         assert row["validation_seconds"] > 0
         assert row["seconds_per_epoch"] == row["train_seconds"] + row["validation_seconds"]
         assert row["questions_per_s"] == pytest.approx(128 / row["train_seconds"])
-        assert row["device_hours"] == pytest.approx(2 * row["device_hours_per_epoch"]), "the recipe has two epochs"
+        run = row["train_seconds"] + row["later_seconds"] + 2 * row["validation_seconds"]
+        assert row["device_hours"] == pytest.approx(run / 3600), "the recipe has two epochs"
         assert row["cost_per_epoch"] == pytest.approx(row["seconds_per_epoch"] / 1000), "3.60 an hour"
-        assert row["cost"] == pytest.approx(2 * row["cost_per_epoch"])
+        assert row["cost"] == pytest.approx(run / 1000)
         assert 0 <= row["idle"] <= 1
     assert not list(tmp_path.iterdir())
     assert {path: path.stat().st_mtime_ns for path in data.rglob("*")} == before
@@ -73,6 +77,30 @@ def test_it_foretells_what_a_run_takes(tmp_path, data, base, monkeypatch):
     assert row["train_seconds"] >= STEPS * pause
     assert row["seconds_per_epoch"] * 2 == pytest.approx(progress["seconds"], rel=0.5)
     assert row["idle"] > 0.2
+
+
+def test_later_epochs_are_measured_with_what_frozen_layers_gave(tmp_path, data, deep, monkeypatch):
+    """Frozen layers sleep, so that a busy machine hardly matters; what they give goes to the disk, and leaves it."""
+    lower_layers, pause = BertModel.lower_layers, 0.1
+
+    def slow_lower_layers(*arguments):
+        time.sleep(pause)
+        return lower_layers(*arguments)
+
+    monkeypatch.setattr(BertModel, "lower_layers", slow_lower_layers)
+    monkeypatch.setattr(Room, "free", lambda device, folder: Room(0, 0, 1 << 23))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    rows = estimate(data, quick_recipe(deep, epochs=3), seconds=3 * pause)["rows"]
+    for row in rows[:2]:
+        assert row["later_seconds"] == row["train_seconds"], "nothing is frozen from below"
+    first, later = rows[2]["train_seconds"], rows[2]["later_seconds"]
+    assert first > STEPS * pause
+    assert later < first - 0.8 * STEPS * pause
+    run = first + 2 * later + 3 * rows[2]["validation_seconds"]
+    assert rows[2]["device_hours"] == pytest.approx(run / 3600)
+    assert not list(tmp_path.iterdir())
+    once = estimate(data, quick_recipe(deep, epochs=1), seconds=3 * pause)["rows"][2]
+    assert once["later_seconds"] == once["train_seconds"], "one epoch keeps nothing"
 
 
 def test_the_run_itself_is_measured_where_it_is_none_of_the_three(data, deep):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bertforge.data import loader
+from bertforge.model.bert import BertModel
 from bertforge.training.checkpoint import Progress
 from bertforge.training.finetune import finetune
 from bertforge.training.idle import IdleMeter
@@ -41,6 +42,18 @@ def test_a_loader_that_sleeps_is_seen_and_one_that_is_ready_in_time_is_not(tmp_p
     hidden = idle_of(finetune(data, tmp_path / "hidden", quick_recipe(base)))
     assert starved > 0.4, "the loader takes several times as long as a step"
     assert hidden < 0.3, "the next pack is made while a step runs: only an epoch's first is waited for"
+
+
+def test_computing_frozen_layers_is_work(tmp_path, data, base, monkeypatch):
+    lower_layers = BertModel.lower_layers
+
+    def slow_lower_layers(*arguments):
+        time.sleep(PAUSE)
+        return lower_layers(*arguments)
+
+    monkeypatch.setattr(BertModel, "lower_layers", slow_lower_layers)
+    recipe = quick_recipe(base, "lora", lora={"r": 2, "last_layers": 1}, prefix_cache_gb=0.0)
+    assert idle_of(finetune(data, tmp_path / "run", recipe)) < 0.3
 
 
 def test_the_meter_by_hand():

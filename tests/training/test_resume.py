@@ -42,10 +42,14 @@ def crash_after(step):
 def outcome(run, kind):
     """What two equal runs must share: the weights' bytes, the curves and the summary, all that is timed aside."""
     manifest = json.loads((run / "bertforge.json").read_text())
-    points = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    curves = [without(point, "train/idle") for point in points]
     summary = without(manifest["metrics"], "seconds", "questions_per_s", "idle")
-    return (run / WEIGHTS[kind]).read_bytes(), curves, summary, manifest["golden"]
+    return (run / WEIGHTS[kind]).read_bytes(), curves(run), summary, manifest["golden"]
+
+
+def curves(run):
+    """The points of the loss curve, without what is timed."""
+    points = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [without(point, "train/idle") for point in points]
 
 
 def without(fields, *names):

@@ -5,11 +5,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bertforge.data.loader import Examples
+from bertforge.data.loader import Examples, Split
 from bertforge.data.tokens import TokenStore
 from bertforge.training.config import Recipe
 from bertforge.training.distributed import ALONE, World
-from bertforge.training.loop import Split, Trainer
+from bertforge.training.loop import Trainer
 from bertforge.training.step import EagerStep, GraphedStep
 from tests.model.tiny import tiny_bert
 

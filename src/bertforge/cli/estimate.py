@@ -54,6 +54,9 @@ def show_estimate(data: Path, recipe: Recipe, price_per_hour: float | None, json
     for row in found["rows"]:
         if "missing" in row:
             console.print(f"{row['variant']}: {row['missing']}")
+        elif row["later_seconds"] != row["train_seconds"]:
+            later = _time(row["later_seconds"] + row["validation_seconds"])
+            console.print(f"{row['variant']}: {later} an epoch from the second on: frozen layers are computed once")
     console.print(
         f"epoch: training and the validation after it; run: {found['epochs']} epochs; set-up: once a run, not in it; "
         f"memory: the most that {found['peak_memory_of']} held"

@@ -122,6 +122,8 @@ def run(data: Path, out: Path, recipe: Recipe, *, resume: bool = False) -> dict[
             f"{plan.train_rows:,} train and {plan.validation_rows:,} validation rows, "
             f"{f'{plan.processes} x ' if plan.processes > 1 else ''}{plan.hardware.name}, {plan.precision}"
         )
+        if plan.frozen:
+            console.print(plan.frozen)
         if plan.total_steps < FEW_STEPS:
             console.print(
                 f"only {plan.total_steps} steps in all, too few to learn much: "

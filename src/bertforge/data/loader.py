@@ -63,6 +63,17 @@ class Examples:
 
 
 @dataclass(frozen=True)
+class Split:
+    """What a run trains on and what it chooses the best epoch by."""
+
+    examples: Examples
+    train: np.ndarray
+    """Row numbers."""
+    validation: np.ndarray
+    """Row numbers."""
+
+
+@dataclass(frozen=True)
 class PackShape:
     """One shape for all packs: a GPU replays one recorded graph, a CPU prepares each kernel once.
 

@@ -3,12 +3,13 @@
 Every variant is put together as for a run and driven by the same loop, on packs taken evenly from an epoch's plan, so
 the figures hold the loader, the recorded graph and the precision that the run would have. A pack is filled up to one
 shape, so an epoch costs its number of packs; validation packs are not, and cost their tokens. The learning rate is
-next to nothing, which changes no speed and lets no loss blow up. Nothing is written.
+next to nothing, which changes no speed and lets no loss blow up. Nothing is left on disk.
 """
 
 from __future__ import annotations
 
 import math
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -49,18 +50,20 @@ class Estimate:
     """Once a run: what the first step takes beyond another one, when kernels are chosen and a GPU's graph recorded."""
     steps_timed: int
     train_seconds: float
-    """Of an epoch."""
+    """Of an epoch, the first one."""
+    later_seconds: float
+    """Of every epoch after it: fewer where the output of frozen layers is kept."""
     validation_seconds: float
     """Of an epoch."""
     questions_per_s: float
-    """While it trains."""
+    """While the first epoch trains."""
     idle: float
     """Share of the timed steps' time in which no step was at work."""
     peak_memory_gb: float | None
 
     def seconds(self, epochs: int) -> float:
         """Seconds of so many epochs, validation included, set-up not."""
-        return epochs * (self.train_seconds + self.validation_seconds)
+        return self.train_seconds + (epochs - 1) * self.later_seconds + epochs * self.validation_seconds
 
 
 def estimate(
@@ -124,14 +127,17 @@ class _Rehearsal:
         seed_everything(recipe.seed)
         settings = replace(recipe, lr=_LR, head_lr=0.0, checkpoint_seconds=math.inf)  # no checkpoint falls due
         run = assemble(self.prepared, settings, self.device)
-        trainer = Trainer(run.model, run.split, settings, Path(), self.precision)
+        with tempfile.TemporaryDirectory() as folder:  # frozen layers' output may go there; its file has no name
+            trainer = Trainer(run.model, run.split, settings, Path(folder), self.precision)
         plan, steps_an_epoch = trainer.plans[0], trainer.total_steps / recipe.epochs
         first = _train(trainer, plan, 1)
         step = first if first > self.seconds else _train(trainer, plan, 1)  # a guess of what a step takes
-        steps = max(2, min(len(plan), round(self.seconds / step)))
+        steps = min(len(plan), max(2, round(self.seconds / step)))
         self.say(f"measuring {recipe.name}: {steps:,} of {steps_an_epoch:,.0f} steps")
         step = _train(trainer, plan, steps) / steps
         idle = trainer.progress.idle
+        kept = trainer.prefix is not None and trainer.prefix.cache is not None
+        later = _train(trainer, plan, steps, later=True) / steps if kept else step
         self.say(f"measuring {recipe.name}: validation")
         validation = _validation_seconds(trainer, _VALIDATION_SHARE * self.seconds)
         return Estimate(
@@ -139,6 +145,7 @@ class _Rehearsal:
             set_up_seconds=max(0.0, first - step),
             steps_timed=steps,
             train_seconds=step * steps_an_epoch,
+            later_seconds=later * steps_an_epoch,
             validation_seconds=validation,
             questions_per_s=len(run.split.train) / (step * steps_an_epoch),
             idle=idle,
@@ -152,8 +159,13 @@ def _variants(recipe: Recipe) -> dict[str, LoraRecipe | None]:
     return known if recipe.lora in known.values() else {"as set": recipe.lora, **known}
 
 
-def _train(trainer: Trainer, plan: list[np.ndarray], steps: int) -> float:
-    """Seconds of an epoch of so many packs, at even distances in `plan`; some come again where it has fewer."""
+def _train(trainer: Trainer, plan: list[np.ndarray], steps: int, *, later: bool = False) -> float:
+    """Seconds of an epoch of so many packs, at even distances in `plan`.
+
+    A `later` one finds what the one before it kept of frozen layers' output.
+    """
+    if trainer.prefix and not later:
+        trainer.prefix.forget()
     places = np.linspace(0, len(plan) - 1, steps).astype(int)
     trainer.plans, trainer.progress = [[plan[place] for place in places]], Progress()
     start = time.perf_counter()

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from bertforge.artifact import MANIFEST, hash_file, write_json, write_manifest
-from bertforge.data.loader import Examples
+from bertforge.data.loader import Examples, Split
 from bertforge.data.prepared import PreparedData
 from bertforge.data.schema import CLOSED_DATE, STACK_OVERFLOW, Schema
 from bertforge.data.tabular import TabularTransform
@@ -36,7 +36,7 @@ from bertforge.models import MINILM, MINILM_HUB_ID, resolve, weights_file
 from bertforge.training.checkpoint import Progress, trainable
 from bertforge.training.config import Recipe
 from bertforge.training.distributed import World, joined
-from bertforge.training.loop import BEST, CHECKPOINT, Split, Trainer
+from bertforge.training.loop import BEST, CHECKPOINT, Trainer
 
 RUNNING = "running.json"  # the recipe and data of a run that has not ended
 
@@ -54,6 +54,8 @@ class Plan:
     validation_rows: int
     total_steps: int
     resumed_step: int
+    frozen: str | None
+    """Which layers are frozen and where their output is kept; None where the lowest layer is trained."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,7 @@ def _start(data: Path, out: Path, recipe: Recipe, resume: bool, world: World) ->
         validation_rows=len(run.split.validation),
         total_steps=trainer.total_steps,
         resumed_step=trainer.progress.step,
+        frozen=trainer.prefix.description if trainer.prefix else None,
     )
     return _Start(prepared, run, trainer, plan)
 

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,13 +21,14 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
-from torch import Tensor, nn
+from torch import Tensor
 
 from bertforge.artifact import write_atomic
-from bertforge.data.loader import Examples, PackShape, epoch_plan, load
+from bertforge.data.loader import PackShape, Split, epoch_plan, load
 from bertforge.data.packing import shares
 from bertforge.errors import ArtifactError, DataError
 from bertforge.evaluation.logits import predict_logits
+from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.training import checkpoint
 from bertforge.training.checkpoint import Progress
 from bertforge.training.config import Recipe
@@ -36,6 +36,7 @@ from bertforge.training.distributed import ALONE, WorkerLostError, World
 from bertforge.training.history import History
 from bertforge.training.idle import IdleMeter
 from bertforge.training.optim import lr_scale, make_optimizer
+from bertforge.training.prefix import EagerPrefix, FrozenPrefix, frozen_layers
 from bertforge.training.step import EagerStep, GraphedStep
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -43,23 +44,12 @@ BEST = "best.safetensors"
 _POINT_STEPS = 20  # steps between two points of the loss curve; reading the loss waits for the GPU
 
 
-@dataclass(frozen=True)
-class Split:
-    """What the loop trains on and what it chooses the best epoch by."""
-
-    examples: Examples
-    train: np.ndarray
-    """Row numbers."""
-    validation: np.ndarray
-    """Row numbers."""
-
-
 class Trainer:
     """One run in one folder; `fit` may be interrupted and called again on a new Trainer with `resume`."""
 
     def __init__(
         self,
-        model: nn.Module,
+        model: BertForSequenceClassification,
         split: Split,
         recipe: Recipe,
         directory: Path,
@@ -84,10 +74,9 @@ class Trainer:
             for epoch in range(recipe.epochs)
         ]
         self.total_steps = sum(map(len, self.plans))
-        self.class_weights = _class_weights(split, recipe)
         step = EagerStep(
             model,
-            self.class_weights.to(self.device),
+            _class_weights(split, recipe).to(self.device),
             recipe.label_smoothing,
             recipe.max_grad_norm,
             precision,
@@ -98,6 +87,10 @@ class Trainer:
         self.step = GraphedStep(step) if graphed else step
         dealt = ([share for rows in plan for share in split.examples.shares(rows, world.size)] for plan in self.plans)
         self.shape = PackShape.of(dealt, split.examples)
+        self.prefix: FrozenPrefix | None = None
+        if layers := frozen_layers(model.bert):
+            below = EagerPrefix(model.bert, layers, precision)
+            self.prefix = FrozenPrefix(below, split, recipe, directory, world, graphed=graphed)
         self._saved_at = time.monotonic()
 
     def resume(self) -> None:
@@ -152,10 +145,12 @@ class Trainer:
         losses: list[Tensor] = []  # read together, so that the GPU is not waited for at every step
         loss_value = progress.history[-1].get("train/loss", float("nan")) if progress.history else float("nan")
         todo = plan[progress.step_in_epoch :]
-        meter, idle = IdleMeter(self.device), 0.0
-        examples, world = self.split.examples, self.world
-        mine = (examples.shares(rows, world.size)[world.rank] for rows in todo)
-        for rows, (batch, labels) in zip(todo, load(examples, mine, self.device, self.shape), strict=True):
+        examples, world, meter, idle = self.split.examples, self.world, IdleMeter(self.device), 0.0
+        mine = [examples.shares(rows, world.size)[world.rank] for rows in todo]
+        packs = load(examples, mine, self.device, self.shape)
+        if self.prefix:
+            packs = self.prefix.feed(packs, mine, self.shape.tokens, meter.work)
+        for rows, (batch, labels) in zip(todo, packs, strict=True):
             scale = lr_scale(progress.step, self.total_steps, self.recipe.warmup)
             for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
                 group["lr"] = peak * scale
@@ -223,7 +218,7 @@ class Trainer:
         """`[rows, labels]` float32; each process computes its share, and all get all."""
         examples, rows = self.split.examples, self.split.validation
         places = shares(examples.lengths(rows), self.world.size)[self.world.rank]
-        logits = torch.zeros(len(rows), len(self.class_weights))
+        logits = torch.zeros(len(rows), len(self.model.config.labels))
         if len(places):
             found = predict_logits(self.model, examples, rows[places], self.precision)
             logits[torch.from_numpy(places)] = torch.from_numpy(found)

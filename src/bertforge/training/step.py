@@ -18,8 +18,7 @@ from bertforge.batch import PackedBatch
 from bertforge.data.loader import IGNORED
 from bertforge.hardware import autocast
 from bertforge.training.distributed import ALONE, World
-
-_WARM_UP = 3  # eager steps before recording, in which libraries choose and allocate what a graph may not
+from bertforge.training.graph import record
 
 
 @dataclass(frozen=True)
@@ -83,15 +82,4 @@ class GraphedStep:
 
     def _record(self, batch: PackedBatch, labels: Tensor) -> None:
         self.batch, self.labels = batch.map(Tensor.clone), labels.clone()
-        random_state = torch.cuda.get_rng_state()
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP):
-                self.eager(self.batch, self.labels)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        # NCCL's threads, and the one that pins the next pack, may call CUDA meanwhile.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.loss = self.eager(self.batch, self.labels)
-        torch.cuda.set_rng_state(random_state)  # as if the warm-up had not been
+        self.graph, self.loss = record(lambda: self.eager(self.batch, self.labels))
