@@ -1,26 +1,24 @@
-"""Two processes under torchrun train what one does, and a run goes on whatever ended it and on however many."""
+"""Two processes train what one does, and a run goes on whatever ended it and on however many."""
 
+import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from bertforge.errors import DataError
+from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.training.config import load_recipe
-from bertforge.training.distributed import World
+from bertforge.training.distributed import World, joined
 from bertforge.training.finetune import finetune
 from tests.runs import KINDS, WEIGHTS, make_base
+from tests.training.processes import Forked, UnderTorchrun, ended
 from tests.training.test_resume import CrashError, crash_after, outcome
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two processes need two GPUs, or none")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bertforge"]
 
 
 @pytest.fixture(scope="module")
@@ -54,38 +52,35 @@ def recipe_file(folder, base, kind="lora", dropout=False, **changes):
     return path
 
 
-def start(data, out, recipe, *more):
-    """`bertforge train` in two processes."""
-    command = [*TORCHRUN, "train", "--data", data, "--out", out, "--recipe", recipe, *more]
-    return subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def train(data, out, recipe, *more):
+    """The arguments of `bertforge`."""
+    return ["train", "--data", data, "--out", out, "--recipe", recipe, *more]
 
 
-def in_two(data, out, recipe, *more):
+def in_two(data, out, recipe, *more, start=Forked):
     """What `bertforge train` says on stderr in two processes that end well."""
-    process = start(data, out, recipe, *more)
-    printed, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said
+    code, printed, said = ended(start(folder_beside(out), *train(data, out, recipe, *more)), timeout=120)
+    assert code == 0, said
     assert printed.count(f"wrote {out}") == said.count("2 x ") == 1, "one process prints"
     return said
+
+
+def folder_beside(out):
+    """A new name for what is said."""
+    return next(
+        path for number in itertools.count() if not (path := out.with_name(f"{out.name}-said-{number}")).exists()
+    )
 
 
 def in_one(data, out, recipe, *settings, **options):
     return finetune(data, out, load_recipe(path=recipe).with_settings(list(settings)), **options)
 
 
-def wait_for_an_epoch(process, out):
+def wait_for_an_epoch(pair, out):
     """Until the first point of the curve is written."""
     while not ((out / "metrics.jsonl").is_file() and (out / "metrics.jsonl").stat().st_size):
-        assert process.poll() is None, process.communicate()[1]
+        assert pair.poll() is None, pair.err.read_text()
         time.sleep(0.01)
-
-
-def worker(process, rank):
-    """The process id of a rank."""
-    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
-            return int(child)
-    raise AssertionError(f"no process of rank {rank}")
 
 
 def weights(run, kind="lora"):
@@ -104,20 +99,32 @@ def epochs(run):
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes"),
-    [("lora", {"tokens_per_step": 512, "epochs": 2}), ("columns", {"tokens_per_step": 48, "epochs": 1, "lr": 1e-4})],
+    ("kind", "start", "changes"),
+    [
+        ("lora", UnderTorchrun, {"tokens_per_step": 512, "epochs": 2}),
+        ("columns", Forked, {"tokens_per_step": 48, "epochs": 1, "lr": 1e-4}),
+    ],
     ids=["packs of many rows", "packs of one row or two"],
 )
-def test_two_processes_train_what_one_does(tmp_path, data, plain, kind, changes):
+def test_two_processes_train_what_one_does(tmp_path, data, plain, kind, start, changes):
     recipe = recipe_file(tmp_path, plain, kind, **changes)
     one, two, other = (tmp_path / name for name in ("one", "two", "other"))
-    in_two(data, two, recipe)
+    in_two(data, two, recipe, start=start)
     in_one(data, one, recipe)
     in_one(data, other, recipe, "seed=43")
     assert furthest(weights(one, kind), weights(two, kind)) < 1e-5
     assert furthest(weights(one, kind), weights(other, kind)) > 1e-3
     for ours, theirs in zip(epochs(one), epochs(two), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_two_processes_keep_nothing_of_frozen_layers_and_train_what_one_does_that_keeps_all(tmp_path, data, plain):
+    recipe, setting = recipe_file(tmp_path, plain, epochs=2), "lora.last_layers=1"
+    one, two, said = tmp_path / "one", tmp_path / "two", []
+    assert "layer 0 is frozen: every epoch computes its output anew" in in_two(data, two, recipe, "--set", setting)
+    in_one(data, one, recipe, setting, started=lambda plan: said.append(plan.frozen))
+    assert " of its output are kept, " in said[0]
+    assert furthest(weights(one), weights(two)) < 1e-5
 
 
 def test_a_run_of_one_process_goes_on_in_two(tmp_path, data, uninterrupted):
@@ -129,14 +136,14 @@ def test_a_run_of_one_process_goes_on_in_two(tmp_path, data, uninterrupted):
     assert epochs(out)[-1] == pytest.approx(epochs(whole)[-1], rel=1e-5)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_worker_ends_the_run_in_a_line_and_one_process_goes_on(tmp_path, data, uninterrupted, rank):
+@pytest.mark.parametrize(("start", "rank"), [(Forked, 0), (UnderTorchrun, 1)])
+def test_a_killed_worker_ends_the_run_in_a_line_and_one_process_goes_on(tmp_path, data, uninterrupted, start, rank):
     (recipe, whole), out = uninterrupted, tmp_path / "run"
-    process = start(data, out, recipe)
-    wait_for_an_epoch(process, out)
-    os.kill(worker(process, rank), signal.SIGKILL)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode != 0
+    pair = start(folder_beside(out), *train(data, out, recipe))
+    wait_for_an_epoch(pair, out)
+    os.kill(pair.worker(rank), signal.SIGKILL)
+    code, _, said = ended(pair)
+    assert code != 0
     told = [line for line in said.splitlines() if "a worker died" in line]
     assert len(told) == 1, said
     assert told[0].startswith("error: a worker died or fell silent; go on with --resume: the checkpoint of step ")
@@ -160,61 +167,54 @@ def dropping_out(tmp_path_factory, data, base):
 def test_an_interrupted_run_of_two_processes_goes_on_bit_for_bit(tmp_path, data, dropping_out):
     (recipe, whole), out = dropping_out, tmp_path / "run"
 
-    def interrupt(whom, *more):
-        process = start(data, out, recipe, *more)
-        wait_for_an_epoch(process, out)
-        os.kill(whom(process), signal.SIGTERM)
-        said = process.communicate(timeout=60)[1]
-        assert process.returncode != 0
+    def interrupt(start, whom, *more):
+        pair = start(folder_beside(out), *train(data, out, recipe, *more))
+        wait_for_an_epoch(pair, out)
+        os.kill(whom(pair), signal.SIGTERM)
+        code, _, said = ended(pair)
+        assert code != 0
         assert said.count(f"stopped at a checkpoint in {out}; the same command with --resume goes on") == 1, said
         assert "error: " not in said
 
-    interrupt(lambda process: process.pid)  # torchrun, which passes it on to both
+    interrupt(UnderTorchrun, lambda torchrun: torchrun.pid)  # torchrun, which passes it on to both
     (out / "metrics.jsonl").unlink()  # written anew as the run goes on
-    interrupt(lambda process: worker(process, 1), "--resume")
+    interrupt(Forked, lambda pair: pair.worker(1), "--resume")
     assert "resuming after step" in in_two(data, out, recipe, "--resume")
     assert outcome(out, "lora") == whole
 
 
 def test_an_error_of_every_process_is_told_once(tmp_path, data, plain):
-    process = start(data, tmp_path / "run", recipe_file(tmp_path, plain, max_length=65))
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode != 0
+    arguments = train(data, tmp_path / "run", recipe_file(tmp_path, plain, max_length=65))
+    code, _, said = ended(Forked(tmp_path / "said", *arguments))
+    assert code == UsageError.exit_code
     assert said.count("max_length=65, but") == 1
     assert "a worker died" not in said
     assert not (tmp_path / "run").exists()
 
 
-MEETING = """
-import torch
-from bertforge.errors import ArtifactError, DataError
-from bertforge.training.distributed import joined
-with joined() as world:
-    assert world.sum(torch.full((2,), world.rank + 1.0)).tolist() == [3, 3]
-    assert world.gather(torch.tensor([world.rank, 7])).tolist() == [[0, 7], [1, 7]]
-    assert world.any(world.rank == 1, False) == (True, False)
-    assert world.texts(f"Zürich {world.rank}") == ["Zürich 0", "Zürich 1"]
-    world.check_same("a", "data")
-    try:
-        world.check_same("ab"[world.rank], "data")
-    except ArtifactError as error:
-        assert str(error) == "process 1 reads data b, process 0 a; give all the same"
+def meet():
+    """What each of two processes finds out from the other."""
+    with joined() as world:
+        assert world.sum(torch.full((2,), world.rank + 1.0)).tolist() == [3, 3]
+        assert world.gather(torch.tensor([world.rank, 7])).tolist() == [[0, 7], [1, 7]]
+        assert world.any(world.rank == 1, False) == (True, False)
+        assert world.texts(f"Zürich {world.rank}") == ["Zürich 0", "Zürich 1"]
+        world.check_same("a", "data")
+        with pytest.raises(ArtifactError, match=r"^process 1 reads data b, process 0 a; give all the same$"):
+            world.check_same("ab"[world.rank], "data")
         with world.together():
             pass
         with world.together():
             if world.rank:
                 raise DataError("row 7 is odd")
-"""
 
 
 def test_what_one_process_finds_all_raise_and_one_tells(tmp_path):
-    (tmp_path / "meeting.py").write_text(MEETING)
-    command = [*TORCHRUN[:-2], tmp_path / "meeting.py"]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stderr
+    pair = Forked(tmp_path / "said", target=meet)
+    _, _, said = ended(pair)
     # The one that told left with a traceback, for there is no command line here; the other left with the exit code.
     assert said.count("DataError: row 7 is odd") == 1, said
-    assert "AssertionError" not in said
-    assert "exitcode  : 3" in said
+    assert sorted(process.exitcode for process in pair.processes) == [1, DataError.exit_code], said
 
 
 def test_alone_nothing_is_changed():
