@@ -80,7 +80,7 @@ def train(
             --variant lora-r8 --model minilm --set epochs=3
 
     With --estimate instead of --out: the measured time, memory and cost of
-    full fine-tuning, lora-r8 and lora-r8-last-4, and nothing is written.
+    full fine-tuning, lora-r8 and lora-r8-last-4; no run is written.
     """
     from bertforge.cli.estimate import show_estimate
     from bertforge.errors import UsageError
