@@ -21,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from transformers import BertForSequenceClassification as TheirModel
 
 import peers
 from bertforge.artifact import write_json
-from bertforge.data.loader import Examples, load
+from bertforge.data.loader import Examples, Split, load
 from bertforge.data.prepared import PreparedData
 from bertforge.data.tokens import Tokenizer
 from bertforge.determinism import seed_everything
@@ -40,7 +41,7 @@ from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.config import BertConfig
 from bertforge.models import resolve
 from bertforge.training.config import load_recipe
-from bertforge.training.loop import Split, Trainer
+from bertforge.training.loop import Trainer
 from gpu_time import seconds
 from record import record
 
@@ -182,8 +183,11 @@ def train(variant: str, split: Split, tokens: int) -> list[dict[str, Any]]:
 def profile(trainer: Trainer) -> dict[str, float]:
     """Shares of the GPU's time by family of kernels, over a few steps; prints the largest kernels."""
     device = torch.device("cuda")
-    batches = list(load(trainer.split.examples, trainer.plans[0][:4], device, trainer.shape))
+    plan, shape = trainer.plans[0][:4], trainer.shape
+    packs = load(trainer.split.examples, plan, device, shape)
+    batches = list(trainer.prefix.feed(packs, plan, shape.tokens, nullcontext) if trainer.prefix else packs)
     trainer.model.train()
+    trainer.step(*batches[0])  # recorded anew: `fit` lets its graph go
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
         for batch, labels in batches:
             trainer.step(batch, labels)
