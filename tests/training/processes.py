@@ -2,11 +2,12 @@
 
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from torch.distributed import TCPStore
 
 from bertforge.cli.main import main
 
@@ -43,10 +44,8 @@ class Forked:
 
     def __init__(self, folder, *arguments, target=main):
         self.out, self.err = _files(folder)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        given = (port, self.out, self.err, target, [str(argument) for argument in arguments])
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # outlives them, as torchrun's
+        given = (self.store.port, self.out, self.err, target, [str(argument) for argument in arguments])
         self.processes = [_FORKED.Process(target=_work, args=(rank, *given)) for rank in range(2)]
         for process in self.processes:
             process.start()
@@ -76,7 +75,8 @@ def _files(folder):
 
 def _work(rank, port, out, err, target, arguments):
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+    store = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    os.environ.update({name: str(value) for name, value in place.items()}, **store)
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
     sys.argv[1:] = arguments
