@@ -109,7 +109,7 @@ def main() -> None:
 
 
 def operations(variant: str, part: str, lengths: np.ndarray) -> float:
-    """Floating-point operations that a question needs, the mean over `lengths`; later epochs read what a cache holds."""
+    """Floating-point operations of a question, the mean over `lengths`; later epochs read what a cache holds."""
     hidden, layers = 768, 12
     tokens, pairs = float(lengths.mean()), float((lengths.astype(float) ** 2).mean())
     linear = 2 * 12 * hidden**2 * tokens  # of one layer, forward
