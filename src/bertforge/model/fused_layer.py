@@ -11,6 +11,11 @@ of their own. Written out,
   GELU's slopes in 8 bits, 12 KB a token at a width of 768;
 - a frozen weight costs no product, and a layer whose input needs no gradient stops there.
 
+With `Settings.fp8` the products with frozen weights after attention are those of e4m3 numbers (kernels/fp8.py): both of
+the feed-forward, and backward attention's output too. Forward that one would save no more than converting the attended
+values costs; the projections before attention are adapted, and their gradients come out of attention by tiles. A sum of
+such products and another gradient is taken where the next LayerNorm's backward reads them.
+
 With `queries` the layer is computed for these tokens alone, as the last layer is: a classifier reads first tokens only.
 """
 
@@ -25,9 +30,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bertforge.kernels import fp8
 from bertforge.kernels.attention import Bounds
+from bertforge.kernels.fp8 import E4M3, Fp8Rows, Fp8Weight
 
 NAMES = ("query", "key", "value", "attention.output", "attention.norm", "intermediate", "output", "norm")
+
+
+@dataclass(frozen=True)
+class Fp8Weights:
+    """The products that are in e4m3."""
+
+    attention_output: Fp8Weight
+    """[hidden, hidden]; backward only."""
+    intermediate: Fp8Weight
+    """[intermediate, hidden]."""
+    output: Fp8Weight
+    """[hidden, intermediate]."""
+
+
+FP8_PLACES = (6, 10, 12)  # of these weights among those of NAMES
 
 
 @dataclass(frozen=True)
@@ -42,6 +64,8 @@ class Settings:
     """Of both residual branches; 0 in evaluation."""
     keep: bool
     """Backward will follow."""
+    fp8: Fp8Weights | None = None
+    """Copies of the frozen weights whose products are in e4m3; their biases are frozen too."""
 
 
 def fused_layer(
@@ -56,21 +80,30 @@ def fused_layer(
 
 
 class FrozenCasts:
-    """Half-precision copies of a layer's frozen weights, made once and not at each step."""
+    """Copies of a layer's frozen weights in other types, made once and not at each step."""
 
     def __init__(self) -> None:
-        self._held: dict[int, tuple[Callable[[], Tensor | None], tuple[int, int, torch.dtype], Tensor]] = {}
+        self._held: dict[tuple[int, str], tuple[Callable[[], Tensor | None], tuple[Any, ...], Any]] = {}
 
     def __call__(self, place: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """`weight` in `dtype` if it is frozen, as it is otherwise; `place` names it within the layer."""
         if weight.dtype == dtype or weight.requires_grad:
             return weight
+        copied: Tensor = self._made((place, "cast"), weight, dtype, lambda: weight.detach().to(dtype))
+        return copied
+
+    def fp8(self, place: int, weight: Tensor) -> Fp8Weight:
+        """A frozen `weight` for products in e4m3."""
+        copied: Fp8Weight = self._made((place, "fp8"), weight, E4M3, lambda: Fp8Weight.of(weight))
+        return copied
+
+    def _made(self, key: tuple[int, str], weight: Tensor, dtype: torch.dtype, make: Callable[[], Any]) -> Any:
         state = (weight._version, weight.data_ptr(), dtype)
-        whose, when, copied = self._held.get(place, (lambda: None, None, weight))
+        whose, when, copied = self._held.get(key, (lambda: None, None, weight))
         if whose() is not weight or when != state:
             with torch.inference_mode(False), torch.no_grad():  # it may serve training later
-                copied = weight.detach().to(dtype)
-            self._held[place] = weakref.ref(weight), state, copied
+                copied = make()
+            self._held[key] = weakref.ref(weight), state, copied
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenCasts:
@@ -87,7 +120,6 @@ class _FusedLayer(torch.autograd.Function):
     ) -> Tensor:
         from bertforge.kernels import attention_triton
         from bertforge.kernels.layer_norm_triton import Norm, residual_layer_norm
-        from bertforge.kernels.linear_gelu_triton import linear_gelu
 
         wq, bq, wk, bk, wv, bv, wo, bo, g1, c1, wi, bi, wd, bd, g2, c2 = (w.to(hidden.dtype) for w in weights)
         needs, width = ctx.needs_input_grad[4:], hidden.shape[1]
@@ -106,38 +138,27 @@ class _FusedLayer(torch.autograd.Function):
         first = Norm(g1, c1, settings.eps, settings.dropout_p, seeds[:1], settings.keep and any(needs[8:10]))
         second = Norm(g2, c2, settings.eps, settings.dropout_p, seeds[1:], settings.keep and any(needs[14:16]))
         residual = hidden if queries is None else queries
-        y1, kept1 = residual_layer_norm(F.linear(o.flatten(1), wo, bo), residual, first)
-        activated, slope = linear_gelu(y1, wi, bi, keep=settings.keep)  # [queries, intermediate]
-        y2, kept2 = residual_layer_norm(F.linear(activated, wd, bd), y1, second)
+        copied = torch.empty_like(residual, dtype=E4M3) if settings.fp8 else None
+        y1, kept1 = residual_layer_norm(F.linear(o.flatten(1), wo, bo), residual, first, fp8=copied)
+        fed, activated, slope = _feed_forward(y1 if copied is None else copied, (wi, bi, wd, bd), settings)
+        y2, kept2 = residual_layer_norm(fed, y1, second)
         if settings.keep:
-            between = slope, activated if needs[12] else None
-            ctx.save_for_backward(hidden, queries, q, k, v, o, lse, y1, kept1, *between, y2, kept2, joined, wo, wi, wd)
-            ctx.rest = bounds, settings, first, second, [w.dtype for w in weights]
+            after = y1, kept1, slope, activated if needs[12] else None, y2, kept2, wo, wi, wd
+            ctx.save_for_backward(hidden, queries, q, k, v, o, lse, joined, *after)
+            ctx.bounds, ctx.settings, ctx.norms = bounds, settings, (first, second)
+            ctx.dtypes = [w.dtype for w in weights]
         return y2
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from bertforge.kernels import attention_triton
-        from bertforge.kernels.layer_norm_triton import residual_layer_norm_backward
-        from bertforge.kernels.linear_gelu_triton import linear_gelu_backward
 
-        hidden, queries, q, k, v, o, lse, y1, kept1, slope, activated, y2, kept2, *products = ctx.saved_tensors
-        joined, wo, wi, wd = products
-        bounds, settings, first, second, dtypes = ctx.rest
-        needs = ctx.needs_input_grad[4:]
-        found: list[Tensor | None] = [None] * len(dtypes)
-
-        # Without dropout a norm's two gradients are one tensor: the branch's is read before the residual's is added to.
-        dy1, dd, found[14], found[15] = residual_layer_norm_backward(grads[0].contiguous(), y2, kept2, second)
-        found[12], found[13] = _product(dd, activated, needs[12]), _column_sums(dd, needs[13])
-        du = linear_gelu_backward(dd, wd, slope)  # [queries, intermediate]
-        found[10], found[11] = _product(du, y1, needs[10]), _column_sums(du, needs[11])
-        dy1.addmm_(du, wi)  # [queries, hidden]
-        del du, dd
-
-        ds, da, found[8], found[9] = residual_layer_norm_backward(dy1, y1, kept1, first)
-        found[6], found[7] = _product(da, o.flatten(1), needs[6]), _column_sums(da, needs[7])
-        do = (da @ wo).view(-1, *settings.heads)  # [queries, heads, head_dim]
+        hidden, queries, q, k, v, o, lse, joined, *after = ctx.saved_tensors
+        bounds, settings, needs = ctx.bounds, ctx.settings, ctx.needs_input_grad[4:]
+        found: list[Tensor | None] = [None] * len(needs)
+        back = _fp8_backward if settings.fp8 else _backward
+        ds, do = back(grads[0].contiguous(), (o, *after), ctx, found)  # [queries, hidden] both
+        do = do.view(-1, *settings.heads)  # [queries, heads, head_dim]
         needs_hidden = ctx.needs_input_grad[0]
         if queries is None:
             parts = q.new_empty(len(hidden), 3, *settings.heads)  # [tokens, 3, heads, head_dim]
@@ -155,8 +176,61 @@ class _FusedLayer(torch.autograd.Function):
             flat = grad.flatten(1)  # [queries or tokens, hidden]
             found[2 * place] = _product(flat, x, needs[2 * place])
             found[2 * place + 1] = _column_sums(flat, needs[2 * place + 1])
-        own = (None if g is None else g.to(dtype) for g, dtype in zip(found, dtypes, strict=True))
+        own = (None if g is None else g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True))
         return dhidden, dqueries, None, None, *own
+
+
+def _feed_forward(
+    x: Tensor, weights: tuple[Tensor, ...], settings: Settings
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The branch's result `[rows, hidden]`; the activations `[rows, intermediate]`, none from e4m3; GELU's slopes."""
+    from bertforge.kernels.linear_gelu_triton import linear_gelu, linear_gelu_fp8
+
+    wi, bi, wd, bd = weights
+    if settings.fp8:
+        short, slope = linear_gelu_fp8(x, settings.fp8.intermediate, bi, keep=settings.keep)
+        return fp8.linear(short, settings.fp8.output, bd), None, slope
+    activated, slope = linear_gelu(x, wi, bi, keep=settings.keep)
+    return F.linear(activated, wd, bd), activated, slope
+
+
+def _backward(grad: Tensor, kept: tuple[Tensor, ...], ctx: Any, found: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """From the layer's result back to attention: gradients of what is added to it, and of the attended values.
+
+    Those of weights and biases are put into `found`.
+    """
+    from bertforge.kernels.layer_norm_triton import residual_layer_norm_backward
+    from bertforge.kernels.linear_gelu_triton import linear_gelu_backward
+
+    o, y1, kept1, slope, activated, y2, kept2, wo, wi, wd = kept
+    (first, second), needs = ctx.norms, ctx.needs_input_grad[4:]
+    # Without dropout a norm's two gradients are one tensor: the branch's is read before the residual's is added to.
+    dy1, dd, found[14], found[15] = residual_layer_norm_backward(grad, y2, kept2, second)
+    found[12], found[13] = _product(dd, activated, needs[12]), _column_sums(dd, needs[13])
+    du = linear_gelu_backward(dd, wd, slope)  # [queries, intermediate]
+    found[10], found[11] = _product(du, y1, needs[10]), _column_sums(du, needs[11])
+    dy1.addmm_(du, wi)  # [queries, hidden]
+    del du, dd
+    ds, da, found[8], found[9] = residual_layer_norm_backward(dy1, y1, kept1, first)
+    found[6], found[7] = _product(da, o.flatten(1), needs[6]), _column_sums(da, needs[7])
+    return ds, da @ wo
+
+
+def _fp8_backward(
+    grad: Tensor, kept: tuple[Tensor, ...], ctx: Any, found: list[Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """`_backward` with products of e4m3 numbers; the weights they are made with are frozen."""
+    from bertforge.kernels.layer_norm_triton import residual_layer_norm_backward
+    from bertforge.kernels.linear_gelu_triton import linear_gelu_fp8_backward
+
+    _, y1, kept1, slope, _, y2, kept2, *_ = kept
+    (first, second), weights = ctx.norms, ctx.settings.fp8
+    dd, da = Fp8Rows.empty(y2), Fp8Rows.empty(y1)
+    dy1, _, found[14], found[15] = residual_layer_norm_backward(grad, y2, kept2, second, fp8=dd)
+    du = linear_gelu_fp8_backward(dd, weights.output, slope)  # [queries, intermediate]
+    through = fp8.linear_backward(du, weights.intermediate, y1.dtype)  # [queries, hidden]
+    ds, _, found[8], found[9] = residual_layer_norm_backward(dy1, y1, kept1, first, addend=through, fp8=da)
+    return ds, fp8.linear_backward(da, weights.attention_output, y1.dtype)
 
 
 def _product(grad: Tensor, x: Tensor, wanted: bool) -> Tensor | None:

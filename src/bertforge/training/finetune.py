@@ -25,7 +25,7 @@ from bertforge.data.tokens import Tokenizer
 from bertforge.determinism import seed_everything
 from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.evaluation.golden import GoldenRows
-from bertforge.hardware import Hardware, choose_precision, detect
+from bertforge.hardware import Hardware, choose_training_precision, detect
 from bertforge.lora.adapter_io import save_adapter
 from bertforge.lora.config import LoraConfig
 from bertforge.lora.inject import inject_lora
@@ -91,7 +91,7 @@ def finetune(
     }
     # "auto" may measure something else on another day, so a resumed run keeps what it began with.
     wanted = _read_running(out / RUNNING, identity) if resume else recipe.precision
-    precision = choose_precision(hardware, wanted)
+    precision = choose_training_precision(hardware, wanted)
     seed_everything(recipe.seed)
     run = assemble(prepared, recipe, hardware.device)
     trainer = Trainer(run.model, run.split, recipe, out, precision)

@@ -27,6 +27,7 @@ from bertforge.artifact import write_atomic
 from bertforge.data.loader import Examples, PackShape, epoch_plan, load
 from bertforge.errors import ArtifactError, DataError
 from bertforge.evaluation.logits import predict_logits
+from bertforge.model.encoder import multiply_in_fp8
 from bertforge.training import checkpoint
 from bertforge.training.checkpoint import Progress
 from bertforge.training.config import Recipe
@@ -63,6 +64,8 @@ class Trainer:
         self.directory = directory
         self.precision = precision
         self.device = next(model.parameters()).device
+        if precision == "fp8":
+            multiply_in_fp8(model)
         self.optimizer = make_optimizer(model, recipe)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.progress = Progress()
@@ -79,7 +82,7 @@ class Trainer:
             precision,
         )
         # In float32, attention on a GPU reads the sequences' lengths back, which no graph can record.
-        graphed = self.device.type == "cuda" and precision == "bf16" and not eager
+        graphed = self.device.type == "cuda" and precision != "fp32" and not eager
         self.step = GraphedStep(step) if graphed else step
         self.shape = PackShape.of(self.plans, split.examples)
 
