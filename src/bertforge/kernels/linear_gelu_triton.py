@@ -103,6 +103,7 @@ def _product(
     TRANSPOSED: tl.constexpr, EPILOGUE: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     down, across = tl.cdiv(tokens, ROWS), tl.cdiv(width, COLUMNS)
+    half: tl.constexpr = COLUMNS // 2
     for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0), flatten=True):
         first = tile // (GROUP * across) * GROUP
         group = min(down - first, GROUP)
@@ -117,8 +118,7 @@ def _product(
                 b = weight.load([step * DEPTH, column])
             total = tl.dot(a, b, total)
         # By halves: a tile in float32 and what is made of it do not fit into the registers together.
-        left, right = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
-        half: tl.constexpr = COLUMNS // 2
+        left, right = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, half)), (0, 2, 1)))
         _finish(left, bias, scale, growth, output, slope, row, column, width, half, EPILOGUE, FP8)
         _finish(right, bias, scale, growth, output, slope, row, column + half, width, half, EPILOGUE, FP8)
 
