@@ -16,6 +16,7 @@ if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton, and then a kernel, is imported
 pytest.importorskip("triton", reason="the kernels need triton, which comes with torch for CUDA: pip install triton")
 
+from bertforge.batch import PackedBatch
 from bertforge.errors import UsageError
 from bertforge.kernels.attention import Bounds
 from bertforge.lora.config import LoraConfig
@@ -50,7 +51,7 @@ def run(layer, fused, *, first=False, dropout_p=0.0, keep=True, fp8=False):
     core = PackedCore(Bounds(CU_SEQLENS, CU_SEQLENS), 12)
     core, queries = core.first(hidden) if first else (core, None)
     if fused:
-        settings = replace(layer.settings(), dropout_p=dropout_p, keep=keep)
+        settings = replace(layer.settings(layer.weights()), dropout_p=dropout_p, keep=keep)
         if fp8:
             settings = replace(settings, fp8=layer.fp8_weights(layer.weights()))
         output = fused_layer(hidden, queries, core.bounds, settings, layer.weights())
@@ -122,7 +123,9 @@ def test_adapters_with_dropout_and_other_linears_are_left_to_the_modules():
 def test_a_frozen_layer_below_which_nothing_is_trained_differentiates_nothing():
     layer = layer_of().requires_grad_(False)
     core = Bounds(CU_SEQLENS, CU_SEQLENS)
-    output = fused_layer(torch.randn(20, 64, device=DEVICE, dtype=DTYPE), None, core, layer.settings(), layer.weights())
+    output = fused_layer(
+        torch.randn(20, 64, device=DEVICE, dtype=DTYPE), None, core, layer.settings(layer.weights()), layer.weights()
+    )
     assert not output.requires_grad
 
 
@@ -219,6 +222,9 @@ def test_the_weights_in_fp8_are_those_of_the_products_after_attention():
 def test_fp8_is_for_layers_whose_feed_forward_is_frozen_and_refused_where_there_are_none():
     model = adapted()
     multiply_in_fp8(model)
+    layer = model.bert.encoder.layer[0]
+    for training in (True, False):
+        assert (layer.train(training).settings(layer.weights()).fp8 is not None) == training
     assert all(layer.fp8 for layer in model.bert.encoder.layer)
     model = adapted()
     model.bert.encoder.layer[1].output.dense.bias.requires_grad_(True)
@@ -239,3 +245,15 @@ def test_fp8_is_refused_where_the_layer_would_be_computed_by_its_modules():
     model = tiny_bert(**SHAPE, attention_probs_dropout_prob=0.0)
     with pytest.raises(UsageError, match=r"set attention_dropout=0 and lora.lora_dropout=0"):
         multiply_in_fp8(inject_lora(model, LoraConfig(r=2, lora_dropout=0.1)))
+
+
+@pytest.mark.skipif(not CUDA, reason="a model takes the fused layer on CUDA")
+def test_a_model_told_to_multiplies_in_fp8_in_training_alone():
+    model = adapted()
+    ids = torch.arange(20, device=DEVICE)
+    batch = PackedBatch(ids, torch.zeros_like(ids), CU_SEQLENS[[0, 1, 3, 4]], 12)
+    with torch.autocast("cuda", torch.bfloat16):
+        plain = model.train()(batch)
+        multiply_in_fp8(model)
+        assert not torch.equal(model(batch), plain)
+        assert torch.equal(model.eval()(batch), plain), "there is no dropout"

@@ -6,7 +6,6 @@ A layer is its modules one after another, or on CUDA in half precision the same 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -59,10 +58,7 @@ class BertLayer(nn.Module):
         if isinstance(core, PackedCore) and (dtype := self._fused_dtype(hidden)) and (weights := self.weights()):
             halves = tuple(self.casts(place, weight, dtype) for place, weight in enumerate(weights))
             asked = None if queries is None else queries.to(dtype)
-            settings = self.settings()
-            if self.fp8 and self.training:  # evaluation computes what the saved model will
-                settings = replace(settings, fp8=self.fp8_weights(weights))
-            return fused_layer(hidden.to(dtype), asked, core.bounds, settings, halves)
+            return fused_layer(hidden.to(dtype), asked, core.bounds, self.settings(weights), halves)
         asked = hidden if queries is None else queries
         attended = self.attention(hidden, core, asked)
         normed: Tensor = self.output(self.intermediate(attended), attended)
@@ -83,14 +79,15 @@ class BertLayer(nn.Module):
         """Copies in e4m3 of those `weights` that have their products there."""
         return Fp8Weights(*(self.casts.fp8(place, weights[place]) for place in FP8_PLACES))
 
-    def settings(self) -> Settings:
-        """Of the fused layer, as the mode of the module and of autograd has them."""
+    def settings(self, weights: tuple[Tensor, ...]) -> Settings:
+        """Of the fused layer with these `weights`, as the mode of the module and of autograd has them."""
         config = self.config
         return Settings(
             (config.num_attention_heads, config.head_dim),
             config.layer_norm_eps,
             config.hidden_dropout_prob if self.training else 0.0,
             torch.is_grad_enabled(),
+            self.fp8_weights(weights) if self.fp8 and self.training else None,  # evaluation: as the saved model will
         )
 
     def fusable(self) -> bool:
