@@ -70,7 +70,7 @@ def choose_precision(hardware: Hardware, wanted: str = "auto") -> str:
 
 
 def choose_training_precision(hardware: Hardware, wanted: str = "auto") -> str:
-    """As `choose_precision`, or `fp8`, which training alone knows: bf16, and products with frozen weights in e4m3.
+    """As `choose_precision`, or `fp8`, which training alone knows: bf16, and a frozen feed-forward's products in e4m3.
 
     Raises MachineError for a precision that the device lacks.
     """

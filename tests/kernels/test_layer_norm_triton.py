@@ -162,7 +162,9 @@ def test_the_outputs_gradient_may_come_in_two_parts():
     x, residual, grad, norm = drawn(9, 48, torch.float32, 0.25)
     output, kept = residual_layer_norm(x, residual, norm)
     whole = residual_layer_norm_backward(grad, output, kept, norm)
-    parts = residual_layer_norm_backward(grad - 1, output, kept, norm, addend=torch.ones_like(grad))
+    scale = torch.arange(1.0, 10.0, device=DEVICE)[:, None]
+    other = torch.ones_like(grad) / scale, scale
+    parts = residual_layer_norm_backward(grad - 1, output, kept, norm, addend=other)
     half = residual_layer_norm_backward(grad - 1, output, kept, norm)
     check(parts, [part.double() for part in whole], torch.float32)
     assert not torch.allclose(half[0], whole[0], rtol=0.01)

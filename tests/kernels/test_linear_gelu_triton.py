@@ -103,7 +103,7 @@ def in_fp8(shape, spread=1.0):
 def wide(short):
     """What e4m3 operands stand for, in float64."""
     if isinstance(short, Fp8Weight):
-        return short.rows.double() * short.scale[0, 0].double()
+        return short.rows.double() * short.scale.double()
     return short.values.double() * short.scale if isinstance(short, Fp8Rows) else short.double() / ACTIVATION_SCALE
 
 
@@ -123,7 +123,8 @@ def test_products_of_e4m3_are_exact_but_for_the_rounding_of_what_they_give(shape
     assert error(wide(output), expected) < 0.03, "e4m3 rounds by 0.0255 on average"
     rounded = (expected * ACTIVATION_SCALE).clamp(max=448).to(E4M3).double()
     assert error(output.double(), rounded) < 3e-3, "but for ties"
-    result = linear_gelu_fp8_backward(grad, after, slope, tiling)
+    values = linear_gelu_fp8_backward(grad, after, slope, tiling)
+    result = Fp8Rows(values, grad.scale * after.growth)
     assert result.values.dtype == E4M3
     for row, exact in zip(wide(result), expected_grad, strict=True):  # rows of every size alike
         assert error(row, exact) < 0.04
@@ -144,7 +145,7 @@ def test_activations_beyond_e4m3_are_cut_and_gradients_never_reach_its_end(monke
     even = Fp8Weight.of(torch.full((32, 80), 0.3, device=DEVICE))
     rows = Fp8Rows(torch.full((64, 32), 448.0, device=DEVICE).to(E4M3), torch.ones(64, 1, device=DEVICE))
     steepest = torch.full((64, 80), 255, dtype=torch.uint8, device=DEVICE)  # a slope of 1.145
-    worst = linear_gelu_fp8_backward(rows, even, steepest, tiling)
+    worst = Fp8Rows(linear_gelu_fp8_backward(rows, even, steepest, tiling), rows.scale * even.growth)
     assert worst.values.float().min() > 400, "the bound is met"
     assert error(wide(worst), torch.full((64, 80), 448 * 32 * 0.3 * 1.145, device=DEVICE)) < 0.03, "and not passed"
     assert STEEPEST > 1.145

@@ -35,9 +35,9 @@ class Fp8Weight:
     columns: Tensor
     """[in, out] e4m3, the transpose: backward."""
     scale: Tensor
-    """[1, in] float32, one number `in` times (a scale by rows asks for one by columns): weight = scale * rows."""
+    """[] float32: weight = scale * rows."""
     growth: Tensor
-    """[1] float32: |grad weight * slope of GELU| <= growth * the row of grad's largest value, by Cauchy-Schwarz."""
+    """[] float32: |grad weight * slope of GELU| <= growth * the row of grad's largest value, by Cauchy-Schwarz."""
     unscale: Tensor
     """[] float32: 1 / ACTIVATION_SCALE."""
 
@@ -51,8 +51,8 @@ class Fp8Weight:
         return cls(
             rows,
             rows.T.contiguous(),
-            scale.repeat(1, weight.shape[1]),
-            (STEEPEST * weight.shape[0] ** 0.5 * norm)[None],
+            scale,
+            STEEPEST * weight.shape[0] ** 0.5 * norm,
             torch.full_like(scale, 1 / ACTIVATION_SCALE),
         )
 
@@ -75,12 +75,14 @@ class Fp8Rows:
 def linear(x: Tensor, weight: Fp8Weight, bias: Tensor) -> Tensor:
     """x weight' + bias `[tokens, out]`, typed as `bias`, from activations e4m3 `[tokens, in]`."""
     return torch._scaled_mm(
-        x, weight.rows.T, weight.unscale, weight.scale[0, 0], bias=bias, out_dtype=bias.dtype, use_fast_accum=True
+        x, weight.rows.T, weight.unscale, weight.scale, bias=bias, out_dtype=bias.dtype, use_fast_accum=True
     )
 
 
-def linear_backward(grad: Fp8Rows, weight: Fp8Weight, dtype: torch.dtype) -> Tensor:
-    """grad weight `[tokens, in]`, the gradient of a linear layer's input, from that of its output."""
-    return torch._scaled_mm(
-        grad.values, weight.columns.T, grad.scale, weight.scale, out_dtype=dtype, use_fast_accum=True
-    )
+def linear_backward(grad: Tensor, scale: Tensor, weight: Fp8Weight, dtype: torch.dtype) -> Tensor:
+    """scale * grad weight `[tokens, in]`, from a gradient e4m3 `[tokens, out]` and one number.
+
+    Who reads it applies the scales of rows. cuBLAS would, but is no faster for it, and torch before 2.12 launches the
+    kernel that does so on Ada outside of the current stream, and so of a CUDA graph (pytorch issue 177651).
+    """
+    return torch._scaled_mm(grad, weight.columns.T, scale, weight.scale, out_dtype=dtype, use_fast_accum=True)

@@ -118,7 +118,7 @@ def _norm_forward(
 
 @triton.jit
 def _norm_backward(
-    output, kept, weight, bias, seed, grad, addend, sum_grad, x_grad, x_scale, weight_grads, bias_grads,
+    output, kept, weight, bias, seed, grad, addend, addend_scale, sum_grad, x_grad, x_scale, weight_grads, bias_grads,
     tokens, eps, threshold, scale,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, DROPOUT: tl.constexpr, TRAINED: tl.constexpr,
     ADDED: tl.constexpr, FP8: tl.constexpr,
@@ -142,7 +142,8 @@ def _norm_backward(
             deviation = tl.load(kept + rows, mask=rows < tokens, other=0.0)
         dy = tl.load(grad + places, mask=exists, other=0.0).to(tl.float32)
         if ADDED:
-            dy += tl.load(addend + places, mask=exists, other=0.0).to(tl.float32)
+            own = tl.load(addend_scale + rows, mask=rows < tokens, other=0.0)
+            dy += tl.load(addend + places, mask=exists, other=0.0).to(tl.float32) * own[:, None]
         dn = dy * w[None, :]
         along = tl.sum(dn * normalized, 1) / WIDTH
         ds = (dn - (tl.sum(dn, 1) / WIDTH)[:, None] - normalized * along[:, None]) * deviation[:, None]
@@ -187,12 +188,13 @@ def residual_layer_norm(
 
 def residual_layer_norm_backward(
     grad: Tensor, output: Tensor, kept: Tensor, norm: Norm, tiling: Tiling = BACKWARD,
-    *, addend: Tensor | None = None, fp8: Fp8Rows | None = None,
+    *, addend: tuple[Tensor, Tensor] | None = None, fp8: Fp8Rows | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of `residual`, of `x`, of weight and of bias; `output` and `kept` are the forward pass's.
 
-    The output's is `grad`, plus `addend` where that is given. The second is written to `fp8` where that is given; else,
-    without dropout, the first two are one tensor. The last two are float32, None unless `norm` is trained.
+    The output's is `grad`, plus `addend` where that is given: values `[tokens, hidden]`, and a scale for each row. The
+    second is written to `fp8` where that is given; else, without dropout, the first two are one tensor. The last two
+    are float32, None unless `norm` is trained.
     """
     tokens, width = output.shape
     sum_grad = torch.empty_like(output)
@@ -201,7 +203,7 @@ def residual_layer_norm_backward(
     parts = torch.empty(2, programs if norm.trained else 0, width, dtype=torch.float32, device=output.device)
     with torch.cuda.device_of(output):
         _norm_backward[(programs,)](
-            output, kept, norm.weight, norm.bias, norm.seed, grad, grad if addend is None else addend,
+            output, kept, norm.weight, norm.bias, norm.seed, grad, *(addend or (grad, kept)),
             sum_grad, x_grad, fp8.scale if fp8 else kept, *parts, tokens, norm.eps, *_dropout(norm),
             WIDTH=width, COLUMNS=triton.next_power_of_2(width), ROWS=tiling.rows,
             DROPOUT=norm.dropout_p > 0, TRAINED=norm.trained, ADDED=addend is not None, FP8=fp8 is not None,

@@ -48,7 +48,7 @@ class BertLayer(nn.Module):
         self.config = config
         self.casts = FrozenCasts()
         self.fp8 = False
-        """Training multiplies with frozen weights in e4m3; `multiply_in_fp8` sets it."""
+        """Training multiplies with the feed-forward's weights in e4m3; `multiply_in_fp8` sets it."""
         self.attention = BertAttention(config)
         self.intermediate = BertIntermediate(config)
         self.output = ResidualOutput(config.intermediate_size, config)
@@ -139,9 +139,9 @@ class BertEncoder(nn.Module):
 
 
 def multiply_in_fp8(model: nn.Module) -> None:
-    """Training of `model` shall multiply with frozen weights in e4m3; sets it to training mode.
+    """Training of `model` shall multiply with frozen feed-forwards in e4m3; sets it to training mode.
 
-    Raises UsageError where that would change nothing, or would not reach some layer.
+    Raises UsageError where no feed-forward is frozen, or a layer is one that the fused layer does not compute.
     """
     layers = [module for module in model.train().modules() if isinstance(module, BertLayer)]
     for layer in layers:
@@ -154,6 +154,6 @@ def multiply_in_fp8(model: nn.Module) -> None:
         layer.fp8 = not any(weights[place + part].requires_grad for place in FP8_PLACES for part in (0, 1))
     if not any(layer.fp8 for layer in layers):
         raise UsageError(
-            "precision=fp8 multiplies with frozen weights in 8 bits, and this recipe trains them in every layer; "
+            "precision=fp8 multiplies with a frozen feed-forward in 8 bits, but this recipe trains every layer's; "
             "adapt query and value alone (variant lora-r8), or set precision=bf16"
         )

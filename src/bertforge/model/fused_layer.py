@@ -11,10 +11,10 @@ of their own. Written out,
   GELU's slopes in 8 bits, 12 KB a token at a width of 768;
 - a frozen weight costs no product, and a layer whose input needs no gradient stops there.
 
-With `Settings.fp8` the products with frozen weights after attention are those of e4m3 numbers (kernels/fp8.py): both of
-the feed-forward, and backward attention's output too. Forward that one would save no more than converting the attended
-values costs; the projections before attention are adapted, and their gradients come out of attention by tiles. A sum of
-such products and another gradient is taken where the next LayerNorm's backward reads them.
+With `Settings.fp8` the four products of a frozen feed-forward are those of e4m3 numbers (kernels/fp8.py), two thirds of
+what a layer multiplies with weights. Query, key and value are trained through, and for attention's output the product
+saves no more than converting what attention gives would cost. The sum of two gradients after such a product is taken
+where LayerNorm's backward reads them.
 
 With `queries` the layer is computed for these tokens alone, as the last layer is: a classifier reads first tokens only.
 """
@@ -41,15 +41,13 @@ NAMES = ("query", "key", "value", "attention.output", "attention.norm", "interme
 class Fp8Weights:
     """The products that are in e4m3."""
 
-    attention_output: Fp8Weight
-    """[hidden, hidden]; backward only."""
     intermediate: Fp8Weight
     """[intermediate, hidden]."""
     output: Fp8Weight
     """[hidden, intermediate]."""
 
 
-FP8_PLACES = (6, 10, 12)  # of these weights among those of NAMES
+FP8_PLACES = (10, 12)  # of these weights among those of NAMES
 
 
 @dataclass(frozen=True)
@@ -143,22 +141,27 @@ class _FusedLayer(torch.autograd.Function):
         fed, activated, slope = _feed_forward(y1 if copied is None else copied, (wi, bi, wd, bd), settings)
         y2, kept2 = residual_layer_norm(fed, y1, second)
         if settings.keep:
-            after = y1, kept1, slope, activated if needs[12] else None, y2, kept2, wo, wi, wd
-            ctx.save_for_backward(hidden, queries, q, k, v, o, lse, joined, *after)
-            ctx.bounds, ctx.settings, ctx.norms = bounds, settings, (first, second)
-            ctx.dtypes = [w.dtype for w in weights]
+            between = slope, activated if needs[12] else None
+            ctx.save_for_backward(hidden, queries, q, k, v, o, lse, y1, kept1, *between, y2, kept2, joined, wo, wi, wd)
+            ctx.rest = bounds, settings, first, second, [w.dtype for w in weights]
         return y2
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from bertforge.kernels import attention_triton
+        from bertforge.kernels.layer_norm_triton import residual_layer_norm_backward
 
-        hidden, queries, q, k, v, o, lse, joined, *after = ctx.saved_tensors
-        bounds, settings, needs = ctx.bounds, ctx.settings, ctx.needs_input_grad[4:]
-        found: list[Tensor | None] = [None] * len(needs)
-        back = _fp8_backward if settings.fp8 else _backward
-        ds, do = back(grads[0].contiguous(), (o, *after), ctx, found)  # [queries, hidden] both
-        do = do.view(-1, *settings.heads)  # [queries, heads, head_dim]
+        hidden, queries, q, k, v, o, lse, y1, kept1, slope, activated, y2, kept2, *products = ctx.saved_tensors
+        joined, wo, wi, wd = products
+        bounds, settings, first, _, dtypes = ctx.rest
+        needs = ctx.needs_input_grad[4:]
+        found: list[Tensor | None] = [None] * len(dtypes)
+
+        kept = y1, slope, activated, y2, kept2, wi, wd
+        dy1, addend = _feed_forward_backward(grads[0].contiguous(), kept, ctx, found)  # [queries, hidden]
+        ds, da, found[8], found[9] = residual_layer_norm_backward(dy1, y1, kept1, first, addend=addend)
+        found[6], found[7] = _product(da, o.flatten(1), needs[6]), _column_sums(da, needs[7])
+        do = (da @ wo).view(-1, *settings.heads)  # [queries, heads, head_dim]
         needs_hidden = ctx.needs_input_grad[0]
         if queries is None:
             parts = q.new_empty(len(hidden), 3, *settings.heads)  # [tokens, 3, heads, head_dim]
@@ -176,7 +179,7 @@ class _FusedLayer(torch.autograd.Function):
             flat = grad.flatten(1)  # [queries or tokens, hidden]
             found[2 * place] = _product(flat, x, needs[2 * place])
             found[2 * place + 1] = _column_sums(flat, needs[2 * place + 1])
-        own = (None if g is None else g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True))
+        own = (None if g is None else g.to(dtype) for g, dtype in zip(found, dtypes, strict=True))
         return dhidden, dqueries, None, None, *own
 
 
@@ -194,43 +197,30 @@ def _feed_forward(
     return F.linear(activated, wd, bd), activated, slope
 
 
-def _backward(grad: Tensor, kept: tuple[Tensor, ...], ctx: Any, found: list[Tensor | None]) -> tuple[Tensor, Tensor]:
-    """From the layer's result back to attention: gradients of what is added to it, and of the attended values.
+def _feed_forward_backward(
+    grad: Tensor, kept: tuple[Tensor, ...], ctx: Any, found: list[Tensor | None]
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """From the layer's result to the feed-forward's input: its gradient, and in e4m3 an addend and its rows' scales.
 
     Those of weights and biases are put into `found`.
     """
     from bertforge.kernels.layer_norm_triton import residual_layer_norm_backward
-    from bertforge.kernels.linear_gelu_triton import linear_gelu_backward
+    from bertforge.kernels.linear_gelu_triton import linear_gelu_backward, linear_gelu_fp8_backward
 
-    o, y1, kept1, slope, activated, y2, kept2, wo, wi, wd = kept
-    (first, second), needs = ctx.norms, ctx.needs_input_grad[4:]
+    y1, slope, activated, y2, kept2, wi, wd = kept
+    _, settings, _, second, _ = ctx.rest
+    needs = ctx.needs_input_grad[4:]
+    if weights := settings.fp8:
+        rows = Fp8Rows.empty(y2)
+        dy1, _, found[14], found[15] = residual_layer_norm_backward(grad, y2, kept2, second, fp8=rows)
+        du = linear_gelu_fp8_backward(rows, weights.output, slope)  # [queries, intermediate]
+        return dy1, (fp8.linear_backward(du, weights.output.growth, weights.intermediate, y1.dtype), rows.scale)
     # Without dropout a norm's two gradients are one tensor: the branch's is read before the residual's is added to.
     dy1, dd, found[14], found[15] = residual_layer_norm_backward(grad, y2, kept2, second)
     found[12], found[13] = _product(dd, activated, needs[12]), _column_sums(dd, needs[13])
     du = linear_gelu_backward(dd, wd, slope)  # [queries, intermediate]
     found[10], found[11] = _product(du, y1, needs[10]), _column_sums(du, needs[11])
-    dy1.addmm_(du, wi)  # [queries, hidden]
-    del du, dd
-    ds, da, found[8], found[9] = residual_layer_norm_backward(dy1, y1, kept1, first)
-    found[6], found[7] = _product(da, o.flatten(1), needs[6]), _column_sums(da, needs[7])
-    return ds, da @ wo
-
-
-def _fp8_backward(
-    grad: Tensor, kept: tuple[Tensor, ...], ctx: Any, found: list[Tensor | None]
-) -> tuple[Tensor, Tensor]:
-    """`_backward` with products of e4m3 numbers; the weights they are made with are frozen."""
-    from bertforge.kernels.layer_norm_triton import residual_layer_norm_backward
-    from bertforge.kernels.linear_gelu_triton import linear_gelu_fp8_backward
-
-    _, y1, kept1, slope, _, y2, kept2, *_ = kept
-    (first, second), weights = ctx.norms, ctx.settings.fp8
-    dd, da = Fp8Rows.empty(y2), Fp8Rows.empty(y1)
-    dy1, _, found[14], found[15] = residual_layer_norm_backward(grad, y2, kept2, second, fp8=dd)
-    du = linear_gelu_fp8_backward(dd, weights.output, slope)  # [queries, intermediate]
-    through = fp8.linear_backward(du, weights.intermediate, y1.dtype)  # [queries, hidden]
-    ds, _, found[8], found[9] = residual_layer_norm_backward(dy1, y1, kept1, first, addend=through, fp8=da)
-    return ds, fp8.linear_backward(da, weights.attention_output, y1.dtype)
+    return dy1.addmm_(du, wi), None
 
 
 def _product(grad: Tensor, x: Tensor, wanted: bool) -> Tensor | None:

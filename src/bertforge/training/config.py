@@ -75,8 +75,8 @@ class Recipe:
     label_smoothing: float = 0.0
     """Probability taken from the true class and spread over all (Szegedy et al. 2015, section 7)."""
     precision: str = "auto"
-    """fp32; bf16 (autocast; weights stay fp32); fp8: bf16, and products with frozen weights in 8 bits, on NVIDIA GPUs
-    of compute capability 8.9 and later; or auto: bf16 where the hardware is faster at it."""
+    """fp32; bf16 (autocast; weights stay fp32); fp8: bf16, and a frozen feed-forward's products in 8 bits, on NVIDIA
+    GPUs of compute capability 8.9 and later; or auto: bf16 where the hardware is faster at it."""
     seed: int = 42
     """Seeds new weights, dropout and the order of rows."""
     checkpoint_seconds: float = 60
