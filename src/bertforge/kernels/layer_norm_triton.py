@@ -44,6 +44,7 @@ class Tiling:
 
 FORWARD = Tiling(4, 4)
 BACKWARD = Tiling(4, 4)
+FP8_BACKWARD = Tiling(2, 4)  # with 4 rows it takes 156 registers, and three programs fit on a multiprocessor, not four
 PROGRAMS = 528  # backward: four for each multiprocessor of an H100
 
 
@@ -187,7 +188,7 @@ def residual_layer_norm(
 
 
 def residual_layer_norm_backward(
-    grad: Tensor, output: Tensor, kept: Tensor, norm: Norm, tiling: Tiling = BACKWARD,
+    grad: Tensor, output: Tensor, kept: Tensor, norm: Norm, tiling: Tiling | None = None,
     *, addend: tuple[Tensor, Tensor] | None = None, fp8: Fp8Rows | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of `residual`, of `x`, of weight and of bias; `output` and `kept` are the forward pass's.
@@ -198,6 +199,7 @@ def residual_layer_norm_backward(
     """
     tokens, width = output.shape
     sum_grad = torch.empty_like(output)
+    tiling = tiling or (FP8_BACKWARD if fp8 else BACKWARD)
     x_grad = fp8.values if fp8 else torch.empty_like(output) if norm.dropout_p else sum_grad
     programs = min(PROGRAMS, triton.cdiv(tokens, tiling.rows))
     parts = torch.empty(2, programs if norm.trained else 0, width, dtype=torch.float32, device=output.device)
