@@ -14,7 +14,13 @@ if not CUDA:
 pytest.importorskip("triton", reason="the kernels need triton, which comes with torch for CUDA: pip install triton")
 
 from bertforge.kernels.fp8 import ACTIVATION_SCALE, E4M3, Fp8Rows
-from bertforge.kernels.layer_norm_triton import Norm, Tiling, residual_layer_norm, residual_layer_norm_backward
+from bertforge.kernels.layer_norm_triton import (
+    FP8_BACKWARD,
+    Norm,
+    Tiling,
+    residual_layer_norm,
+    residual_layer_norm_backward,
+)
 from tests.kernels.e4m3 import round_as_hardware_does
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -145,7 +151,7 @@ def test_the_gradient_of_x_is_written_in_e4m3_scaled_by_rows(dropout_p, trained,
     grad *= torch.logspace(-12, 2, 9, device=DEVICE)[:, None]
     grad[4] = 0.0
     output, kept = residual_layer_norm(x, residual, norm)
-    plain = residual_layer_norm_backward(grad, output, kept, norm)
+    plain = residual_layer_norm_backward(grad, output, kept, norm, FP8_BACKWARD)  # as the other sums, in one order
     rows = Fp8Rows.empty(x)
     sum_grad, short, *own = residual_layer_norm_backward(grad, output, kept, norm, fp8=rows)
     assert short is rows.values
