@@ -7,7 +7,14 @@ import torch
 
 from bertforge import hardware as module
 from bertforge.errors import MachineError
-from bertforge.hardware import Hardware, autocast, choose_precision, choose_training_precision, detect
+from bertforge.hardware import (
+    Hardware,
+    autocast,
+    choose_precision,
+    choose_training_precision,
+    detect,
+    free_host_bytes,
+)
 
 PLAIN = Hardware(torch.device("cpu"), "Plain CPU", memory_gb=8.0, cores=2, bf16=False)
 GPU = replace(PLAIN, device=torch.device("cuda"), bf16=True)
@@ -19,6 +26,10 @@ def test_this_machine_is_described():
     assert found.name
     assert found.memory_gb > 0.1
     assert found.cores >= 1
+
+
+def test_free_memory_is_some_of_what_there_is():
+    assert 0 < free_host_bytes() <= module._host_memory_gb() * 1e9
 
 
 def test_what_is_asked_for_is_what_is_chosen():
@@ -53,3 +64,12 @@ def test_autocast_computes_in_the_precision_and_leaves_weights_alone():
         with autocast(torch.device("cpu"), precision):
             assert layer(x).dtype == dtype
     assert layer.weight.dtype == torch.float32
+
+
+def test_each_process_of_torchrun_takes_the_gpu_of_its_number(monkeypatch):
+    assert module._local_gpu(8) == 0
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert module._local_gpu(4) == 3
+    with pytest.raises(MachineError, match="4 processes on this machine, but 2 GPUs; torchrun --nproc-per-node 2"):
+        module._local_gpu(2)

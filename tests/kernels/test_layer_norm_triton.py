@@ -2,7 +2,7 @@
 # ruff: noqa: E402  # what the interpreter needs is set before the imports
 
 import os
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 import torch
@@ -15,7 +15,6 @@ pytest.importorskip("triton", reason="the kernels need triton, which comes with 
 
 from bertforge.kernels.fp8 import ACTIVATION_SCALE, E4M3, Fp8Rows
 from bertforge.kernels.layer_norm_triton import (
-    FP8_BACKWARD,
     Norm,
     Tiling,
     residual_layer_norm,
@@ -41,16 +40,23 @@ def drawn(rows, width, dtype, dropout_p=0.0, trained=True):
 
 
 def exact(x, residual, grad, norm, mask=None):
-    """The result, and gradients of residual, x, weight and bias; `mask` is dropout's, scaled."""
+    """The result, and gradients of residual, x, weight, bias and a bias in x; `mask` is dropout's, scaled."""
     inputs = [part.detach().double().requires_grad_() for part in (residual, x, norm.weight, norm.bias)]
     kept = inputs[1] if mask is None else inputs[1] * mask.double()
     output = F.layer_norm(inputs[0] + kept, norm.weight.shape, inputs[2], inputs[3], norm.eps)
-    return [output, *torch.autograd.grad(output, inputs, grad.double())]
+    gradients = torch.autograd.grad(output, inputs, grad.double())
+    return [output, *gradients, gradients[1].sum(0)]
+
+
+def flat(gradients):
+    *two, sums = gradients
+    return [*two, *astuple(sums)]
 
 
 def ours(x, residual, grad, norm, **tiling):
     output, kept = residual_layer_norm(x, residual, norm, **tiling)
-    return [output, *residual_layer_norm_backward(grad, output, kept, norm, **tiling)]
+    sum_grad, x_grad, sums = residual_layer_norm_backward(grad, output, kept, norm, **tiling)
+    return [output, sum_grad, x_grad, sums.weight, sums.bias, sums.x]
 
 
 def check(results, expected, dtype):
@@ -67,7 +73,7 @@ def test_values_and_gradients_are_plain_pytorchs(rows, width, dtype, trained):
     parts = drawn(rows, width, dtype, trained=trained)
     results = ours(*parts)
     assert [result.dtype for result in results[:3]] == [dtype] * 3
-    assert [result is None for result in results[3:]] == [not trained] * 2
+    assert [result is None for result in results[3:]] == [not trained] * 3
     check(results, exact(*parts), dtype)
 
 
@@ -151,13 +157,13 @@ def test_the_gradient_of_x_is_written_in_e4m3_scaled_by_rows(dropout_p, trained,
     grad *= torch.logspace(-12, 2, 9, device=DEVICE)[:, None]
     grad[4] = 0.0
     output, kept = residual_layer_norm(x, residual, norm)
-    plain = residual_layer_norm_backward(grad, output, kept, norm, FP8_BACKWARD)  # as the other sums, in one order
+    *plain, plain_sums = residual_layer_norm_backward(grad, output, kept, norm)
     rows = Fp8Rows.empty(x)
-    sum_grad, short, *own = residual_layer_norm_backward(grad, output, kept, norm, fp8=rows)
+    sum_grad, short, sums = residual_layer_norm_backward(grad, output, kept, norm, fp8=rows)
     assert short is rows.values
     assert torch.equal(sum_grad, plain[0])
-    for result, other in zip(own, plain[2:], strict=True):
-        assert result is None if other is None else torch.equal(result, other)
+    for result, other in zip(astuple(sums), astuple(plain_sums), strict=True):
+        assert torch.equal(result, other) if trained else result is None
     wide, expected = rows.values.float() * rows.scale, plain[1]
     assert ((wide - expected).abs() <= expected.abs() / 15 + rows.scale * 2**-9).all()
     assert (rows.values.float().abs().amax(1)[grad.any(1)] == 448).all()
@@ -172,5 +178,5 @@ def test_the_outputs_gradient_may_come_in_two_parts():
     other = torch.ones_like(grad) / scale, scale
     parts = residual_layer_norm_backward(grad - 1, output, kept, norm, addend=other)
     half = residual_layer_norm_backward(grad - 1, output, kept, norm)
-    check(parts, [part.double() for part in whole], torch.float32)
+    check(flat(parts), [part.double() for part in flat(whole)], torch.float32)
     assert not torch.allclose(half[0], whole[0], rtol=0.01)

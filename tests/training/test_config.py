@@ -87,6 +87,8 @@ def test_a_setting_may_open_a_section():
         ("lora.lora_alpha=-inf", r"lora\.lora_alpha=-inf is not a finite number"),
         ("head_lr=-1", "head_lr=-1.0 must not be below 0"),
         ("seed=-1", "seed=-1 must not be below 0"),
+        ("prefix_cache_gb=-1", "prefix_cache_gb=-1.0 must not be below 0; 0 keeps nothing"),
+        ("prefix_cache_gb=much", "prefix_cache_gb='much' should be float"),
         ("precision=fp64", "precision='fp64' is not one of auto, fp32, bf16, fp8"),
         ("class_weights=heavy", "class_weights='heavy' is not one of none, balanced"),
         ("label_smoothing=1", "are shares between 0 and 1"),

@@ -40,11 +40,20 @@ def crash_after(step):
 
 
 def outcome(run, kind):
-    """What two equal runs must share: the weights' bytes, the curves and the summary, seconds aside."""
+    """What two equal runs must share: the weights' bytes, the curves and the summary, all that is timed aside."""
     manifest = json.loads((run / "bertforge.json").read_text())
-    timed = ("seconds", "questions_per_s")
-    summary = {name: value for name, value in manifest["metrics"].items() if name not in timed}
-    return (run / WEIGHTS[kind]).read_bytes(), (run / "metrics.jsonl").read_text(), summary, manifest["golden"]
+    summary = without(manifest["metrics"], "seconds", "questions_per_s", "idle")
+    return (run / WEIGHTS[kind]).read_bytes(), curves(run), summary, manifest["golden"]
+
+
+def curves(run):
+    """The points of the loss curve, without what is timed."""
+    points = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [without(point, "train/idle") for point in points]
+
+
+def without(fields, *names):
+    return {name: value for name, value in fields.items() if name not in names}
 
 
 def dropping_out(base, kind, **changes):

@@ -44,6 +44,7 @@ class Tiling:
 
 FORWARD = Tiling(4, 4)
 BACKWARD = Tiling(4, 4)
+BACKWARD_TRAINED = Tiling(2, 4)
 FP8_BACKWARD = Tiling(2, 4)  # with 4 rows it takes 156 registers, and three programs fit on a multiprocessor, not four
 PROGRAMS = 528  # backward: four for each multiprocessor of an H100
 
@@ -62,7 +63,17 @@ class Norm:
     seed: Tensor
     """[1] int32, on the device, so that a CUDA graph draws anew at each replay; not read without dropout."""
     trained: bool
-    """Weight and bias get gradients."""
+    """Weight and bias get gradients, or the bias of the layer that made x."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Gradients that are sums over tokens, `[hidden]` float32; None where the norm is not trained."""
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    x: Tensor | None = None
+    """Of a bias added to x."""
 
 
 @triton.jit
@@ -119,7 +130,8 @@ def _norm_forward(
 
 @triton.jit
 def _norm_backward(
-    output, kept, weight, bias, seed, grad, addend, addend_scale, sum_grad, x_grad, x_scale, weight_grads, bias_grads,
+    output, kept, weight, bias, seed, grad, addend, addend_scale, sum_grad, x_grad, x_scale,
+    weight_grads, bias_grads, x_sums,
     tokens, eps, threshold, scale,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, DROPOUT: tl.constexpr, TRAINED: tl.constexpr,
     ADDED: tl.constexpr, FP8: tl.constexpr,
@@ -130,6 +142,7 @@ def _norm_backward(
     inverse = tl.where(tl.abs(w) < SMALLEST, 0.0, 1 / w)
     dw = tl.zeros([COLUMNS], tl.float32)
     db = tl.zeros([COLUMNS], tl.float32)
+    dx_sum = tl.zeros([COLUMNS], tl.float32)
     for first in range(tl.program_id(0) * ROWS, tokens, tl.num_programs(0) * ROWS):
         rows = first + tl.arange(0, ROWS)
         places = rows[:, None].to(tl.int64) * WIDTH + columns[None, :]
@@ -155,15 +168,18 @@ def _norm_backward(
         if FP8:
             own = tl.maximum(tl.max(tl.abs(dx), 1), 1e-30) / FP8_LARGEST
             tl.store(x_scale + rows, own, mask=rows < tokens)
-            dx = tl.clamp(dx * (1 / own)[:, None], -FP8_LARGEST, FP8_LARGEST)
-        if FP8 or DROPOUT:
+            short = tl.clamp(dx * (1 / own)[:, None], -FP8_LARGEST, FP8_LARGEST)
+            tl.store(x_grad + places, short.to(x_grad.dtype.element_ty), mask=exists)
+        elif DROPOUT:
             tl.store(x_grad + places, dx.to(x_grad.dtype.element_ty), mask=exists)
         if TRAINED:
+            dx_sum += tl.sum(tl.where(exists, dx, 0.0), 0)
             dw += tl.sum(dy * normalized, 0)
             db += tl.sum(dy, 0)
     if TRAINED:
         tl.store(weight_grads + tl.program_id(0) * WIDTH + columns, dw, mask=columns < WIDTH)
         tl.store(bias_grads + tl.program_id(0) * WIDTH + columns, db, mask=columns < WIDTH)
+        tl.store(x_sums + tl.program_id(0) * WIDTH + columns, dx_sum, mask=columns < WIDTH)
 
 
 def residual_layer_norm(
@@ -190,19 +206,18 @@ def residual_layer_norm(
 def residual_layer_norm_backward(
     grad: Tensor, output: Tensor, kept: Tensor, norm: Norm, tiling: Tiling | None = None,
     *, addend: tuple[Tensor, Tensor] | None = None, fp8: Fp8Rows | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of `residual`, of `x`, of weight and of bias; `output` and `kept` are the forward pass's.
+) -> tuple[Tensor, Tensor, Sums]:  # fmt: skip
+    """Gradients of `residual`, of `x`, and sums over tokens; `output` and `kept` are the forward pass's.
 
     The output's is `grad`, plus `addend` where that is given: values `[tokens, hidden]`, and a scale for each row. The
-    second is written to `fp8` where that is given; else, without dropout, the first two are one tensor. The last two
-    are float32, None unless `norm` is trained.
+    second is written to `fp8` where that is given; else, without dropout, the first two are one tensor.
     """
     tokens, width = output.shape
     sum_grad = torch.empty_like(output)
-    tiling = tiling or (FP8_BACKWARD if fp8 else BACKWARD)
+    tiling = tiling or (BACKWARD_TRAINED if norm.trained else FP8_BACKWARD if fp8 else BACKWARD)
     x_grad = fp8.values if fp8 else torch.empty_like(output) if norm.dropout_p else sum_grad
     programs = min(PROGRAMS, triton.cdiv(tokens, tiling.rows))
-    parts = torch.empty(2, programs if norm.trained else 0, width, dtype=torch.float32, device=output.device)
+    parts = torch.empty(3, programs if norm.trained else 0, width, dtype=torch.float32, device=output.device)
     with torch.cuda.device_of(output):
         _norm_backward[(programs,)](
             output, kept, norm.weight, norm.bias, norm.seed, grad, *(addend or (grad, kept)),
@@ -211,10 +226,7 @@ def residual_layer_norm_backward(
             DROPOUT=norm.dropout_p > 0, TRAINED=norm.trained, ADDED=addend is not None, FP8=fp8 is not None,
             num_warps=tiling.warps,
         )  # fmt: skip
-    if not norm.trained:
-        return sum_grad, x_grad, None, None
-    weight_grad, bias_grad = parts.sum(1)
-    return sum_grad, x_grad, weight_grad, bias_grad
+    return sum_grad, x_grad, Sums(*parts.sum(1)) if norm.trained else Sums()
 
 
 def _dropout(norm: Norm) -> tuple[int, float]:

@@ -69,20 +69,23 @@ def _gelu(x):
 
 @triton.jit
 def _finish(
-    values, bias, scale, growth, output, slope, row, column, width,
-    COLUMNS: tl.constexpr, EPILOGUE: tl.constexpr, FP8: tl.constexpr,
+    values, bias, scale, growth, output, slope, sums, row, column, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, EPILOGUE: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """GELU of `values` plus bias, its slope kept ("keep") or not ("forget"); or `values` times it ("slope").
 
-    With FP8, `values` are those of e4m3 numbers, and so is what is stored.
+    "slope, sums" also leaves the sums of the tile's columns: added up, the bias's gradient. With FP8, `values` are
+    those of e4m3 numbers, and so is what is stored.
     """
     if FP8:
         values *= tl.load(scale) / (tl.load(growth) if EPILOGUE == "slope" else FP8_SCALE)
-    if EPILOGUE == "slope":
+    columns = column + tl.arange(0, COLUMNS)
+    if EPILOGUE == "slope" or EPILOGUE == "slope, sums":
         code = slope.load([row, column]).to(tl.float32)
         values = values * ((code - ZERO) / STEPS)
+        if EPILOGUE == "slope, sums":
+            tl.store(sums + row // ROWS * width + columns, tl.sum(values, 0), mask=columns < width)
     else:
-        columns = column + tl.arange(0, COLUMNS)
         b = tl.load(bias + columns, mask=columns < width, other=0.0).to(tl.float32)
         values += b[None, :]
         if not FP8:
@@ -98,7 +101,7 @@ def _finish(
 
 @triton.jit
 def _product(
-    x, weight, bias, scale, growth, output, slope, tokens, width, depth,
+    x, weight, bias, scale, growth, output, slope, sums, tokens, width, depth,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     TRANSPOSED: tl.constexpr, EPILOGUE: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
@@ -119,8 +122,8 @@ def _product(
             total = tl.dot(a, b, total)
         # By halves: a tile in float32 and what is made of it do not fit into the registers together.
         left, right = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, half)), (0, 2, 1)))
-        _finish(left, bias, scale, growth, output, slope, row, column, width, half, EPILOGUE, FP8)
-        _finish(right, bias, scale, growth, output, slope, row, column + half, width, half, EPILOGUE, FP8)
+        _finish(left, bias, scale, growth, output, slope, sums, row, column, width, ROWS, half, EPILOGUE, FP8)
+        _finish(right, bias, scale, growth, output, slope, sums, row, column + half, width, ROWS, half, EPILOGUE, FP8)
 
 
 def linear_gelu(
@@ -132,18 +135,23 @@ def linear_gelu(
     """
     output = x.new_empty(x.shape[0], weight.shape[0])
     slope = torch.empty(output.shape, dtype=torch.uint8, device=x.device) if keep else None
-    _launch(x, weight, bias, output, slope, "keep" if keep else "forget", tiling)
+    _launch((x, weight, bias), output, slope, None, "keep" if keep else "forget", tiling)
     return output, slope
 
 
-def linear_gelu_backward(grad: Tensor, weight: Tensor, slope: Tensor, tiling: Tiling = TILING) -> Tensor:
-    """The gradient before GELU `[tokens, intermediate]`, from that of the layer after it, `[tokens, out]`.
+def linear_gelu_backward(
+    grad: Tensor, weight: Tensor, slope: Tensor, *, sums: bool, tiling: Tiling = TILING
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient before GELU `[tokens, intermediate]`, and with `sums` that of `linear_gelu`'s bias, float32.
 
-    `weight` is that layer's, `[out, intermediate]`: grad weight * slope.
+    `grad` is that of the layer after GELU, `[tokens, out]`, and `weight` that layer's, `[out, intermediate]`; the
+    result is grad weight * slope.
     """
     output = grad.new_empty(slope.shape)
-    _launch(grad, weight, grad, output, slope, "slope", tiling)
-    return output
+    blocks = triton.cdiv(len(grad), tiling.rows) if sums else 0
+    parts = torch.empty(blocks, slope.shape[1], dtype=torch.float32, device=grad.device)
+    _launch((grad, weight, None), output, slope, parts, "slope, sums" if sums else "slope", tiling)
+    return output, parts.sum(0) if sums else None
 
 
 def linear_gelu_fp8(
@@ -152,7 +160,7 @@ def linear_gelu_fp8(
     """`linear_gelu` from activations in e4m3 `[tokens, in]` to such `[tokens, out]`, both ACTIVATION_SCALE as large."""
     output = x.new_empty(x.shape[0], weight.rows.shape[0])
     slope = torch.empty(output.shape, dtype=torch.uint8, device=x.device) if keep else None
-    _launch(x, weight.rows, bias, output, slope, "keep" if keep else "forget", tiling, weight)
+    _launch((x, weight.rows, bias), output, slope, None, "keep" if keep else "forget", tiling, weight)
     return output, slope
 
 
@@ -162,25 +170,25 @@ def linear_gelu_fp8_backward(grad: Fp8Rows, weight: Fp8Weight, slope: Tensor, ti
     That is a bound, for a program sees no row whole.
     """
     output = grad.values.new_empty(slope.shape)
-    _launch(grad.values, weight.columns, grad.scale, output, slope, "slope", tiling, weight)
+    _launch((grad.values, weight.columns, None), output, slope, None, "slope", tiling, weight)
     return output
 
 
 def _launch(
-    x: Tensor, weight: Tensor, bias: Tensor, output: Tensor, slope: Tensor | None, epilogue: str, tiling: Tiling,
-    fp8: Fp8Weight | None = None,
+    operands: tuple[Tensor, Tensor, Tensor | None], output: Tensor, slope: Tensor | None, sums: Tensor | None,
+    epilogue: str, tiling: Tiling, fp8: Fp8Weight | None = None,
 ) -> None:  # fmt: skip
+    x, weight, bias = operands
     (tokens, depth), width = x.shape, output.shape[1]
-    transposed = epilogue != "slope" or fp8 is not None
+    transposed = bias is not None or fp8 is not None
     half = [tiling.rows, tiling.columns // 2]
     tile = [tiling.columns, tiling.depth] if transposed else [tiling.depth, tiling.columns]
-    written = TensorDescriptor.from_tensor(output, half)
     tiles = triton.cdiv(tokens, tiling.rows) * triton.cdiv(width, tiling.columns)
-    scales = (fp8.scale, fp8.growth) if fp8 else (bias, bias)
     with torch.cuda.device_of(x):
         _product[(min(tiles, tiling.programs * _multiprocessors(x.device)),)](
             TensorDescriptor.from_tensor(x, [tiling.rows, tiling.depth]), TensorDescriptor.from_tensor(weight, tile),
-            bias, *scales, written, written if slope is None else TensorDescriptor.from_tensor(slope, half),
+            bias, *((fp8.scale, fp8.growth) if fp8 else (None, None)), TensorDescriptor.from_tensor(output, half),
+            None if slope is None else TensorDescriptor.from_tensor(slope, half), sums,
             tokens, width, depth, ROWS=tiling.rows, COLUMNS=tiling.columns, DEPTH=tiling.depth, GROUP=tiling.group,
             TRANSPOSED=transposed, EPILOGUE=epilogue, FP8=fp8 is not None,
             num_warps=tiling.warps, num_stages=tiling.stages,

@@ -123,18 +123,21 @@ class BertEncoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, hidden: Tensor, core: Core) -> Tensor:
-        """`[..., hidden]` -> `[..., hidden]`."""
-        for layer in self.layer:
+    def forward(self, hidden: Tensor, core: Core, start: int = 0, end: int | None = None) -> Tensor:
+        """`[..., hidden]` -> `[..., hidden]`, through the layers from `start` up to but not with `end`."""
+        for layer in self.layer[start:end]:
             hidden = layer(hidden, core)
         return hidden
 
-    def first(self, hidden: Tensor, core: Core) -> Tensor:
-        """`[..., hidden]` -> each sequence's first token, for which alone the last layer is computed."""
-        for layer in self.layer[:-1]:
-            hidden = layer(hidden, core)
+    def first(self, hidden: Tensor, core: Core, start: int = 0) -> Tensor:
+        """`[..., hidden]` -> each sequence's first token, for which alone the last layer is computed.
+
+        Begins at layer `start`; past the last one, the first tokens are those of `hidden`.
+        """
+        last = len(self.layer) - 1
+        hidden = self(hidden, core, start, last)
         one, queries = core.first(hidden)
-        first: Tensor = self.layer[-1](hidden, one, queries)
+        first: Tensor = queries if start > last else self.layer[last](hidden, one, queries)
         return first
 
 

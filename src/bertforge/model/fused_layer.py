@@ -35,6 +35,7 @@ from bertforge.kernels.attention import Bounds
 from bertforge.kernels.fp8 import E4M3, Fp8Rows, Fp8Weight
 
 NAMES = ("query", "key", "value", "attention.output", "attention.norm", "intermediate", "output", "norm")
+NORMS = (8, 9, 14, 15)  # places of the LayerNorms among the weights: they work in float32 and are not rounded
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ class FrozenCasts:
         self._held: dict[tuple[int, str], tuple[Callable[[], Tensor | None], tuple[Any, ...], Any]] = {}
 
     def __call__(self, place: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """`weight` in `dtype` if it is frozen, as it is otherwise; `place` names it within the layer."""
-        if weight.dtype == dtype or weight.requires_grad:
+        """`weight` in `dtype` if it is frozen, as it is otherwise; `place` is that among the layer's weights."""
+        if weight.dtype == dtype or weight.requires_grad or place in NORMS:
             return weight
         copied: Tensor = self._made((place, "cast"), weight, dtype, lambda: weight.detach().to(dtype))
         return copied
@@ -119,7 +120,8 @@ class _FusedLayer(torch.autograd.Function):
         from bertforge.kernels import attention_triton
         from bertforge.kernels.layer_norm_triton import Norm, residual_layer_norm
 
-        wq, bq, wk, bk, wv, bv, wo, bo, g1, c1, wi, bi, wd, bd, g2, c2 = (w.to(hidden.dtype) for w in weights)
+        halves = (w if place in NORMS else w.to(hidden.dtype) for place, w in enumerate(weights))
+        wq, bq, wk, bk, wv, bv, wo, bo, g1, c1, wi, bi, wd, bd, g2, c2 = halves
         needs, width = ctx.needs_input_grad[4:], hidden.shape[1]
         joined, shift = torch.cat([wq, wk, wv]), torch.cat([bq, bk, bv])  # [3 * hidden, hidden], [3 * hidden]
         if queries is None:
@@ -133,8 +135,8 @@ class _FusedLayer(torch.autograd.Function):
         seeds = torch.zeros(2, dtype=torch.int32, device=hidden.device)
         if settings.dropout_p:
             seeds.random_()
-        first = Norm(g1, c1, settings.eps, settings.dropout_p, seeds[:1], settings.keep and any(needs[8:10]))
-        second = Norm(g2, c2, settings.eps, settings.dropout_p, seeds[1:], settings.keep and any(needs[14:16]))
+        first = Norm(g1, c1, settings.eps, settings.dropout_p, seeds[:1], settings.keep and any(needs[7:10]))
+        second = Norm(g2, c2, settings.eps, settings.dropout_p, seeds[1:], settings.keep and any(needs[13:16]))
         residual = hidden if queries is None else queries
         copied = torch.empty_like(residual, dtype=E4M3) if settings.fp8 else None
         y1, kept1 = residual_layer_norm(F.linear(o.flatten(1), wo, bo), residual, first, fp8=copied)
@@ -159,8 +161,8 @@ class _FusedLayer(torch.autograd.Function):
 
         kept = y1, slope, activated, y2, kept2, wi, wd
         dy1, addend = _feed_forward_backward(grads[0].contiguous(), kept, ctx, found)  # [queries, hidden]
-        ds, da, found[8], found[9] = residual_layer_norm_backward(dy1, y1, kept1, first, addend=addend)
-        found[6], found[7] = _product(da, o.flatten(1), needs[6]), _column_sums(da, needs[7])
+        ds, da, sums = residual_layer_norm_backward(dy1, y1, kept1, first, addend=addend)
+        found[6:10] = _product(da, o.flatten(1)) if needs[6] else None, sums.x, sums.weight, sums.bias
         do = (da @ wo).view(-1, *settings.heads)  # [queries, heads, head_dim]
         needs_hidden = ctx.needs_input_grad[0]
         if queries is None:
@@ -174,12 +176,19 @@ class _FusedLayer(torch.autograd.Function):
             attention_triton.backward(do, (q, k, v, bounds), (o, lse), (dq, dk, dv))
             dqueries = ds.addmm_(dq.flatten(1), joined[: hidden.shape[1]])  # [queries, hidden]
             dhidden = parts.flatten(1) @ joined[hidden.shape[1] :] if needs_hidden else None  # [tokens, hidden]
-        asked = hidden if queries is None else queries
-        for place, (grad, x) in enumerate(((dq, asked), (dk, hidden), (dv, hidden))):
-            flat = grad.flatten(1)  # [queries or tokens, hidden]
-            found[2 * place] = _product(flat, x, needs[2 * place])
-            found[2 * place + 1] = _column_sums(flat, needs[2 * place + 1])
-        own = (None if g is None else g.to(dtype) for g, dtype in zip(found, dtypes, strict=True))
+        if queries is None and all(needs[:6]):
+            found[0:6:2] = _product(parts.flatten(1), hidden).chunk(3)
+            found[1:6:2] = parts.flatten(1).sum(0, dtype=torch.float32).chunk(3)
+        else:
+            asked = hidden if queries is None else queries
+            for place, (grad, x) in enumerate(((dq, asked), (dk, hidden), (dv, hidden))):
+                flat = grad.flatten(1)  # [queries or tokens, hidden]
+                found[2 * place] = _product(flat, x) if needs[2 * place] else None
+                found[2 * place + 1] = flat.sum(0, dtype=torch.float32) if needs[2 * place + 1] else None
+        own = (
+            g.to(dtype) if needed and g is not None else None
+            for g, dtype, needed in zip(found, dtypes, needs, strict=True)
+        )
         return dhidden, dqueries, None, None, *own
 
 
@@ -212,22 +221,19 @@ def _feed_forward_backward(
     needs = ctx.needs_input_grad[4:]
     if weights := settings.fp8:
         rows = Fp8Rows.empty(y2)
-        dy1, _, found[14], found[15] = residual_layer_norm_backward(grad, y2, kept2, second, fp8=rows)
+        dy1, _, sums = residual_layer_norm_backward(grad, y2, kept2, second, fp8=rows)
+        found[14:] = sums.weight, sums.bias
         du = linear_gelu_fp8_backward(rows, weights.output, slope)  # [queries, intermediate]
         return dy1, (fp8.linear_backward(du, weights.output.growth, weights.intermediate, y1.dtype), rows.scale)
     # Without dropout a norm's two gradients are one tensor: the branch's is read before the residual's is added to.
-    dy1, dd, found[14], found[15] = residual_layer_norm_backward(grad, y2, kept2, second)
-    found[12], found[13] = _product(dd, activated, needs[12]), _column_sums(dd, needs[13])
-    du = linear_gelu_backward(dd, wd, slope)  # [queries, intermediate]
-    found[10], found[11] = _product(du, y1, needs[10]), _column_sums(du, needs[11])
+    dy1, dd, sums = residual_layer_norm_backward(grad, y2, kept2, second)
+    found[12:] = _product(dd, activated) if needs[12] else None, sums.x, sums.weight, sums.bias
+    du, found[11] = linear_gelu_backward(dd, wd, slope, sums=needs[11])  # [queries, intermediate]
+    found[10] = _product(du, y1) if needs[10] else None
     return dy1.addmm_(du, wi), None
 
 
-def _product(grad: Tensor, x: Tensor, wanted: bool) -> Tensor | None:
+def _product(grad: Tensor, x: Tensor) -> Tensor:
     """A weight's gradient `[out, in]`, from that of its output `[rows, out]` and its input `[rows, in]`."""
-    return grad.T @ x if wanted else None
-
-
-def _column_sums(grad: Tensor, wanted: bool) -> Tensor | None:
-    """A bias's gradient `[out]`, in float32."""
-    return grad.sum(0, dtype=torch.float32) if wanted else None
+    # On CUDA in float32, as it is summed up; rounded to half precision it would be turned into float32 right after.
+    return torch.mm(grad.T, x, out_dtype=torch.float32) if grad.is_cuda else grad.T @ x

@@ -81,6 +81,9 @@ class Recipe:
     """Seeds new weights, dropout and the order of rows."""
     checkpoint_seconds: float = 60
     """The most work, in seconds, that a crash can lose."""
+    prefix_cache_gb: float | None = None
+    """GB of frozen layers' output that may be kept from epoch to epoch; 0 keeps none. None takes what it needs, up to
+    half of what is free on the GPU, then in host memory, then on the disk of the run's folder."""
     lora: LoraRecipe | None = None
     """None trains every weight."""
     tabular: TabularSpec | None = None
@@ -103,6 +106,8 @@ class Recipe:
         for name in ("head_lr", "weight_decay", "seed", "checkpoint_seconds"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"{name}={getattr(self, name)} must not be below 0")
+        if self.prefix_cache_gb is not None and self.prefix_cache_gb < 0:
+            raise UsageError(f"prefix_cache_gb={self.prefix_cache_gb} must not be below 0; 0 keeps nothing")
         if self.max_length < 3:
             raise UsageError(f"max_length={self.max_length} leaves no token between [CLS] and [SEP]; use 3 or more")
 
