@@ -5,7 +5,8 @@
 BERT-base with random weights: speed does not depend on what they are. bertforge runs its own `Trainer` for three epochs
 of the train rows, so what is timed is what `bertforge train` does, loading and packing included; validation and the
 recording of the CUDA graph are not. transformers runs as many steps as fit in some seconds, on batches that lie on the
-GPU already. Both use bfloat16 autocast, AdamW and clipping. Each figure is a median, with its lowest and highest.
+GPU already. Both use bfloat16 autocast, AdamW and clipping; "-fp8" is bertforge with precision=fp8. Each figure is a
+median, with its lowest and highest.
 
 TFLOP/s counts the products that the variant needs for real tokens when the last layer computes first tokens only, for
 every system alike; the ceiling is a product of 8,192-cubed bfloat16 matrices in the same run.
@@ -47,7 +48,12 @@ from record import record
 
 SEED = 42
 QUESTIONS = 112_217  # an epoch of the study
-VARIANTS = {"lora-r8": "lora-r8", "lora-r8-last-4": "lora-r8-last-4", "full": "bert-base"}  # name -> recipe
+VARIANTS = {  # name -> recipe, precision
+    "lora-r8": ("lora-r8", "bf16"),
+    "lora-r8-fp8": ("lora-r8", "fp8"),
+    "lora-r8-last-4": ("lora-r8-last-4", "bf16"),
+    "full": ("bert-base", "bf16"),
+}
 EPOCHS = 3
 WARM_UP = 12  # steps
 FAMILIES = {  # name -> pattern of kernels' names
@@ -96,7 +102,8 @@ def main() -> None:
             torch._dynamo.reset()
         for row in found:
             rate = row["questions_per_s"]
-            row |= {"system": name[0], "variant": name[1], "model": "bert-base, random weights", "precision": "bf16"}
+            row |= {"system": name[0], "variant": name[1], "model": "bert-base, random weights"}
+            row["precision"] = VARIANTS[name[1]][1]
             row["seconds_per_112217"] = QUESTIONS / rate
             row["tflops"] = rate * operations(name[1], row["part"], examples.lengths(train)) * 1e-12
             row["share_of_ceiling"] = row["tflops"] * 1e12 / ceiling
@@ -129,7 +136,8 @@ def ours(split: Split, tokens: int) -> dict[tuple[str, str], Callable[[], list[d
 
 def train(variant: str, split: Split, tokens: int) -> list[dict[str, Any]]:
     """Rows for the first epoch and, where they differ, the later ones."""
-    recipe = load_recipe(VARIANTS[variant]).with_settings(
+    name, precision = VARIANTS[variant]
+    recipe = load_recipe(name).with_settings(
         [f"tokens_per_step={tokens}", f"epochs={EPOCHS}", f"patience={EPOCHS}", "checkpoint_seconds=1e9"]
     )
     model = BertForSequenceClassification.from_config(
@@ -141,7 +149,7 @@ def train(variant: str, split: Split, tokens: int) -> list[dict[str, Any]]:
     marks: list[tuple[int, float, int]] = []  # epoch, time, questions of the epoch so far
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(model, split, recipe, Path(folder), "bf16")
+        trainer = Trainer(model, split, recipe, Path(folder), precision)
 
         def show(progress: Any, sequences: int, loss: float) -> None:
             step, last = progress.step_in_epoch, len(trainer.plans[progress.epoch])
@@ -212,7 +220,7 @@ def theirs(split: Split) -> dict[tuple[str, str], Callable[[], list[dict[str, An
     """The peer's runs: as tutorials have it, and with all that makes it faster."""
     found: dict[tuple[str, str], Callable[[], list[dict[str, Any]]]] = {}
     found["transformers + PEFT, padded to 512", "lora-r8"] = lambda: peer(split, "lora-r8", 32, padded=True)
-    for variant in VARIANTS:
+    for variant in (name for name, (_, precision) in VARIANTS.items() if precision == "bf16"):
         found["transformers + PEFT, by length", variant] = lambda v=variant: peer(split, v, 128)
         found["transformers + PEFT, by length, torch.compile", variant] = lambda v=variant: peer(
             split, v, 128, compiled=True

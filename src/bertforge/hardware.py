@@ -13,6 +13,7 @@ import torch
 from bertforge.errors import MachineError
 
 PRECISIONS = ("auto", "fp32", "bf16")
+TRAINING_PRECISIONS = (*PRECISIONS, "fp8")
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,27 @@ def choose_precision(hardware: Hardware, wanted: str = "auto") -> str:
     return "bf16" if _product_seconds(torch.bfloat16) < 0.8 * _product_seconds(torch.float32) else "fp32"
 
 
+def choose_training_precision(hardware: Hardware, wanted: str = "auto") -> str:
+    """As `choose_precision`, or `fp8`, which training alone knows: bf16, and a frozen feed-forward's products in e4m3.
+
+    Raises MachineError for a precision that the device lacks.
+    """
+    if wanted != "fp8":
+        return choose_precision(hardware, wanted)
+    if hardware.capability is None or hardware.capability < (8, 9):
+        raise MachineError(
+            f"precision=fp8, but {hardware.name} has no FP8 arithmetic (NVIDIA GPUs have it from compute capability "
+            "8.9 on: Ada, Hopper); set precision=auto"
+        )
+    return wanted
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which a model computes in `precision`; its weights keep their own type."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    """The context in which a model computes in `precision`; its weights keep their own type.
+
+    For fp8 that is bf16: what is in 8 bits, the model knows (`model.encoder.multiply_in_fp8`).
+    """
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision != "fp32")
 
 
 def free_host_bytes() -> int:

@@ -89,7 +89,7 @@ def test_a_setting_may_open_a_section():
         ("seed=-1", "seed=-1 must not be below 0"),
         ("prefix_cache_gb=-1", "prefix_cache_gb=-1.0 must not be below 0; 0 keeps nothing"),
         ("prefix_cache_gb=much", "prefix_cache_gb='much' should be float"),
-        ("precision=fp64", "precision='fp64' is not one of auto, fp32, bf16"),
+        ("precision=fp64", "precision='fp64' is not one of auto, fp32, bf16, fp8"),
         ("class_weights=heavy", "class_weights='heavy' is not one of none, balanced"),
         ("label_smoothing=1", "are shares between 0 and 1"),
         ("max_length=2", "max_length=2 leaves no token between"),

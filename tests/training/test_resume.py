@@ -293,7 +293,7 @@ def test_a_resumed_run_keeps_the_precision_that_auto_chose(tmp_path, data, base,
         wanted.append(asked)
         return "fp32" if asked == "auto" else asked
 
-    monkeypatch.setattr(module, "choose_precision", choose)
+    monkeypatch.setattr(module, "choose_training_precision", choose)
     with pytest.raises(CrashError):
         finetune(data, out, recipe, show=crash_after(2))
     manifest = finetune(data, out, recipe, resume=True)

@@ -11,6 +11,11 @@ of their own. Written out,
   GELU's slopes in 8 bits, 12 KB a token at a width of 768;
 - a frozen weight costs no product, and a layer whose input needs no gradient stops there.
 
+With `Settings.fp8` the four products of a frozen feed-forward are those of e4m3 numbers (kernels/fp8.py), two thirds of
+what a layer multiplies with weights. Query, key and value are trained through, and for attention's output the product
+saves no more than converting what attention gives would cost. The sum of two gradients after such a product is taken
+where LayerNorm's backward reads them.
+
 With `queries` the layer is computed for these tokens alone, as the last layer is: a classifier reads first tokens only.
 """
 
@@ -25,10 +30,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bertforge.kernels import fp8
 from bertforge.kernels.attention import Bounds
+from bertforge.kernels.fp8 import E4M3, Fp8Rows, Fp8Weight
 
 NAMES = ("query", "key", "value", "attention.output", "attention.norm", "intermediate", "output", "norm")
 NORMS = (8, 9, 14, 15)  # places of the LayerNorms among the weights: they work in float32 and are not rounded
+
+
+@dataclass(frozen=True)
+class Fp8Weights:
+    """The products that are in e4m3."""
+
+    intermediate: Fp8Weight
+    """[intermediate, hidden]."""
+    output: Fp8Weight
+    """[hidden, intermediate]."""
+
+
+FP8_PLACES = (10, 12)  # of these weights among those of NAMES
 
 
 @dataclass(frozen=True)
@@ -43,6 +63,8 @@ class Settings:
     """Of both residual branches; 0 in evaluation."""
     keep: bool
     """Backward will follow."""
+    fp8: Fp8Weights | None = None
+    """Copies of the frozen weights whose products are in e4m3; their biases are frozen too."""
 
 
 def fused_layer(
@@ -57,21 +79,30 @@ def fused_layer(
 
 
 class FrozenCasts:
-    """Half-precision copies of a layer's frozen weights, made once and not at each step."""
+    """Copies of a layer's frozen weights in other types, made once and not at each step."""
 
     def __init__(self) -> None:
-        self._held: dict[int, tuple[Callable[[], Tensor | None], tuple[int, int, torch.dtype], Tensor]] = {}
+        self._held: dict[tuple[int, str], tuple[Callable[[], Tensor | None], tuple[Any, ...], Any]] = {}
 
     def __call__(self, place: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """`weight` in `dtype` if it is frozen, as it is otherwise; `place` is that among the layer's weights."""
         if weight.dtype == dtype or weight.requires_grad or place in NORMS:
             return weight
+        copied: Tensor = self._made((place, "cast"), weight, dtype, lambda: weight.detach().to(dtype))
+        return copied
+
+    def fp8(self, place: int, weight: Tensor) -> Fp8Weight:
+        """A frozen `weight` for products in e4m3."""
+        copied: Fp8Weight = self._made((place, "fp8"), weight, E4M3, lambda: Fp8Weight.of(weight))
+        return copied
+
+    def _made(self, key: tuple[int, str], weight: Tensor, dtype: torch.dtype, make: Callable[[], Any]) -> Any:
         state = (weight._version, weight.data_ptr(), dtype)
-        whose, when, copied = self._held.get(place, (lambda: None, None, weight))
+        whose, when, copied = self._held.get(key, (lambda: None, None, weight))
         if whose() is not weight or when != state:
             with torch.inference_mode(False), torch.no_grad():  # it may serve training later
-                copied = weight.detach().to(dtype)
-            self._held[place] = weakref.ref(weight), state, copied
+                copied = make()
+            self._held[key] = weakref.ref(weight), state, copied
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenCasts:
@@ -88,7 +119,6 @@ class _FusedLayer(torch.autograd.Function):
     ) -> Tensor:
         from bertforge.kernels import attention_triton
         from bertforge.kernels.layer_norm_triton import Norm, residual_layer_norm
-        from bertforge.kernels.linear_gelu_triton import linear_gelu
 
         halves = (w if place in NORMS else w.to(hidden.dtype) for place, w in enumerate(weights))
         wq, bq, wk, bk, wv, bv, wo, bo, g1, c1, wi, bi, wd, bd, g2, c2 = halves
@@ -108,9 +138,10 @@ class _FusedLayer(torch.autograd.Function):
         first = Norm(g1, c1, settings.eps, settings.dropout_p, seeds[:1], settings.keep and any(needs[7:10]))
         second = Norm(g2, c2, settings.eps, settings.dropout_p, seeds[1:], settings.keep and any(needs[13:16]))
         residual = hidden if queries is None else queries
-        y1, kept1 = residual_layer_norm(F.linear(o.flatten(1), wo, bo), residual, first)
-        activated, slope = linear_gelu(y1, wi, bi, keep=settings.keep)  # [queries, intermediate]
-        y2, kept2 = residual_layer_norm(F.linear(activated, wd, bd), y1, second)
+        copied = torch.empty_like(residual, dtype=E4M3) if settings.fp8 else None
+        y1, kept1 = residual_layer_norm(F.linear(o.flatten(1), wo, bo), residual, first, fp8=copied)
+        fed, activated, slope = _feed_forward(y1 if copied is None else copied, (wi, bi, wd, bd), settings)
+        y2, kept2 = residual_layer_norm(fed, y1, second)
         if settings.keep:
             between = slope, activated if needs[12] else None
             ctx.save_for_backward(hidden, queries, q, k, v, o, lse, y1, kept1, *between, y2, kept2, joined, wo, wi, wd)
@@ -121,23 +152,16 @@ class _FusedLayer(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from bertforge.kernels import attention_triton
         from bertforge.kernels.layer_norm_triton import residual_layer_norm_backward
-        from bertforge.kernels.linear_gelu_triton import linear_gelu_backward
 
         hidden, queries, q, k, v, o, lse, y1, kept1, slope, activated, y2, kept2, *products = ctx.saved_tensors
         joined, wo, wi, wd = products
-        bounds, settings, first, second, dtypes = ctx.rest
+        bounds, settings, first, _, dtypes = ctx.rest
         needs = ctx.needs_input_grad[4:]
         found: list[Tensor | None] = [None] * len(dtypes)
 
-        # Without dropout a norm's two gradients are one tensor: the branch's is read before the residual's is added to.
-        dy1, dd, sums = residual_layer_norm_backward(grads[0].contiguous(), y2, kept2, second)
-        found[12:] = _product(dd, activated) if needs[12] else None, sums.x, sums.weight, sums.bias
-        du, found[11] = linear_gelu_backward(dd, wd, slope, sums=needs[11])  # [queries, intermediate]
-        found[10] = _product(du, y1) if needs[10] else None
-        dy1.addmm_(du, wi)  # [queries, hidden]
-        del du, dd
-
-        ds, da, sums = residual_layer_norm_backward(dy1, y1, kept1, first)
+        kept = y1, slope, activated, y2, kept2, wi, wd
+        dy1, addend = _feed_forward_backward(grads[0].contiguous(), kept, ctx, found)  # [queries, hidden]
+        ds, da, sums = residual_layer_norm_backward(dy1, y1, kept1, first, addend=addend)
         found[6:10] = _product(da, o.flatten(1)) if needs[6] else None, sums.x, sums.weight, sums.bias
         do = (da @ wo).view(-1, *settings.heads)  # [queries, heads, head_dim]
         needs_hidden = ctx.needs_input_grad[0]
@@ -166,6 +190,47 @@ class _FusedLayer(torch.autograd.Function):
             for g, dtype, needed in zip(found, dtypes, needs, strict=True)
         )
         return dhidden, dqueries, None, None, *own
+
+
+def _feed_forward(
+    x: Tensor, weights: tuple[Tensor, ...], settings: Settings
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The branch's result `[rows, hidden]`; the activations `[rows, intermediate]`, none from e4m3; GELU's slopes."""
+    from bertforge.kernels.linear_gelu_triton import linear_gelu, linear_gelu_fp8
+
+    wi, bi, wd, bd = weights
+    if settings.fp8:
+        short, slope = linear_gelu_fp8(x, settings.fp8.intermediate, bi, keep=settings.keep)
+        return fp8.linear(short, settings.fp8.output, bd), None, slope
+    activated, slope = linear_gelu(x, wi, bi, keep=settings.keep)
+    return F.linear(activated, wd, bd), activated, slope
+
+
+def _feed_forward_backward(
+    grad: Tensor, kept: tuple[Tensor, ...], ctx: Any, found: list[Tensor | None]
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """From the layer's result to the feed-forward's input: its gradient, and in e4m3 an addend and its rows' scales.
+
+    Those of weights and biases are put into `found`.
+    """
+    from bertforge.kernels.layer_norm_triton import residual_layer_norm_backward
+    from bertforge.kernels.linear_gelu_triton import linear_gelu_backward, linear_gelu_fp8_backward
+
+    y1, slope, activated, y2, kept2, wi, wd = kept
+    _, settings, _, second, _ = ctx.rest
+    needs = ctx.needs_input_grad[4:]
+    if weights := settings.fp8:
+        rows = Fp8Rows.empty(y2)
+        dy1, _, sums = residual_layer_norm_backward(grad, y2, kept2, second, fp8=rows)
+        found[14:] = sums.weight, sums.bias
+        du = linear_gelu_fp8_backward(rows, weights.output, slope)  # [queries, intermediate]
+        return dy1, (fp8.linear_backward(du, weights.output.growth, weights.intermediate, y1.dtype), rows.scale)
+    # Without dropout a norm's two gradients are one tensor: the branch's is read before the residual's is added to.
+    dy1, dd, sums = residual_layer_norm_backward(grad, y2, kept2, second)
+    found[12:] = _product(dd, activated) if needs[12] else None, sums.x, sums.weight, sums.bias
+    du, found[11] = linear_gelu_backward(dd, wd, slope, sums=needs[11])  # [queries, intermediate]
+    found[10] = _product(du, y1) if needs[10] else None
+    return dy1.addmm_(du, wi), None
 
 
 def _product(grad: Tensor, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any, Self, get_args, get_type_hints
 
 from bertforge.data.tabular import TabularSpec
 from bertforge.errors import UsageError
-from bertforge.hardware import PRECISIONS
+from bertforge.hardware import TRAINING_PRECISIONS
 from bertforge.lora.config import LoraConfig
 
 
@@ -75,7 +75,8 @@ class Recipe:
     label_smoothing: float = 0.0
     """Probability taken from the true class and spread over all (Szegedy et al. 2015, section 7)."""
     precision: str = "auto"
-    """fp32, bf16 (autocast; weights stay fp32), or auto: bf16 where the hardware is faster at it."""
+    """fp32; bf16 (autocast; weights stay fp32); fp8: bf16, and a frozen feed-forward's products in 8 bits, on NVIDIA
+    GPUs of compute capability 8.9 and later; or auto: bf16 where the hardware is faster at it."""
     seed: int = 42
     """Seeds new weights, dropout and the order of rows."""
     checkpoint_seconds: float = 60
@@ -91,7 +92,7 @@ class Recipe:
     def __post_init__(self) -> None:
         choices = {
             "class_weights": ("none", "balanced"),
-            "precision": PRECISIONS,
+            "precision": TRAINING_PRECISIONS,
             "split": ("random", "time"),
         }
         for name, allowed in choices.items():

@@ -24,7 +24,7 @@ from bertforge.data.loader import spread
 from bertforge.data.prepared import PreparedData
 from bertforge.determinism import seed_everything
 from bertforge.evaluation.logits import TOKENS_PER_PACK, predict_logits
-from bertforge.hardware import choose_precision, detect
+from bertforge.hardware import choose_training_precision, detect
 from bertforge.model.config import BertConfig
 from bertforge.models import resolve
 from bertforge.training.checkpoint import Progress, trainable
@@ -76,17 +76,20 @@ def estimate(
     """Measures full fine-tuning, `lora-r8` and `lora-r8-last-4` with the rest of `recipe`; JSON-ready.
 
     A recipe with another [lora] section is measured too. A variant that does not fit the model or the memory has a row
-    that says so; for everything else it raises what `assemble` and `choose_precision` raise.
+    that says so; for everything else it raises what `assemble` and `choose_training_precision` raise.
     """
     prepared, hardware = PreparedData.open(data), detect()
     layers = BertConfig.load(resolve(recipe.model)).num_hidden_layers
-    precision = choose_precision(hardware, recipe.precision)
+    precision = choose_training_precision(hardware, recipe.precision)
     rehearsal = _Rehearsal(prepared, hardware.device, precision, seconds or SECONDS, say)
     rows = []
     for name, lora in _variants(recipe).items():
         row: dict[str, Any] = {"variant": name}
         if lora and lora.last_layers > layers:
             rows.append(row | {"missing": f"the model has {layers} layers, fewer than {lora.last_layers}"})
+            continue
+        if lora is None and precision == "fp8":
+            rows.append(row | {"missing": "it trains the feed-forward, which precision=fp8 wants frozen"})
             continue
         try:
             found = rehearsal.measure(replace(recipe, name=name, lora=lora))

@@ -26,7 +26,7 @@ from bertforge.data.tokens import Tokenizer
 from bertforge.determinism import branch, seed_everything
 from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.evaluation.golden import GoldenRows
-from bertforge.hardware import Hardware, choose_precision, detect
+from bertforge.hardware import Hardware, choose_training_precision, detect
 from bertforge.lora.adapter_io import save_adapter
 from bertforge.lora.config import LoraConfig
 from bertforge.lora.inject import inject_lora
@@ -143,7 +143,7 @@ def _start(data: Path, out: Path, recipe: Recipe, resume: bool, world: World) ->
         if world.first:
             # "auto" may measure something else on another day, so a resumed run keeps what it began with.
             wanted = _read_running(out / RUNNING, identity) if resume else recipe.precision
-            precision = choose_precision(hardware, wanted)
+            precision = choose_training_precision(hardware, wanted)
         if world.first and world.size > 1:
             prepared.tokens(Tokenizer.load(resolve(recipe.model)))  # the others find the table tokenized
     for what in ("data", "device", "base weights"):
@@ -151,7 +151,7 @@ def _start(data: Path, out: Path, recipe: Recipe, resume: bool, world: World) ->
     precision = world.texts(precision)[0]
     with world.together():
         if not world.first:
-            choose_precision(hardware, precision)
+            choose_training_precision(hardware, precision)
         seed_everything(recipe.seed)
         run = assemble(prepared, recipe, hardware.device)
         trainer = Trainer(run.model, run.split, recipe, out, precision, world=world)

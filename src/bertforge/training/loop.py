@@ -29,6 +29,7 @@ from bertforge.data.packing import shares
 from bertforge.errors import ArtifactError, DataError
 from bertforge.evaluation.logits import predict_logits
 from bertforge.model.classifier import BertForSequenceClassification
+from bertforge.model.encoder import multiply_in_fp8
 from bertforge.training import checkpoint
 from bertforge.training.checkpoint import Progress
 from bertforge.training.config import Recipe
@@ -66,6 +67,8 @@ class Trainer:
         self.precision = precision
         self.world = world
         self.device = next(model.parameters()).device
+        if precision == "fp8":
+            multiply_in_fp8(model)
         self.optimizer = make_optimizer(model, recipe)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.progress = Progress()
@@ -83,7 +86,7 @@ class Trainer:
             world,
         )
         # In float32, attention on a GPU reads the sequences' lengths back, which no graph can record.
-        graphed = self.device.type == "cuda" and precision == "bf16" and not eager
+        graphed = self.device.type == "cuda" and precision != "fp32" and not eager
         self.step = GraphedStep(step) if graphed else step
         dealt = ([share for rows in plan for share in split.examples.shares(rows, world.size)] for plan in self.plans)
         self.shape = PackShape.of(dealt, split.examples)
