@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bertforge.kernels.layer_norm import Norm
+
 SMALLEST = tl.constexpr(1e-3)  # weights of a frozen norm below this pass nothing back
 
 
@@ -39,23 +41,6 @@ class Tiling:
 FORWARD = Tiling(4, 4)
 BACKWARD = Tiling(4, 4)
 PROGRAMS = 528  # backward: four for each multiprocessor of an H100
-
-
-@dataclass(frozen=True)
-class Norm:
-    """What a LayerNorm of `hidden` columns is made of, and the dropout before it."""
-
-    weight: Tensor
-    """[hidden]."""
-    bias: Tensor
-    """[hidden]."""
-    eps: float
-    dropout_p: float
-    """0 for none."""
-    seed: Tensor
-    """[1] int32, on the device, so that a CUDA graph draws anew at each replay; not read without dropout."""
-    trained: bool
-    """Weight and bias get gradients."""
 
 
 @triton.jit
@@ -144,7 +129,9 @@ def _norm_backward(
         tl.store(bias_grads + tl.program_id(0) * WIDTH + columns, db, mask=columns < WIDTH)
 
 
-def residual_layer_norm(x: Tensor, residual: Tensor, norm: Norm, tiling: Tiling = FORWARD) -> tuple[Tensor, Tensor]:
+def residual_layer_norm(
+    x: Tensor, residual: Tensor, norm: Norm, tiling: Tiling = FORWARD
+) -> tuple[Tensor, tuple[Tensor]]:
     """LayerNorm(residual + dropout(x)), shaped and typed as `x` `[tokens, hidden]`, and what backward needs of it.
 
     That is the sum `[tokens, hidden]` when `norm` is trained, else 1 / deviation `[tokens]` float32.
@@ -158,11 +145,11 @@ def residual_layer_norm(x: Tensor, residual: Tensor, norm: Norm, tiling: Tiling 
             WIDTH=width, COLUMNS=triton.next_power_of_2(width), ROWS=tiling.rows,
             DROPOUT=norm.dropout_p > 0, TRAINED=norm.trained, num_warps=tiling.warps,
         )  # fmt: skip
-    return output, kept
+    return output, (kept,)
 
 
 def residual_layer_norm_backward(
-    grad: Tensor, output: Tensor, kept: Tensor, norm: Norm, tiling: Tiling = BACKWARD
+    grad: Tensor, output: Tensor, kept: tuple[Tensor], norm: Norm, tiling: Tiling = BACKWARD
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of `residual`, of `x`, of weight and of bias; `output` and `kept` are the forward pass's.
 
@@ -175,7 +162,7 @@ def residual_layer_norm_backward(
     parts = torch.empty(2, programs if norm.trained else 0, width, dtype=torch.float32, device=output.device)
     with torch.cuda.device_of(output):
         _norm_backward[(programs,)](
-            output, kept, norm.weight, norm.bias, norm.seed, grad, sum_grad, x_grad, *parts,
+            output, *kept, norm.weight, norm.bias, norm.seed, grad, sum_grad, x_grad, *parts,
             tokens, norm.eps, *_dropout(norm),
             WIDTH=width, COLUMNS=triton.next_power_of_2(width), ROWS=tiling.rows,
             DROPOUT=norm.dropout_p > 0, TRAINED=norm.trained, num_warps=tiling.warps,

@@ -80,19 +80,20 @@ class BertLayer(nn.Module):
             config.layer_norm_eps,
             config.hidden_dropout_prob if self.training else 0.0,
             torch.is_grad_enabled(),
+            self.output.LayerNorm.weight.is_cuda,
         )
 
     def _fused_dtype(self, hidden: Tensor) -> torch.dtype | None:
         """The type the fused layer would compute in; None where it does not reach."""
-        config = self.config
-        if not hidden.is_cuda or config.head_dim not in TRITON_HEAD_DIMS or config.hidden_act != "gelu":
+        config, device = self.config, hidden.device.type
+        if config.hidden_act != "gelu" or (self.training and config.attention_probs_dropout_prob):
             return None
-        if config.hidden_size % 16 or config.intermediate_size % 16:
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        if device == "cpu":
+            return dtype if dtype is torch.bfloat16 else None
+        if config.head_dim not in TRITON_HEAD_DIMS or config.hidden_size % 16 or config.intermediate_size % 16:
             return None
-        if self.training and config.attention_probs_dropout_prob:
-            return None
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else hidden.dtype
-        return dtype if dtype in (torch.float16, torch.bfloat16) else None
+        return dtype if device == "cuda" and dtype in (torch.float16, torch.bfloat16) else None
 
 
 def _weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor] | None:

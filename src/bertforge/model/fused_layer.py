@@ -19,13 +19,16 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bertforge.kernels import attention_cpu, layer_norm, linear_gelu
 from bertforge.kernels.attention import Bounds
+from bertforge.kernels.layer_norm import Norm
 
 NAMES = ("query", "key", "value", "attention.output", "attention.norm", "intermediate", "output", "norm")
 
@@ -42,6 +45,8 @@ class Settings:
     """Of both residual branches; 0 in evaluation."""
     keep: bool
     """Backward will follow."""
+    triton: bool
+    """By Triton's kernels; else by torch's, on a CPU."""
 
 
 def fused_layer(
@@ -78,6 +83,15 @@ class FrozenCasts:
         return FrozenCasts()
 
 
+def _kernels(settings: Settings) -> tuple[ModuleType, ModuleType, ModuleType]:
+    """Attention, residual LayerNorm, linear GELU: two of each, with functions of the same names."""
+    if settings.triton:
+        from bertforge.kernels import attention_triton, layer_norm_triton, linear_gelu_triton
+
+        return attention_triton, layer_norm_triton, linear_gelu_triton
+    return attention_cpu, layer_norm, linear_gelu
+
+
 class _FusedLayer(torch.autograd.Function):
     """In `ctx.needs_input_grad[4:]` and what `backward` returns, weight and bias of NAMES[i] are at 2 i and 2 i + 1."""
 
@@ -85,10 +99,7 @@ class _FusedLayer(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, queries: Tensor | None, bounds: Bounds, settings: Settings, *weights: Tensor
     ) -> Tensor:
-        from bertforge.kernels import attention_triton
-        from bertforge.kernels.layer_norm_triton import Norm, residual_layer_norm
-        from bertforge.kernels.linear_gelu_triton import linear_gelu
-
+        attention, norms, gelu = _kernels(settings)
         wq, bq, wk, bk, wv, bv, wo, bo, g1, c1, wi, bi, wd, bd, g2, c2 = (w.to(hidden.dtype) for w in weights)
         needs, width = ctx.needs_input_grad[4:], hidden.shape[1]
         joined, shift = torch.cat([wq, wk, wv]), torch.cat([bq, bk, bv])  # [3 * hidden, hidden], [3 * hidden]
@@ -99,55 +110,53 @@ class _FusedLayer(torch.autograd.Function):
             q = F.linear(queries, joined[:width], shift[:width]).view(-1, *settings.heads)
             kv = F.linear(hidden, joined[width:], shift[width:])  # [tokens, 2 * hidden]
             k, v = kv.view(-1, 2, *settings.heads).unbind(1)  # [tokens, heads, head_dim]
-        o, lse = attention_triton.forward(q, k, v, bounds)  # [queries, heads, head_dim]
+        o, lse = attention.forward(q, k, v, bounds)  # [queries, heads, head_dim]
         seeds = torch.zeros(2, dtype=torch.int32, device=hidden.device)
         if settings.dropout_p:
             seeds.random_()
         first = Norm(g1, c1, settings.eps, settings.dropout_p, seeds[:1], settings.keep and any(needs[8:10]))
         second = Norm(g2, c2, settings.eps, settings.dropout_p, seeds[1:], settings.keep and any(needs[14:16]))
         residual = hidden if queries is None else queries
-        y1, kept1 = residual_layer_norm(F.linear(o.flatten(1), wo, bo), residual, first)
-        activated, slope = linear_gelu(y1, wi, bi, keep=settings.keep)  # [queries, intermediate]
-        y2, kept2 = residual_layer_norm(F.linear(activated, wd, bd), y1, second)
+        y1, kept1 = norms.residual_layer_norm(F.linear(o.flatten(1), wo, bo), residual, first)
+        activated, slope = gelu.linear_gelu(y1, wi, bi, keep=settings.keep)  # [queries, intermediate]
+        y2, kept2 = norms.residual_layer_norm(F.linear(activated, wd, bd), y1, second)
         if settings.keep:
             between = slope, activated if needs[12] else None
-            ctx.save_for_backward(hidden, queries, q, k, v, o, lse, y1, kept1, *between, y2, kept2, joined, wo, wi, wd)
+            products = joined, wo, wi, wd
+            ctx.save_for_backward(hidden, queries, q, k, v, o, lse, y1, *between, y2, *products, *kept1, *kept2)
             ctx.rest = bounds, settings, first, second, [w.dtype for w in weights]
         return y2
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from bertforge.kernels import attention_triton
-        from bertforge.kernels.layer_norm_triton import residual_layer_norm_backward
-        from bertforge.kernels.linear_gelu_triton import linear_gelu_backward
-
-        hidden, queries, q, k, v, o, lse, y1, kept1, slope, activated, y2, kept2, *products = ctx.saved_tensors
-        joined, wo, wi, wd = products
+        hidden, queries, q, k, v, o, lse, y1, slope, activated, y2, joined, wo, wi, wd, *kept = ctx.saved_tensors
+        kept1, kept2 = kept[: len(kept) // 2], kept[len(kept) // 2 :]
         bounds, settings, first, second, dtypes = ctx.rest
+        attention, norms, gelu = _kernels(settings)
         needs = ctx.needs_input_grad[4:]
         found: list[Tensor | None] = [None] * len(dtypes)
 
         # Without dropout a norm's two gradients are one tensor: the branch's is read before the residual's is added to.
-        dy1, dd, found[14], found[15] = residual_layer_norm_backward(grads[0].contiguous(), y2, kept2, second)
+        dy1, dd, found[14], found[15] = norms.residual_layer_norm_backward(grads[0].contiguous(), y2, kept2, second)
         found[12], found[13] = _product(dd, activated, needs[12]), _column_sums(dd, needs[13])
-        du = linear_gelu_backward(dd, wd, slope)  # [queries, intermediate]
+        du = gelu.linear_gelu_backward(dd, wd, slope)  # [queries, intermediate]
         found[10], found[11] = _product(du, y1, needs[10]), _column_sums(du, needs[11])
         dy1.addmm_(du, wi)  # [queries, hidden]
         del du, dd
 
-        ds, da, found[8], found[9] = residual_layer_norm_backward(dy1, y1, kept1, first)
+        ds, da, found[8], found[9] = norms.residual_layer_norm_backward(dy1, y1, kept1, first)
         found[6], found[7] = _product(da, o.flatten(1), needs[6]), _column_sums(da, needs[7])
         do = (da @ wo).view(-1, *settings.heads)  # [queries, heads, head_dim]
         needs_hidden = ctx.needs_input_grad[0]
         if queries is None:
             parts = q.new_empty(len(hidden), 3, *settings.heads)  # [tokens, 3, heads, head_dim]
             dq, dk, dv = parts.unbind(1)
-            attention_triton.backward(do, (q, k, v, bounds), (o, lse), (dq, dk, dv))
+            attention.backward(do, (q, k, v, bounds), (o, lse), (dq, dk, dv))
             dhidden, dqueries = ds.addmm_(parts.flatten(1), joined) if needs_hidden else None, None
         else:
             dq, parts = torch.empty_like(q), q.new_empty(len(hidden), 2, *settings.heads)
             dk, dv = parts.unbind(1)
-            attention_triton.backward(do, (q, k, v, bounds), (o, lse), (dq, dk, dv))
+            attention.backward(do, (q, k, v, bounds), (o, lse), (dq, dk, dv))
             dqueries = ds.addmm_(dq.flatten(1), joined[: hidden.shape[1]])  # [queries, hidden]
             dhidden = parts.flatten(1) @ joined[hidden.shape[1] :] if needs_hidden else None  # [tokens, hidden]
         asked = hidden if queries is None else queries

@@ -1,0 +1,21 @@
+"""GELU(x weight' + bias), the feed-forward's first half, in PyTorch; linear_gelu_triton.py is the same as one kernel."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """GELU(x weight' + bias) `[tokens, out]`, and what GELU read for `linear_gelu_backward`, None unless `keep`."""
+    raw = F.linear(x, weight, bias)  # [tokens, out]
+    return F.gelu(raw), raw if keep else None
+
+
+def linear_gelu_backward(grad: Tensor, weight: Tensor, raw: Tensor) -> Tensor:
+    """The gradient before GELU `[tokens, intermediate]`, from that of the layer after it, `[tokens, out]`.
+
+    `weight` is that layer's, `[out, intermediate]`.
+    """
+    return torch.ops.aten.gelu_backward(grad @ weight, raw)
