@@ -12,7 +12,6 @@ sequences up to 512 tokens share 16 shapes: the keys that fill up get no weight,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,12 +30,14 @@ def forward(query: Tensor, key: Tensor, value: Tensor, bounds: Bounds) -> tuple[
     """
     _, heads, dim = query.shape
     output = query.new_zeros(query.shape)
-    weights = query.new_empty(sum(s.size for s in _sequences(bounds, heads)))
-    for s in _sequences(bounds, heads):
+    sequences = _sequences(bounds, heads)
+    weights = query.new_empty(sum(s.size for s in sequences))
+    scratch = _scratch(weights, sequences)
+    for s in sequences:
         q, k, v = _heads_first(query[s.queries]), _heads_first(key[s.keys]), _heads_first(value[s.keys])
-        scores = _scaled_product(q, k.transpose(1, 2), dim)  # [heads, queries, keys], both filled up
+        own, scores = weights[s.begin :][: s.size].view(s.shape), scratch[: s.size].view(s.shape)
+        torch.baddbmm(scratch[:1], q, k.transpose(1, 2), beta=0, alpha=1 / math.sqrt(dim), out=scores)
         scores[:, :, s.keys.stop - s.keys.start :] = -math.inf
-        own = s.of(weights)
         torch._softmax(scores, -1, False, out=own)
         _write(torch.bmm(own, v), output[s.queries])
     return output, weights
@@ -58,12 +59,15 @@ def backward(
     _, heads, dim = query.shape
     if bounds.queries is not bounds.keys:
         query_grad.zero_()  # of queries that have no keys
-    for s in _sequences(bounds, heads):
+    sequences = _sequences(bounds, heads)
+    scratch = _scratch(results[1], sequences)
+    for s in sequences:
         q, k, v = _heads_first(query[s.queries]), _heads_first(key[s.keys]), _heads_first(value[s.keys])
-        do, weights = _heads_first(grad[s.queries]), s.of(results[1])
+        do, weights = _heads_first(grad[s.queries]), results[1][s.begin :][: s.size].view(s.shape)
         _write(torch.bmm(weights.transpose(1, 2), do), value_grad[s.keys])
-        weights_grad = torch.bmm(do, v.transpose(1, 2))  # [heads, queries, keys]
-        ds = torch._softmax_backward_data(weights_grad, weights, -1, weights.dtype)
+        ds = scratch[: s.size].view(s.shape)  # first the weights' gradient, then the scores'
+        torch.bmm(do, v.transpose(1, 2), out=ds)
+        torch._softmax_backward_data(ds, weights, -1, ds.dtype, grad_input=ds)
         _write(_scaled_product(ds, k, dim), query_grad[s.queries])
         _write(_scaled_product(ds.transpose(1, 2), q, dim), key_grad[s.keys])
 
@@ -82,18 +86,21 @@ class _Sequence:
     def size(self) -> int:
         return math.prod(self.shape)
 
-    def of(self, weights: Tensor) -> Tensor:
-        return weights[self.begin : self.begin + self.size].view(self.shape)
 
-
-def _sequences(bounds: Bounds, heads: int) -> Iterator[_Sequence]:
+def _sequences(bounds: Bounds, heads: int) -> list[_Sequence]:
     """Those that are not empty."""
-    queries, keys, begin = bounds.queries.tolist(), bounds.keys.tolist(), 0
+    queries, keys = bounds.queries.tolist(), bounds.keys.tolist()
+    found, begin = [], 0
     for a, b, c, d in zip(queries, queries[1:], keys, keys[1:], strict=False):
         if a < b and c < d:
-            found = _Sequence(slice(a, b), slice(c, d), (heads, _filled(b - a), _filled(d - c)), begin)
-            begin += found.size
-            yield found
+            found.append(_Sequence(slice(a, b), slice(c, d), (heads, _filled(b - a), _filled(d - c)), begin))
+            begin += found[-1].size
+    return found
+
+
+def _scratch(like: Tensor, sequences: list[_Sequence]) -> Tensor:
+    """Room for the longest sequence's scores, reused by all: memory that stays in the cache."""
+    return like.new_empty(max((s.size for s in sequences), default=1))
 
 
 def _filled(length: int) -> int:

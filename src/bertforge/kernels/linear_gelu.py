@@ -1,4 +1,4 @@
-"""GELU(x weight' + bias), the feed-forward's first half, in PyTorch; linear_gelu_triton.py is the same as one kernel."""
+"""GELU(x weight' + bias), the feed-forward's first half, in PyTorch: what linear_gelu_triton.py is as one kernel."""
 
 from __future__ import annotations
 
@@ -18,4 +18,5 @@ def linear_gelu_backward(grad: Tensor, weight: Tensor, raw: Tensor) -> Tensor:
 
     `weight` is that layer's, `[out, intermediate]`.
     """
-    return torch.ops.aten.gelu_backward(grad @ weight, raw)
+    raw_grad: Tensor = torch.ops.aten.gelu_backward(grad @ weight, raw)
+    return raw_grad

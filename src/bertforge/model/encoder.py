@@ -1,6 +1,7 @@
 """The stack of BERT layers: attention, then a feed-forward of four times the width, each with a residual.
 
-A layer is its modules one after another, or on CUDA in half precision the same written out (fused_layer.py).
+A layer is its modules one after another, or in half precision, on CUDA and in training on a CPU, the same written out
+(fused_layer.py).
 """
 
 from __future__ import annotations
@@ -89,8 +90,8 @@ class BertLayer(nn.Module):
         if config.hidden_act != "gelu" or (self.training and config.attention_probs_dropout_prob):
             return None
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        if device == "cpu":
-            return dtype if dtype is torch.bfloat16 else None
+        if device == "cpu":  # without a backward pass torch's own attention is quicker, and with it the modules are
+            return dtype if dtype is torch.bfloat16 and torch.is_grad_enabled() else None
         if config.head_dim not in TRITON_HEAD_DIMS or config.hidden_size % 16 or config.intermediate_size % 16:
             return None
         return dtype if device == "cuda" and dtype in (torch.float16, torch.bfloat16) else None

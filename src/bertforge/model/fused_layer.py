@@ -1,4 +1,4 @@
-"""A BERT layer for half precision on CUDA, forward and backward written out by hand over packed tokens.
+"""A BERT layer for half precision, forward and backward written out by hand over packed tokens.
 
 It computes what the modules of `BertLayer` do. Autograd differentiates those one operator at a time: every sum of two
 gradients is a pass over all hidden states, every operator keeps its inputs, and query, key and value each have products
@@ -12,6 +12,10 @@ of their own. Written out,
 - a frozen weight costs no product, and a layer whose input needs no gradient stops there.
 
 With `queries` the layer is computed for these tokens alone, as the last layer is: a classifier reads first tokens only.
+
+On CUDA attention, dropout with LayerNorm and the product with GELU are Triton kernels. A CPU has no launches to save,
+but the same passes and casts: there they are torch's operators in bfloat16, and keep GELU's input and the softmax's
+weights instead of what would be worked out again.
 """
 
 from __future__ import annotations
@@ -119,6 +123,7 @@ class _FusedLayer(torch.autograd.Function):
         residual = hidden if queries is None else queries
         y1, kept1 = norms.residual_layer_norm(F.linear(o.flatten(1), wo, bo), residual, first)
         activated, slope = gelu.linear_gelu(y1, wi, bi, keep=settings.keep)  # [queries, intermediate]
+        y2: Tensor
         y2, kept2 = norms.residual_layer_norm(F.linear(activated, wd, bd), y1, second)
         if settings.keep:
             between = slope, activated if needs[12] else None
