@@ -1,34 +1,36 @@
-"""LayerNorm(x + residual) on a GPU: our fused Triton kernels beside plain PyTorch, in bfloat16 and under autocast.
+"""Fused kernels on a GPU beside the same written with PyTorch's operators, in bfloat16.
 
     python benchmarks/fused.py [--tokens 32768] [--json FILE]
 
-Time is that of every LayerNorm of a model (two a layer), its weights frozen as LoRA has them, or trained. The share of
-the ceiling counts the bytes a fused pass must move (three rows of bfloat16 a token forward, four more backward) against
-a device-to-device copy measured in the same run. Under autocast plain PyTorch keeps the residual and the result in
-float32; the casts to bfloat16 in the linear layers that follow are not counted.
+`norm` is LayerNorm(residual + dropout(x)), its weights frozen as LoRA has them, or trained. `gelu` is the first half of
+a feed-forward, GELU(x W' + b), whose backward pass is the product with the second half's weight times GELU's slope.
+`adapt` is W + s B A for query and value. Time is that of all layers of a model; a graph of calls is replayed, so
+launching is left out. The ceiling is a device-to-device copy of the bytes a pass must move for `norm`, a product of
+8,192-cubed matrices for `gelu`, both measured in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from bertforge.artifact import write_json
-from bertforge.kernels.layer_norm_triton import Tiling, backward, forward, fused_layer_norm
+from bertforge.kernels.layer_norm_triton import Norm, residual_layer_norm, residual_layer_norm_backward
+from bertforge.kernels.linear_gelu_triton import linear_gelu, linear_gelu_backward
+from bertforge.kernels.low_rank_triton import AdaptedWeight
 from gpu_time import attempt
 from record import record
 
 SEED = 42
-EPS = 1e-12
 MODELS = {"bert-base": (12, 768), "minilm": (6, 384)}  # layers, hidden
-TRIED = [Tiling(1, 1), Tiling(2, 2), Tiling(4, 4), Tiling(8, 4), Tiling(1, 4), Tiling(8, 8)]
+DROPOUT = 0.1
+Calls = dict[tuple[str, str, str], Callable[[], Any]]  # kernel, pass, system
 
 
 def main() -> None:
@@ -36,102 +38,97 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768, help="tokens a pack")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    source = torch.randn(2**28, device="cuda")
+    torch.manual_seed(SEED)
+    source, one = torch.randn(2**28, device="cuda"), torch.randn(8192, 8192, device="cuda").bfloat16()
     target = torch.empty_like(source)
-    copied = attempt("copy of 1 GiB", lambda: target.copy_(source))
-    bytes_per_s = 2 * source.nbytes / copied if copied else float("nan")
+    copied, multiplied = attempt("copy", lambda: target.copy_(source)), attempt("product", lambda: one @ one)
+    if copied is None or multiplied is None:
+        raise SystemExit("the ceilings could not be measured")
+    bytes_per_s, flops = 2 * source.nbytes / copied, 2 * 8192**3 / multiplied
     rows: list[dict[str, Any]] = []
     for model, (layers, hidden) in MODELS.items():
-        for (system, trained, name), call in systems(args.tokens, hidden).items():
-            time_s = attempt(f"{model} {system} {name} trained={trained}", call)
+        for (kernel, name, system), call in calls(args.tokens, hidden).items():
+            time_s = attempt(f"{model} {kernel} {name} {system}", call)
             if time_s is None:
                 continue
-            moved = 2 * hidden * args.tokens * (3 if name == "forward" else 7)
-            rows.append(
-                {
-                    "system": system,
-                    "model": model,
-                    "tokens": args.tokens,
-                    "pass": name,
-                    "trained": trained,
-                    "us_per_token_all_layers": 2 * layers * time_s * 1e6 / args.tokens,
-                    "share_of_ceiling": moved / time_s / bytes_per_s,
-                }
-            )
-    print(f"\ncopy {bytes_per_s * 1e-12:.2f} TB/s")
-    for row in rows:
-        system = f"{row['system']:26} {row['model']:10} {row['pass']:18} trained={row['trained']!s:5}"
-        print(f"{system} {row['us_per_token_all_layers']:.4f} us a token, {row['share_of_ceiling']:.2f} of the copy")
+            row = {"model": model, "tokens": args.tokens, "kernel": kernel, "pass": name, "system": system}
+            row["us_all_layers"] = time_s * 1e6 * layers * (1 if kernel == "gelu" else 2)
+            if kernel == "gelu":
+                row["share_of_ceiling"] = 2 * args.tokens * 4 * hidden**2 / time_s / flops
+            elif kernel.startswith("norm"):
+                moved = 2 * hidden * args.tokens * (3 if name == "forward" else 4)
+                row["share_of_ceiling"] = moved / time_s / bytes_per_s
+            rows.append(row)
     if args.json:
-        write_json(args.json, record("fused", rows, SEED, "triton"))
+        frame = record("fused", rows, SEED, "triton")
+        write_json(args.json, frame | {"copy_tb_per_s": bytes_per_s * 1e-12, "product_tflops": flops * 1e-12})
 
 
-def systems(tokens: int, hidden: int) -> dict[tuple[str, bool, str], Callable[[], Any]]:
-    """What is timed, by system, whether the LayerNorm is trained, and pass."""
-    torch.manual_seed(SEED)
+def calls(tokens: int, hidden: int) -> Calls:
+    """What is timed."""
     x, residual, grad = (torch.randn(tokens, hidden, device="cuda").bfloat16() for _ in range(3))
-    norm = nn.LayerNorm(hidden, eps=EPS, device="cuda")
-    check(norm, hidden)
-    weight, bias = norm.weight.detach(), norm.bias.detach()
-    found: dict[tuple[str, bool, str], Callable[[], Any]] = {}
-    for tiling in TRIED:
-        name = f"bertforge {tiling.rows} rows {tiling.warps} warps"
-        found[name, False, "forward"] = lambda tiling=tiling: forward(x, residual, weight, bias, EPS, tiling)
-        for trained in (False, True):
-            found[name, trained, "forward + backward"] = lambda tiling=tiling, trained=trained: (
-                forward(x, residual, weight, bias, EPS, tiling),
-                backward(grad, (x, residual, weight), EPS, trained, tiling),
-            )
-    for name, kept in (("torch, bfloat16", residual), ("torch, autocast", residual.float())):
-        plain = nn.LayerNorm(hidden, eps=EPS, device="cuda", dtype=kept.dtype)
-        step = Plain(x, kept, plain, grad.to(kept.dtype))
-        found[name, False, "forward"] = step.once
-        for trained in (False, True):
-            found[name, trained, "forward + backward"] = partial(step.both, trained)
+    return norms(x, residual, grad) | gelus(x, grad) | adapters(hidden)
+
+
+def norms(x: Tensor, residual: Tensor, grad: Tensor) -> Calls:
+    """Frozen and trained."""
+    weight, bias = torch.ones(x.shape[1], device="cuda"), torch.zeros(x.shape[1], device="cuda")
+    seed = torch.ones(1, dtype=torch.int32, device="cuda")
+    found: Calls = {}
+    for kernel, trained in (("norm", False), ("norm, trained", True)):
+        norm = Norm(weight, bias, 1e-12, DROPOUT, seed, trained)
+        output, kept = residual_layer_norm(x, residual, norm)
+        inputs = [part.clone().requires_grad_() for part in (x, residual)]
+        own = [part.bfloat16().requires_grad_(trained) for part in (weight, bias)]
+
+        def plain(inputs: list[Tensor] = inputs, own: list[Tensor] = own) -> Tensor:
+            return F.layer_norm(F.dropout(inputs[0], DROPOUT) + inputs[1], own[0].shape, *own, 1e-12)
+
+        made, wanted = plain(), inputs + (own if trained else [])
+        found[kernel, "forward", "bertforge"] = lambda norm=norm: residual_layer_norm(x, residual, norm)
+        found[kernel, "backward", "bertforge"] = lambda norm=norm, output=output, kept=kept: (
+            residual_layer_norm_backward(grad, output, kept, norm)
+        )
+        found[kernel, "forward", "torch"] = plain
+        found[kernel, "backward", "torch"] = lambda made=made, wanted=wanted: torch.autograd.grad(
+            made, wanted, grad, retain_graph=True
+        )
     return found
 
 
-@dataclass(frozen=True)
-class Plain:
-    """PyTorch's own; a float32 `residual` means autocast."""
-
-    x: Tensor
-    residual: Tensor
-    norm: nn.LayerNorm
-    grad: Tensor
-
-    def once(self) -> Tensor:
-        with torch.no_grad():
-            return self._normalize(self.x, self.residual)
-
-    def both(self, trained: bool) -> Any:
-        inputs = [self.x.detach().requires_grad_(), self.residual.detach().requires_grad_()]
-        self.norm.requires_grad_(trained)
-        wanted = [*inputs, *(self.norm.parameters() if trained else ())]
-        return torch.autograd.grad(self._normalize(*inputs), wanted, self.grad)
-
-    def _normalize(self, x: Tensor, residual: Tensor) -> Tensor:
-        with torch.autocast("cuda", torch.bfloat16, enabled=residual.dtype is torch.float32):
-            return cast(Tensor, self.norm(x + residual))
+def gelus(x: Tensor, grad: Tensor) -> Calls:
+    """The products with GELU inside them, and apart."""
+    hidden = x.shape[1]
+    first, second = (torch.randn(*shape, device="cuda").bfloat16() / 30 for shape in ((4 * hidden, hidden),) * 2)
+    second, bias = second.T.contiguous(), torch.zeros(4 * hidden, device="cuda").bfloat16()
+    before = F.linear(x, first, bias)
+    _, slope = linear_gelu(x, first, bias, keep=True)
+    assert slope is not None
+    return {
+        ("gelu", "forward", "bertforge"): lambda: linear_gelu(x, first, bias, keep=True),
+        ("gelu", "forward, inference", "bertforge"): lambda: linear_gelu(x, first, bias, keep=False),
+        ("gelu", "backward", "bertforge"): lambda: linear_gelu_backward(grad, second, slope, sums=False),
+        ("gelu", "forward", "torch"): lambda: F.gelu(F.linear(x, first, bias)),
+        ("gelu", "backward", "torch"): lambda: torch.ops.aten.gelu_backward(grad @ second, before),
+    }
 
 
-def check(norm: nn.LayerNorm, hidden: int) -> None:
-    """Prints the largest differences from float64, relative to the largest entry."""
-    torch.manual_seed(SEED)
-    x, residual, grad = (torch.randn(1001, hidden, device="cuda").bfloat16() for _ in range(3))
-    results = []
-    for function in (
-        lambda a, b, w, c: fused_layer_norm(a, b, w, c, EPS),
-        lambda a, b, w, c: nn.functional.layer_norm(a.double() + b.double(), (hidden,), w.double(), c.double(), EPS),
-    ):
-        inputs = [part.detach().clone().requires_grad_() for part in (x, residual, norm.weight, norm.bias)]
-        output = function(*inputs)
-        results.append([output.detach(), *torch.autograd.grad(output, inputs, grad.to(output.dtype))])
-    errors = [float((ours - other).abs().max() / other.abs().max()) for ours, other in zip(*results, strict=True)]
-    print(
-        f"hidden {hidden}: error of output and of x, residual, weight and bias gradients:",
-        *map("{:.1e}".format, errors),
-    )
+def adapters(hidden: int) -> Calls:
+    """W + s B A in bfloat16, and the gradients of A and B."""
+    weight, grad = torch.randn(hidden, hidden, device="cuda"), torch.randn(hidden, hidden, device="cuda").bfloat16()
+    a, b = (torch.randn(*shape, device="cuda").requires_grad_() for shape in ((8, hidden), (hidden, 8)))
+    ours = AdaptedWeight.apply(weight, a, b, 2.0, torch.bfloat16)
+
+    def plain() -> Tensor:
+        return (weight + (b @ a) * 2.0).bfloat16()
+
+    theirs = plain()
+    return {
+        ("adapt", "forward", "bertforge"): lambda: AdaptedWeight.apply(weight, a, b, 2.0, torch.bfloat16),
+        ("adapt", "backward", "bertforge"): lambda: torch.autograd.grad(ours, (a, b), grad, retain_graph=True),
+        ("adapt", "forward", "torch"): plain,
+        ("adapt", "backward", "torch"): lambda: torch.autograd.grad(theirs, (a, b), grad, retain_graph=True),
+    }
 
 
 if __name__ == "__main__":

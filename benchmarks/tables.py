@@ -98,6 +98,64 @@ def train_rate_cpu() -> str:
 
 
 @table
+def train_rate_gpu() -> str:
+    """Training on a GPU beside the peer."""
+    found = _record("train_rate_gpu")
+    rows = [
+        [
+            f"`{row['variant']}`" + (f", {row['part']}" if row["part"] else ""),
+            row["system"],
+            row["precision"],
+            row["batch"],
+            f"{row['questions_per_s']:,.0f}",
+            f"{row['seconds_per_112217']:.1f} s",
+            f"{row['tflops']:.0f}",
+            f"{row['share_of_ceiling']:.0%}",
+            f"{row['peak_memory_gb']:.1f} GB",
+            f"{row['padding_waste']:.0%}",
+            f"{row['set_up_s']:.0f} s",
+        ]
+        for row in found["rows"]
+    ]
+    header = [
+        "variant",
+        "system",
+        "precision",
+        "batch",
+        "questions/s",
+        "112,217 questions",
+        "TFLOP/s",
+        "of the ceiling",
+    ]
+    return _markdown([*header, "memory", "padding", "set-up"], rows) + _source("train_rate_gpu", found)
+
+
+@table
+def train_time_shares() -> str:
+    """Where a training step's time goes on a GPU."""
+    found = _record("train_rate_gpu")
+    runs = {row["variant"]: row["time_shares"] for row in found["rows"] if "time_shares" in row}
+    largest = {name: max(each.get(name, 0.0) for each in runs.values()) for shares in runs.values() for name in shares}
+    families = sorted(largest, key=lambda name: (name == "other", -largest[name]))
+    rows = [[name, *(f"{shares.get(name, 0.0):.0%}" for shares in runs.values())] for name in families]
+    return _markdown(["kernels", *(f"`{name}`" for name in runs)], rows) + _source("train_rate_gpu", found)
+
+
+@table
+def fused() -> str:
+    """Fused kernels beside PyTorch's operators."""
+    found = _record("fused")
+    times = {(row["model"], row["kernel"], row["pass"], row["system"]): row["us_all_layers"] for row in found["rows"]}
+    rows = [
+        [model, kernel, name, f"{ours:,.0f} us", f"{theirs:,.0f} us", f"{theirs / ours:.2f}"]
+        for (model, kernel, name, system), ours in times.items()
+        if system == "bertforge" and (theirs := times.get((model, kernel, name, "torch")))
+    ]
+    header = ["model", "kernel", "pass", "bertforge, all layers", "PyTorch", "speed-up"]
+    return _markdown(header, rows) + _source("fused", found)
+
+
+@table
 def inference_cpu() -> str:
     """Engines on a CPU beside their peers."""
     found = _record("inference_cpu")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bertforge.determinism import generator, seed_everything
+from bertforge.determinism import branch, generator, seed_everything
 
 
 @pytest.fixture(autouse=True)
@@ -56,3 +56,15 @@ def test_other_names_give_other_draws(names):
 def test_a_generator_is_the_same_on_every_machine():
     # Shuffles and splits hang on these numbers, so a run can be repeated elsewhere.
     assert generator(42, "shuffle", 0).integers(1000, size=4).tolist() == [921, 423, 439, 468]
+
+
+def test_each_process_has_a_stream_of_its_own_and_the_first_goes_on_as_if_alone():
+    def stream(rank, seed=1):
+        seed_everything(seed)
+        branch(rank)
+        return tuple(torch.rand(4).tolist())
+
+    alone = (seed_everything(1), tuple(torch.rand(4).tolist()))[1]
+    assert stream(0) == alone
+    assert len({alone, stream(1), stream(2), stream(1, seed=2)}) == 4
+    assert stream(1) == stream(1)

@@ -7,7 +7,14 @@ import torch
 
 from bertforge import hardware as module
 from bertforge.errors import MachineError
-from bertforge.hardware import Hardware, autocast, choose_precision, detect
+from bertforge.hardware import (
+    Hardware,
+    autocast,
+    choose_precision,
+    choose_training_precision,
+    detect,
+    free_host_bytes,
+)
 
 PLAIN = Hardware(torch.device("cpu"), "Plain CPU", memory_gb=8.0, cores=2, bf16=False)
 GPU = replace(PLAIN, device=torch.device("cuda"), bf16=True)
@@ -19,6 +26,10 @@ def test_this_machine_is_described():
     assert found.name
     assert found.memory_gb > 0.1
     assert found.cores >= 1
+
+
+def test_free_memory_is_some_of_what_there_is():
+    assert 0 < free_host_bytes() <= module._host_memory_gb() * 1e9
 
 
 def test_what_is_asked_for_is_what_is_chosen():
@@ -37,9 +48,28 @@ def test_auto_takes_bf16_where_it_is_in_hardware_and_on_a_cpu_only_when_it_is_fa
         assert choose_precision(replace(PLAIN, bf16=True)) == chosen
 
 
+def test_training_may_ask_for_fp8_where_it_is_in_hardware():
+    for capability in ((8, 9), (9, 0), (12, 0)):
+        assert choose_training_precision(replace(GPU, capability=capability), "fp8") == "fp8"
+    for machine in (PLAIN, replace(GPU, name="NVIDIA A100", capability=(8, 0))):
+        with pytest.raises(MachineError, match=f"precision=fp8, but {machine.name} has no FP8 .*; set precision=auto"):
+            choose_training_precision(machine, "fp8")
+    assert choose_training_precision(GPU) == "bf16", "never on its own"
+    assert choose_training_precision(PLAIN, "fp32") == "fp32"
+
+
 def test_autocast_computes_in_the_precision_and_leaves_weights_alone():
     layer, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
-    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp8", torch.bfloat16), ("fp32", torch.float32)):
         with autocast(torch.device("cpu"), precision):
             assert layer(x).dtype == dtype
     assert layer.weight.dtype == torch.float32
+
+
+def test_each_process_of_torchrun_takes_the_gpu_of_its_number(monkeypatch):
+    assert module._local_gpu(8) == 0
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert module._local_gpu(4) == 3
+    with pytest.raises(MachineError, match="4 processes on this machine, but 2 GPUs; torchrun --nproc-per-node 2"):
+        module._local_gpu(2)

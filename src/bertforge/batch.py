@@ -63,6 +63,16 @@ class TabularBatch(_TensorFields):
 
 
 @dataclass(frozen=True)
+class LowerLayers(_TensorFields):
+    """What the embeddings and the lowest encoder layers make of a pack; a model given it begins above them."""
+
+    hidden: Tensor
+    """[tokens, hidden]."""
+    layers: int
+    """How many layers that takes, the embeddings not counted."""
+
+
+@dataclass(frozen=True)
 class PaddedBatch(_TensorFields):
     """Sequences padded to one length. Hugging Face tokenizers' output fits: `PaddedBatch(**tokenizer(texts, ...))`."""
 
@@ -92,6 +102,8 @@ class PackedBatch(_TensorFields):
     token_type_ids: Tensor | None = None
     """[tokens] int64; None means all zero."""
     tabular: TabularBatch | None = None
+    lower: LowerLayers | None = None
+    """None leaves the lowest layers to the model."""
 
     def __len__(self) -> int:
         """Sequences in the pack."""

@@ -28,3 +28,15 @@ def generator(*names: int | str) -> np.random.Generator:
     """A NumPy generator that depends on `names` alone, e.g. `generator(seed, "shuffle", epoch)`."""
     digest = hashlib.sha256("/".join(map(str, names)).encode()).digest()
     return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
+
+
+def branch(rank: int) -> None:
+    """Gives process `rank` a stream of torch's own, which follows from where the stream of process 0 stands now.
+
+    Called where all processes stand alike. Process 0 goes on as if it were alone.
+    """
+    if rank == 0:
+        return
+    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+    digest = hashlib.sha256(b"".join(state.numpy().tobytes() for state in states) + str(rank).encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8]))

@@ -13,6 +13,7 @@ import torch
 from bertforge.errors import MachineError
 
 PRECISIONS = ("auto", "fp32", "bf16")
+TRAINING_PRECISIONS = (*PRECISIONS, "fp8")
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,16 @@ class Hardware:
 
 
 def detect() -> Hardware:
-    """The first CUDA device, or else the CPU."""
+    """The first CUDA device (under torchrun, the one of this process), or else the CPU.
+
+    Raises MachineError when torchrun started more processes here than there are GPUs.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
+        index = _local_gpu(torch.cuda.device_count())
+        properties = torch.cuda.get_device_properties(index)
         return Hardware(
-            device=torch.device("cuda", 0),
+            device=torch.device("cuda", index),
             name=properties.name,
             memory_gb=properties.total_memory / 1e9,
             cores=cores,
@@ -52,6 +57,17 @@ def detect() -> Hardware:
         cores=cores,
         bf16=torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
     )
+
+
+def _local_gpu(count: int) -> int:
+    """Number of this process's GPU of the `count` that this machine has."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes > count:
+        raise MachineError(
+            f"{processes} processes on this machine, but {count} GPUs; torchrun --nproc-per-node {count}, "
+            'or CUDA_VISIBLE_DEVICES="" to train on the CPU'
+        )
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def choose_precision(hardware: Hardware, wanted: str = "auto") -> str:
@@ -68,9 +84,42 @@ def choose_precision(hardware: Hardware, wanted: str = "auto") -> str:
     return "bf16" if _product_seconds(torch.bfloat16) < 0.8 * _product_seconds(torch.float32) else "fp32"
 
 
+def choose_training_precision(hardware: Hardware, wanted: str = "auto") -> str:
+    """As `choose_precision`, or `fp8`, which training alone knows: bf16, and a frozen feed-forward's products in e4m3.
+
+    Raises MachineError for a precision that the device lacks.
+    """
+    if wanted != "fp8":
+        return choose_precision(hardware, wanted)
+    if hardware.capability is None or hardware.capability < (8, 9):
+        raise MachineError(
+            f"precision=fp8, but {hardware.name} has no FP8 arithmetic (NVIDIA GPUs have it from compute capability "
+            "8.9 on: Ada, Hopper); set precision=auto"
+        )
+    return wanted
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which a model computes in `precision`; its weights keep their own type."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    """The context in which a model computes in `precision`; its weights keep their own type.
+
+    For fp8 that is bf16: what is in 8 bits, the model knows (`model.encoder.multiply_in_fp8`).
+    """
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision != "fp32")
+
+
+def free_host_bytes() -> int:
+    """Memory that programs may still take, or all of it where the system does not say what is free."""
+    free = int(_host_memory_gb() * 1e9)
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+        group = Path("/sys/fs/cgroup")  # a container's limit
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            free = min(free, int(limit) - int((group / "memory.current").read_text()))
+    except (OSError, KeyError, ValueError):
+        pass
+    return max(0, free)
 
 
 def _product_seconds(dtype: torch.dtype) -> float:

@@ -107,3 +107,23 @@ def test_doctor_says_what_there_is_and_writes_json(tmp_path, capsys):
         assert library["name"] in said
         hinted = f"pip install 'bertforge[{library['extra']}]'" in said
         assert hinted or library["installed"]
+
+
+def test_estimate_prints_its_figures_and_writes_json(tmp_path, data, base, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("bertforge.training.estimate.SECONDS", 0.1)
+    arguments = ("train", "--data", data, "--model", base, "--variant", "lora-r8", "--set", *QUICK, "--estimate")
+    assert run_command(*arguments, "--price-per-hour", "2.5", "--json", "figures.json") == 0
+    said = capsys.readouterr()
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert [row["variant"] for row in found["rows"]] == ["full", "lora-r8", "lora-r8-last-4"]
+    for row in found["rows"][:2]:
+        assert f"{row['trainable_parameters']:,}" in said.out
+        assert row["cost"] == row["device_hours"] * 2.5
+    assert all(title in said.out for title in ("hours/epoch", "cost/epoch", "cost/run"))
+    assert "lora-r8-last-4: the model has 2 layers, fewer than 4" in said.out
+    assert said.err.splitlines() == ["measuring full", "measuring lora-r8"]
+    assert "…" not in said.out, "every column fits"
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
+    assert run_command(*arguments) == 0
+    assert "cost" not in capsys.readouterr().out, "none without a price"

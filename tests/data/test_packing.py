@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bertforge.data.packing import packs
+from bertforge.data.packing import packs, shares
 from bertforge.errors import UsageError
 
 
@@ -37,3 +37,26 @@ def test_a_row_above_the_budget_names_the_setting():
 
 def test_no_rows_no_packs():
     assert packs(np.array([], dtype=np.int64), 10) == []
+
+
+def test_shares_by_hand():
+    # By length: places 1, 3, 0, 4, 2, dealt to hands 0, 1, 1, 0, 0.
+    assert [share.tolist() for share in shares(np.array([5, 9, 1, 7, 3]), 2)] == [[1, 2, 4], [0, 3]]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_every_row_is_in_one_share_in_order_and_shares_cost_the_same(count):
+    lengths = np.random.default_rng(0).integers(3, 512, size=300)
+    found = shares(lengths, count)
+    assert len(found) == count
+    assert all(share.tolist() == sorted(share) for share in found)
+    assert sorted(np.concatenate(found)) == list(range(300))
+    tokens = [int(lengths[share].sum()) for share in found]
+    assert max(tokens) - min(tokens) < 0.02 * lengths.sum() / count
+    in_file_order = [int(lengths[part].sum()) for part in np.array_split(np.arange(300), count)]
+    assert count == 1 or max(in_file_order) > max(tokens), "dealing by length is what balances them"
+
+
+def test_fewer_rows_than_hands_leave_hands_empty():
+    assert [share.tolist() for share in shares(np.array([4]), 3)] == [[0], [], []]
+    assert [len(share) for share in shares(np.array([], dtype=np.int64), 2)] == [0, 0]

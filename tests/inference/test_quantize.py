@@ -30,9 +30,9 @@ def silent(what):
 
 @pytest.fixture(scope="module")
 def hasty(data, base, tmp_path_factory):
-    """A run that has learnt little, so that fine-tuning has something to learn."""
+    """A run whose steps were too large, so that fine-tuning has something to mend."""
     folder = tmp_path_factory.mktemp("hasty") / "run"
-    finetune(data, folder, quick_recipe(base, "full", epochs=1, lr=1e-5))
+    finetune(data, folder, quick_recipe(base, "full", epochs=1, lr=0.1))
     return folder
 
 

@@ -14,21 +14,23 @@ def drawn(rows, width, dtype, dropout_p=0.0, trained=True):
     """x, residual, the result's gradient, and a norm."""
     torch.manual_seed(0)
     x, residual, grad = (torch.randn(rows, width).to(dtype) for _ in range(3))
-    weight, bias = (1 + torch.randn(width) / 4).to(dtype), torch.randn(width).to(dtype)
+    weight, bias = 1 + torch.randn(width) / 4, torch.randn(width)
     return x + 0.5, residual, grad, Norm(weight, bias, 1e-12, dropout_p, torch.zeros(1, dtype=torch.int32), trained)
 
 
 def exact(x, residual, grad, norm, mask=1.0):
-    """The result, and gradients of residual, x, weight and bias; `mask` is dropout's, scaled."""
+    """The result, gradients of residual, x, weight and bias, and of a bias added to x; `mask` is dropout's, scaled."""
     inputs = [part.detach().double().requires_grad_() for part in (residual, x, norm.weight, norm.bias)]
     output = F.layer_norm(inputs[0] + inputs[1] * mask, norm.weight.shape, inputs[2], inputs[3], norm.eps)
-    return [output, *torch.autograd.grad(output, inputs, grad.double())]
+    gradients = torch.autograd.grad(output, inputs, grad.double())
+    return [output, *gradients, gradients[1].sum(0)]
 
 
 def ours(x, residual, grad, norm):
     torch.manual_seed(1)
     output, kept = residual_layer_norm(x, residual, norm)
-    return [output, *residual_layer_norm_backward(grad, output, kept, norm)]
+    sum_grad, x_grad, sums = residual_layer_norm_backward(grad, output, kept, norm)
+    return [output, sum_grad, x_grad, sums.weight, sums.bias, sums.x]
 
 
 def check(results, expected, dtype):
@@ -45,7 +47,7 @@ def test_values_and_gradients_are_plain_pytorchs(rows, width, dtype, trained):
     parts = drawn(rows, width, dtype, trained=trained)
     results = ours(*parts)
     assert [result.dtype for result in results[:3]] == [dtype] * 3
-    assert [result is None for result in results[3:]] == [not trained] * 2
+    assert [result is None for result in results[3:]] == [not trained] * 3
     check(results, exact(*parts), dtype)
 
 

@@ -2,7 +2,7 @@
 # ruff: noqa: E402  # what the interpreter needs is set before the imports
 
 import os
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 import torch
@@ -13,7 +13,14 @@ if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton, and then a kernel, is imported
 pytest.importorskip("triton", reason="the kernels need triton, which comes with torch for CUDA: pip install triton")
 
-from bertforge.kernels.layer_norm_triton import Norm, Tiling, residual_layer_norm, residual_layer_norm_backward
+from bertforge.kernels.fp8 import ACTIVATION_SCALE, E4M3, Fp8Rows
+from bertforge.kernels.layer_norm_triton import (
+    Norm,
+    Tiling,
+    residual_layer_norm,
+    residual_layer_norm_backward,
+)
+from tests.kernels.e4m3 import round_as_hardware_does
 
 DEVICE = "cuda" if CUDA else "cpu"
 EPS = 1e-12  # BERT's
@@ -33,16 +40,23 @@ def drawn(rows, width, dtype, dropout_p=0.0, trained=True):
 
 
 def exact(x, residual, grad, norm, mask=None):
-    """The result, and gradients of residual, x, weight and bias; `mask` is dropout's, scaled."""
+    """The result, and gradients of residual, x, weight, bias and a bias in x; `mask` is dropout's, scaled."""
     inputs = [part.detach().double().requires_grad_() for part in (residual, x, norm.weight, norm.bias)]
     kept = inputs[1] if mask is None else inputs[1] * mask.double()
     output = F.layer_norm(inputs[0] + kept, norm.weight.shape, inputs[2], inputs[3], norm.eps)
-    return [output, *torch.autograd.grad(output, inputs, grad.double())]
+    gradients = torch.autograd.grad(output, inputs, grad.double())
+    return [output, *gradients, gradients[1].sum(0)]
+
+
+def flat(gradients):
+    *two, sums = gradients
+    return [*two, *astuple(sums)]
 
 
 def ours(x, residual, grad, norm, **tiling):
     output, kept = residual_layer_norm(x, residual, norm, **tiling)
-    return [output, *residual_layer_norm_backward(grad, output, kept, norm, **tiling)]
+    sum_grad, x_grad, sums = residual_layer_norm_backward(grad, output, kept, norm, **tiling)
+    return [output, sum_grad, x_grad, sums.weight, sums.bias, sums.x]
 
 
 def check(results, expected, dtype):
@@ -59,7 +73,7 @@ def test_values_and_gradients_are_plain_pytorchs(rows, width, dtype, trained):
     parts = drawn(rows, width, dtype, trained=trained)
     results = ours(*parts)
     assert [result.dtype for result in results[:3]] == [dtype] * 3
-    assert [result is None for result in results[3:]] == [not trained] * 2
+    assert [result is None for result in results[3:]] == [not trained] * 3
     check(results, exact(*parts), dtype)
 
 
@@ -121,3 +135,48 @@ def test_two_runs_are_equal_bit_for_bit():
     parts = drawn(37, 48, torch.float32, 0.1)
     for first, then in zip(ours(*parts), ours(*parts), strict=True):
         assert torch.equal(first, then)
+
+
+def test_the_output_is_written_in_e4m3_too(monkeypatch):
+    round_as_hardware_does(monkeypatch)
+    x, residual, _, norm = drawn(9, 48, torch.float32)
+    norm.bias[5] = 100.0  # beyond what e4m3 holds at this scale
+    plain, _ = residual_layer_norm(x, residual, norm)
+    short = torch.empty_like(x, dtype=E4M3)
+    output, _ = residual_layer_norm(x, residual, norm, fp8=short)
+    assert torch.equal(output, plain)
+    assert torch.equal(short.float(), (plain * ACTIVATION_SCALE).clamp(-448, 448).to(E4M3).float())
+    assert (short[:, 5].float() == 448).all()
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_gradient_of_x_is_written_in_e4m3_scaled_by_rows(dropout_p, trained, monkeypatch):
+    round_as_hardware_does(monkeypatch)
+    x, residual, grad, norm = drawn(9, 48, torch.float32, dropout_p, trained)
+    grad *= torch.logspace(-12, 2, 9, device=DEVICE)[:, None]
+    grad[4] = 0.0
+    output, kept = residual_layer_norm(x, residual, norm)
+    *plain, plain_sums = residual_layer_norm_backward(grad, output, kept, norm)
+    rows = Fp8Rows.empty(x)
+    sum_grad, short, sums = residual_layer_norm_backward(grad, output, kept, norm, fp8=rows)
+    assert short is rows.values
+    assert torch.equal(sum_grad, plain[0])
+    for result, other in zip(astuple(sums), astuple(plain_sums), strict=True):
+        assert torch.equal(result, other) if trained else result is None
+    wide, expected = rows.values.float() * rows.scale, plain[1]
+    assert ((wide - expected).abs() <= expected.abs() / 15 + rows.scale * 2**-9).all()
+    assert (rows.values.float().abs().amax(1)[grad.any(1)] == 448).all()
+    assert not rows.values[4].float().any()
+
+
+def test_the_outputs_gradient_may_come_in_two_parts():
+    x, residual, grad, norm = drawn(9, 48, torch.float32, 0.25)
+    output, kept = residual_layer_norm(x, residual, norm)
+    whole = residual_layer_norm_backward(grad, output, kept, norm)
+    scale = torch.arange(1.0, 10.0, device=DEVICE)[:, None]
+    other = torch.ones_like(grad) / scale, scale
+    parts = residual_layer_norm_backward(grad - 1, output, kept, norm, addend=other)
+    half = residual_layer_norm_backward(grad - 1, output, kept, norm)
+    check(flat(parts), [part.double() for part in flat(whole)], torch.float32)
+    assert not torch.allclose(half[0], whole[0], rtol=0.01)

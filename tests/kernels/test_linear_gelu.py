@@ -16,9 +16,11 @@ def test_values_and_gradients_are_autograds(dtype, tolerance):
     expected = F.gelu(before)
     (expected_grad,) = torch.autograd.grad(expected, before, grad.double() @ after.double())
     output, raw = linear_gelu(x, weight, bias, keep=True)
-    for result, other in ((output, expected), (linear_gelu_backward(grad, after, raw), expected_grad)):
-        assert result.dtype == dtype
+    raw_grad, sums = linear_gelu_backward(grad, after, raw, sums=True)
+    assert [result.dtype for result in (output, raw_grad, sums)] == [dtype, dtype, torch.float32]
+    for result, other in ((output, expected), (raw_grad, expected_grad), (sums, expected_grad.sum(0))):
         assert (result.double() - other).norm() < tolerance * other.norm()
+    assert linear_gelu_backward(grad, after, raw, sums=False)[1] is None
     forgotten, nothing = linear_gelu(x, weight, bias, keep=False)
     assert torch.equal(forgotten, output)
     assert nothing is None

@@ -12,7 +12,17 @@ if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton, and then a kernel, is imported
 pytest.importorskip("triton", reason="the kernels need triton, which comes with torch for CUDA: pip install triton")
 
-from bertforge.kernels.linear_gelu_triton import TILING, Tiling, linear_gelu, linear_gelu_backward
+from bertforge.kernels.fp8 import ACTIVATION_SCALE, E4M3, STEEPEST, Fp8Rows, Fp8Weight
+from bertforge.kernels.linear_gelu_triton import (
+    FP8_TILING,
+    TILING,
+    Tiling,
+    linear_gelu,
+    linear_gelu_backward,
+    linear_gelu_fp8,
+    linear_gelu_fp8_backward,
+)
+from tests.kernels.e4m3 import round_as_hardware_does
 
 DEVICE = "cuda" if CUDA else "cpu"
 # ||ours - exact|| / ||exact||: the rounding of the product and of the result.
@@ -50,7 +60,10 @@ def test_values_and_gradients_are_plain_pytorchs(shape, dtype, tiling):
     output, slope = linear_gelu(x, weight, bias, keep=True, tiling=tiling)
     assert output.dtype == dtype
     assert error(output, expected) < TOLERANCES[dtype]
-    assert error(linear_gelu_backward(grad, after, slope, tiling), expected_grad) < 3e-3 + TOLERANCES[dtype]
+    ours, sums = linear_gelu_backward(grad, after, slope, sums=True, tiling=tiling)
+    assert error(ours, expected_grad) < 3e-3 + TOLERANCES[dtype]
+    assert error(sums, expected_grad.sum(0)) < 3e-3 + TOLERANCES[dtype]
+    assert torch.equal(linear_gelu_backward(grad, after, slope, sums=False, tiling=tiling)[0], ours)
     forgotten, nothing = linear_gelu(x, weight, bias, keep=False, tiling=tiling)
     assert torch.equal(forgotten, output)
     assert nothing is None
@@ -66,7 +79,8 @@ def test_gelu_and_its_slope_over_their_whole_range():
     (slope,) = torch.autograd.grad(F.gelu(exact).sum(), exact)
     output, code = linear_gelu(x, weight, bias, keep=True, tiling=tiling)
     assert (output.double() - F.gelu(exact)).abs().max() < 8 * TOLERANCES[dtype]
-    ours = linear_gelu_backward(torch.ones(4096, 16, device=DEVICE, dtype=dtype), weight, code, tiling).double()
+    ones = torch.ones(4096, 16, device=DEVICE, dtype=dtype)
+    ours = linear_gelu_backward(ones, weight, code, sums=False, tiling=tiling)[0].double()
     assert (ours - slope).abs().max() < 0.0025 + TOLERANCES[dtype]
     assert slope.min() < -0.128
     assert slope.max() > 1.128
@@ -78,3 +92,64 @@ def test_two_runs_are_equal_bit_for_bit():
     first, then = (linear_gelu(x, weight, bias, keep=True, tiling=TILINGS[1]) for _ in range(2))
     assert torch.equal(first[0], then[0])
     assert torch.equal(first[1], then[1])
+
+
+def in_fp8(shape, spread=1.0):
+    """x in e4m3, weight, bias, the next layer's weight `[32, outer]`, and a gradient that differs in size by row."""
+    x, weight, bias = drawn(*shape, torch.float32)
+    after = drawn(1, shape[2], 32, torch.float32)[1]
+    grad = drawn(shape[0], 32, 1, torch.float32)[0] * torch.logspace(-9, 0, shape[0], device=DEVICE)[:, None]
+    scale = grad.abs().amax(1, keepdim=True) / 448
+    short = (spread * x * ACTIVATION_SCALE).clamp(-448, 448).to(E4M3)
+    return short, Fp8Weight.of(weight), bias, Fp8Weight.of(after), Fp8Rows((grad / scale).to(E4M3), scale)
+
+
+def wide(short):
+    """What e4m3 operands stand for, in float64."""
+    if isinstance(short, Fp8Weight):
+        return short.rows.double() * short.scale.double()
+    return short.values.double() * short.scale if isinstance(short, Fp8Rows) else short.double() / ACTIVATION_SCALE
+
+
+FP8_TILINGS = [FP8_TILING, Tiling(128, 128, 64, 8, 4, 3, 2)] if CUDA else TILINGS
+
+
+@pytest.mark.parametrize("tiling", FP8_TILINGS, ids=str)
+@pytest.mark.parametrize("shape", [(1, 16, 48), (100, 48, 80), (130, 64, 192)], ids=str)
+def test_products_of_e4m3_are_exact_but_for_the_rounding_of_what_they_give(shape, tiling, monkeypatch):
+    round_as_hardware_does(monkeypatch)
+    x, weight, bias, after, grad = in_fp8(shape)
+    before = (wide(x) @ wide(weight).T + bias.double()).requires_grad_()
+    expected = F.gelu(before)
+    (expected_grad,) = torch.autograd.grad(expected, before, wide(grad) @ wide(after))
+    output, slope = linear_gelu_fp8(x, weight, bias, keep=True, tiling=tiling)
+    assert output.dtype == E4M3
+    assert error(wide(output), expected) < 0.03, "e4m3 rounds by 0.0255 on average"
+    rounded = (expected * ACTIVATION_SCALE).clamp(max=448).to(E4M3).double()
+    assert error(output.double(), rounded) < 3e-3, "but for ties"
+    values = linear_gelu_fp8_backward(grad, after, slope, tiling)
+    result = Fp8Rows(values, grad.scale * after.growth)
+    assert result.values.dtype == E4M3
+    for row, exact in zip(wide(result), expected_grad, strict=True):  # rows of every size alike
+        assert error(row, exact) < 0.04
+    assert error(result.values.double(), (expected_grad / result.scale).to(E4M3).double()) < 0.015, "but for the slope"
+    forgotten, nothing = linear_gelu_fp8(x, weight, bias, keep=False, tiling=tiling)
+    assert torch.equal(forgotten.view(torch.uint8), output.view(torch.uint8))
+    assert nothing is None
+
+
+def test_activations_beyond_e4m3_are_cut_and_gradients_never_reach_its_end(monkeypatch):
+    round_as_hardware_does(monkeypatch)
+    tiling = FP8_TILINGS[-1]
+    x, weight, bias, *_ = in_fp8((64, 48, 80), spread=100.0)
+    output, _ = linear_gelu_fp8(x, weight, bias, keep=True, tiling=tiling)
+    assert output.float().max() == 448
+    assert output.float().isfinite().all()
+    # The worst gradient for a bound from a row's largest value: as large everywhere, its signs those of the weight.
+    even = Fp8Weight.of(torch.full((32, 80), 0.3, device=DEVICE))
+    rows = Fp8Rows(torch.full((64, 32), 448.0, device=DEVICE).to(E4M3), torch.ones(64, 1, device=DEVICE))
+    steepest = torch.full((64, 80), 255, dtype=torch.uint8, device=DEVICE)  # a slope of 1.145
+    worst = Fp8Rows(linear_gelu_fp8_backward(rows, even, steepest, tiling), rows.scale * even.growth)
+    assert worst.values.float().min() > 400, "the bound is met"
+    assert error(wide(worst), torch.full((64, 80), 448 * 32 * 0.3 * 1.145, device=DEVICE)) < 0.03, "and not passed"
+    assert STEEPEST > 1.145

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from bertforge.data.prepare import PrepareOptions
 from bertforge.data.prepared import PreparedData
 from bertforge.determinism import seed_everything
-from bertforge.errors import DataError, UsageError
+from bertforge.errors import DataError, MachineError, UsageError
+from bertforge.hardware import detect
 from bertforge.inference.predictor import Predictor
 from bertforge.models import MINILM_HUB_ID
 from bertforge.training.finetune import assemble, finetune
@@ -23,6 +24,20 @@ from tests.runs import STEPS, made_up, make_base, prepare_frame, quick_recipe
 def test_a_loss_that_is_no_number_is_a_line_that_says_what_to_change(tmp_path, data, base):
     with pytest.raises(DataError, match=r"the loss became nan at step \d+; lower lr or set precision=fp32"):
         finetune(data, tmp_path / "run", quick_recipe(base, lr=1e30, epochs=1))
+
+
+@pytest.mark.skipif((detect().capability or (0, 0)) >= (8, 9), reason="this machine has FP8")
+def test_fp8_is_refused_where_the_machine_has_none_and_leaves_nothing_behind(tmp_path, data, base):
+    with pytest.raises(MachineError, match=r"precision=fp8, but .* has no FP8 arithmetic .*; set precision=auto"):
+        finetune(data, tmp_path / "run", quick_recipe(base, "lora", precision="fp8"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_fp8_is_refused_where_nothing_is_frozen(tmp_path, data, base):
+    recipe = quick_recipe(base, precision="fp8")
+    run = assemble(PreparedData.open(data), recipe, torch.device("cpu"))
+    with pytest.raises(UsageError, match="precision=fp8 "):
+        Trainer(run.model, run.split, recipe, tmp_path, "fp8")
 
 
 @pytest.fixture(scope="module")

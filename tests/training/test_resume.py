@@ -40,11 +40,20 @@ def crash_after(step):
 
 
 def outcome(run, kind):
-    """What two equal runs must share: the weights' bytes, the curves and the summary, seconds aside."""
+    """What two equal runs must share: the weights' bytes, the curves and the summary, all that is timed aside."""
     manifest = json.loads((run / "bertforge.json").read_text())
-    timed = ("seconds", "questions_per_s")
-    summary = {name: value for name, value in manifest["metrics"].items() if name not in timed}
-    return (run / WEIGHTS[kind]).read_bytes(), (run / "metrics.jsonl").read_text(), summary, manifest["golden"]
+    summary = without(manifest["metrics"], "seconds", "questions_per_s", "idle")
+    return (run / WEIGHTS[kind]).read_bytes(), curves(run), summary, manifest["golden"]
+
+
+def curves(run):
+    """The points of the loss curve, without what is timed."""
+    points = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [without(point, "train/idle") for point in points]
+
+
+def without(fields, *names):
+    return {name: value for name, value in fields.items() if name not in names}
 
 
 def dropping_out(base, kind, **changes):
@@ -284,7 +293,7 @@ def test_a_resumed_run_keeps_the_precision_that_auto_chose(tmp_path, data, base,
         wanted.append(asked)
         return "fp32" if asked == "auto" else asked
 
-    monkeypatch.setattr(module, "choose_precision", choose)
+    monkeypatch.setattr(module, "choose_training_precision", choose)
     with pytest.raises(CrashError):
         finetune(data, out, recipe, show=crash_after(2))
     manifest = finetune(data, out, recipe, resume=True)

@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
-from bertforge.data.loader import Examples
+from bertforge.data.loader import Examples, Split
 from bertforge.data.tokens import TokenStore
 from bertforge.training.config import Recipe
-from bertforge.training.loop import Split, Trainer
-from bertforge.training.step import EagerStep
+from bertforge.training.distributed import ALONE, World
+from bertforge.training.loop import Trainer
+from bertforge.training.step import EagerStep, GraphedStep
 from tests.model.tiny import tiny_bert
 
 LABELS = np.array([0, 0, 0, 1, 0, 1, 1, 0])
@@ -65,3 +67,24 @@ def test_in_bf16_the_weights_and_their_gradients_stay_fp32():
     exact = EagerStep(model, torch.ones(2), 0.0, 1.0, "fp32")(batch, labels)
     assert rounded.item() == pytest.approx(exact.item(), rel=0.05)
     assert rounded.item() != exact.item()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_recorded_step_holds_the_sums_over_processes():
+    def steps(world):
+        model = tiny_bert(hidden_size=128, intermediate_size=128).cuda()
+        step = GraphedStep(EagerStep(model, torch.tensor([1.0, 3.0]).cuda(), 0.1, 1.0, "bf16", world))
+        losses = []
+        for rows in (np.arange(4), np.arange(4, 8)):
+            batch, labels = examples().pack(rows)
+            losses.append(step(batch.to("cuda"), labels.cuda()).item())
+        step.release()
+        return losses, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    losses, gradients = steps(World(rank=0, size=2))  # sums over the one process there is, through NCCL
+    dist.destroy_process_group()
+    alone, expected = steps(ALONE)
+    assert losses == alone
+    assert losses[0] != losses[1]
+    assert torch.equal(gradients, expected)

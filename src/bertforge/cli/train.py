@@ -34,14 +34,16 @@ def _list_variants(variant: str | None) -> str | None:
 
 def train(
     data: Annotated[Path, typer.Option(help="Folder made by `bertforge prepare`.")],
-    out: Annotated[Path, typer.Option(help="Folder of the run; made here.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; made here.", show_default="needed, but for --estimate")
+    ] = None,
     variant: Annotated[
         str | None,
         typer.Option(
             help="A recipe that comes with bertforge; `--variant list` describes them.",
             show_default="lora-r8",
             callback=_list_variants,
-            is_eager=True,  # asked before --data and --out are missed
+            is_eager=True,  # asked before --data is missed
         ),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="A recipe of your own: a TOML file.")] = None,
@@ -54,26 +56,54 @@ def train(
         typer.Option("--set", metavar="NAME=VALUE ...", help="Change settings: --set epochs=2 lr=1e-3 lora.r=4"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in OUT.")] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Measure for a minute what a run would cost here; trains nothing.")
+    ] = False,
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0.0, help="With --estimate: what an hour of this machine costs.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="With --estimate: write its figures as JSON too.")
+    ] = None,
 ) -> None:
     """Fine-tune a classifier on prepared data.
 
     The epoch with the lowest validation loss is kept. Ctrl-C is safe: the
     same command with --resume goes on where it stopped, and ends with the
     same weights, bit for bit, as an uninterrupted run on the same device.
+    `torchrun --nproc-per-node 2 -m bertforge train ...` trains one model on
+    two GPUs (docs/training.md).
 
     Example:
 
         bertforge train --data data --out runs/first \\
             --variant lora-r8 --model minilm --set epochs=3
+
+    With --estimate instead of --out: the measured time, memory and cost of
+    full fine-tuning, lora-r8 and lora-r8-last-4; no run is written.
     """
+    from bertforge.cli.estimate import show_estimate
     from bertforge.errors import UsageError
     from bertforge.training.config import load_recipe
+    from bertforge.training.distributed import is_first
 
     if variant and recipe:
         raise UsageError("--variant and --recipe both name a recipe; give one of them")
     chosen = load_recipe(variant, recipe)
     chosen = replace(chosen, model=model or chosen.model).with_settings(settings or [])
+    if estimate:
+        if resume:
+            raise UsageError("--estimate measures a run from its beginning; leave --resume out")
+        show_estimate(data, chosen, price_per_hour, json_file)
+        return
+    for option, given in (("--price-per-hour", price_per_hour), ("--json", json_file)):
+        if given is not None:
+            raise UsageError(f"{option} belongs to --estimate; add --estimate, or leave {option} out")
+    if out is None:
+        raise UsageError("--out is missing; name the run's folder: --out runs/first")
     manifest = run(data, out, chosen, resume=resume)
+    if not is_first():
+        return
     console = Console(highlight=False, soft_wrap=True, markup=False)
     print_result(console, manifest, out)
     console.print(f"next: bertforge evaluate {out} --data {data} --split test")
@@ -90,8 +120,10 @@ def run(data: Path, out: Path, recipe: Recipe, *, resume: bool = False) -> dict[
         console.print(
             f"{plan.recipe.name} on {plan.recipe.model}: {plan.trainable_parameters:,} trainable parameters, "
             f"{plan.train_rows:,} train and {plan.validation_rows:,} validation rows, "
-            f"{plan.hardware.name}, {plan.precision}"
+            f"{f'{plan.processes} x ' if plan.processes > 1 else ''}{plan.hardware.name}, {plan.precision}"
         )
+        if plan.frozen:
+            console.print(plan.frozen)
         if plan.total_steps < FEW_STEPS:
             console.print(
                 f"only {plan.total_steps} steps in all, too few to learn much: "
@@ -141,7 +173,8 @@ class _Display:
         self.rows += sequences
         rate = self.rows / task.elapsed if task.elapsed else 0.0
         known = "" if math.isnan(loss) else f"loss {loss:.4f}  "
-        figures, epoch = f"{known}{rate:,.0f} questions/s", f"epoch {progress.epoch + 1}"
+        idle = "" if math.isnan(progress.idle) else f"  idle {progress.idle:.0%}"
+        figures, epoch = f"{known}{rate:,.0f} questions/s{idle}", f"epoch {progress.epoch + 1}"
         self.bar.update(task.id, completed=progress.step, description=epoch, figures=figures)
         if self.console.is_terminal:
             return
@@ -171,6 +204,6 @@ def print_result(console: Console, manifest: dict[str, Any], out: Path) -> None:
             console.print(f"{_epoch_line(point)}{best}")
     curves = [str(path) for path in (out / "metrics.jsonl", out / "tensorboard") if path.exists()]
     console.print(
-        f"wrote {out} ({metrics['seconds']:.0f} s, {metrics['questions_per_s']:,.0f} questions/s; "
-        f"curves in {' and '.join(curves)})"
+        f"wrote {out} ({metrics['seconds']:.0f} s, {metrics['questions_per_s']:,.0f} questions/s, "
+        f"idle {metrics['idle']:.0%}; curves in {' and '.join(curves)})"
     )

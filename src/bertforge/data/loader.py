@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bertforge.batch import PackedBatch, TabularBatch
-from bertforge.data.packing import packs
+from bertforge.data.packing import packs, shares
 from bertforge.data.streaming import ahead
 from bertforge.data.tabular import TabularArrays
 from bertforge.data.tokens import TokenStore
@@ -38,6 +38,12 @@ class Examples:
         whole = self.tokens.offsets[rows + 1] - self.tokens.offsets[rows]
         return np.asarray(np.minimum(whole, self.max_length))
 
+    def shares(self, rows: np.ndarray, count: int) -> list[np.ndarray]:
+        """`rows` dealt to `count` processes by their tokens, each share in the order of `rows`."""
+        if count == 1:
+            return [rows]
+        return [rows[places] for places in shares(self.lengths(rows), count)]
+
     def pack(self, rows: np.ndarray, shape: PackShape | None = None) -> tuple[PackedBatch, Tensor]:
         """The rows laid end to end, and their labels `[sequences]`, filled up to `shape` when there is one."""
         lengths = self.lengths(rows)
@@ -49,11 +55,22 @@ class Examples:
             input_ids=torch.from_numpy(ids),
             position_ids=torch.from_numpy(positions),
             cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
-            max_seqlen=int(lengths.max()),
+            max_seqlen=int(lengths.max(initial=0)),
             tabular=None if self.tabular is None else tabular_batch(self.tabular[rows]),
         )
         labels = torch.from_numpy(self.labels[rows])
         return (batch, labels) if shape is None else shape.fill(batch, labels, self.max_length)
+
+
+@dataclass(frozen=True)
+class Split:
+    """What a run trains on and what it chooses the best epoch by."""
+
+    examples: Examples
+    train: np.ndarray
+    """Row numbers."""
+    validation: np.ndarray
+    """Row numbers."""
 
 
 @dataclass(frozen=True)

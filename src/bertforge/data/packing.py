@@ -2,7 +2,7 @@
 
 With a budget of 8 and lengths 3, 4, 2, 8, 1 the packs are (3, 4), (2), (8), (1): a row that would not fit opens the
 next pack, and the last pack may be small. Training packs a shuffled order; evaluation packs by length, so that the rows
-of a pack cost the same.
+of a pack cost the same. Where several processes share a pack, each gets about the same number of tokens.
 """
 
 from __future__ import annotations
@@ -30,3 +30,14 @@ def packs(lengths: np.ndarray, budget: int) -> list[slice]:
         found.append(slice(start, stop))
         start, used = stop, int(ends[stop - 1])
     return found
+
+
+def shares(lengths: np.ndarray, count: int) -> list[np.ndarray]:
+    """Places in `lengths` (tokens a row) dealt to `count` hands, each in rising order; a hand may be empty.
+
+    The longest first, to and fro: hands 0, 1, 2, 2, 1, 0, 0, 1, ..., so that all hold about the same tokens.
+    """
+    turn = np.arange(len(lengths)) % (2 * count)
+    hand = np.empty(len(lengths), dtype=np.int64)
+    hand[np.argsort(-lengths, kind="stable")] = np.minimum(turn, 2 * count - 1 - turn)
+    return [np.flatnonzero(hand == each) for each in range(count)]

@@ -13,10 +13,10 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, keep: bool) -> tuple
     return F.gelu(raw), raw if keep else None
 
 
-def linear_gelu_backward(grad: Tensor, weight: Tensor, raw: Tensor) -> Tensor:
-    """The gradient before GELU `[tokens, intermediate]`, from that of the layer after it, `[tokens, out]`.
+def linear_gelu_backward(grad: Tensor, weight: Tensor, raw: Tensor, *, sums: bool) -> tuple[Tensor, Tensor | None]:
+    """The gradient before GELU `[tokens, intermediate]`, and with `sums` that of `linear_gelu`'s bias, float32.
 
-    `weight` is that layer's, `[out, intermediate]`.
+    `grad` is that of the layer after GELU, `[tokens, out]`, and `weight` that layer's, `[out, intermediate]`.
     """
     raw_grad: Tensor = torch.ops.aten.gelu_backward(grad @ weight, raw)
-    return raw_grad
+    return raw_grad, raw_grad.sum(0, dtype=torch.float32) if sums else None

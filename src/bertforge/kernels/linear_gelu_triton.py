@@ -9,6 +9,9 @@ Backward needs GELU's slope at every value, x's normal distribution function plu
 -0.13 and 1.13, so it is kept in a byte, to 0.0025, where bfloat16 rounds the product with it to 0.004 of itself anyway;
 zero is exact. That is half of the memory that keeping x would take.
 
+With operands in e4m3 (fp8.py) the activations and the gradient come out in e4m3 too: half of the memory traffic, and
+nobody converts them. Both operands are then read along what is summed over, as such products demand.
+
 Programs walk over the tiles of the result, as many programs as multiprocessors, so that the loads of one tile are under
 way while another is stored. Operands come through tensor descriptors (the copy engine of Hopper and later), which fill
 what lies outside with zeros.
@@ -22,6 +25,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from bertforge.kernels.fp8 import ACTIVATION_SCALE, LARGEST, Fp8Rows, Fp8Weight
+
+FP8_SCALE, FP8_LARGEST = tl.constexpr(ACTIVATION_SCALE), tl.constexpr(LARGEST)
 STEPS = tl.constexpr(200.0)  # of a slope, to the unit
 ZERO = tl.constexpr(26.0)  # the byte that means 0: the range is -0.13 to 1.145
 
@@ -44,6 +50,7 @@ class Tiling:
 
 
 TILING = Tiling(128, 256, 64, 8, 8, 3, 1)
+FP8_TILING = Tiling(128, 256, 128, 8, 8, 3, 1)
 
 
 @triton.jit
@@ -61,28 +68,45 @@ def _gelu(x):
 
 
 @triton.jit
-def _finish(values, bias, output, slope, row, column, width, COLUMNS: tl.constexpr, EPILOGUE: tl.constexpr):
-    """GELU of `values` plus bias, its slope kept ("keep") or not ("forget"); or `values` times it ("slope")."""
-    if EPILOGUE == "slope":
+def _finish(
+    values, bias, scale, growth, output, slope, sums, row, column, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, EPILOGUE: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """GELU of `values` plus bias, its slope kept ("keep") or not ("forget"); or `values` times it ("slope").
+
+    "slope, sums" also leaves the sums of the tile's columns: added up, the bias's gradient. With FP8, `values` are
+    those of e4m3 numbers, and so is what is stored.
+    """
+    if FP8:
+        values *= tl.load(scale) / (tl.load(growth) if EPILOGUE == "slope" else FP8_SCALE)
+    columns = column + tl.arange(0, COLUMNS)
+    if EPILOGUE == "slope" or EPILOGUE == "slope, sums":
         code = slope.load([row, column]).to(tl.float32)
         values = values * ((code - ZERO) / STEPS)
+        if EPILOGUE == "slope, sums":
+            tl.store(sums + row // ROWS * width + columns, tl.sum(values, 0), mask=columns < width)
     else:
-        columns = column + tl.arange(0, COLUMNS)
         b = tl.load(bias + columns, mask=columns < width, other=0.0).to(tl.float32)
-        # Rounded as a product of its own would be, so that value and slope belong to what a plain layer computes.
-        values, steep = _gelu((values + b[None, :]).to(output.dtype).to(tl.float32))
+        values += b[None, :]
+        if not FP8:
+            # Rounded as a product of its own would be, so that value and slope belong to what a plain layer computes.
+            values = values.to(output.dtype).to(tl.float32)
+        values, steep = _gelu(values)
         if EPILOGUE == "keep":
             slope.store([row, column], (steep * STEPS + (ZERO + 0.5)).to(tl.int32).to(tl.uint8))
+        if FP8:
+            values = tl.minimum(values * FP8_SCALE, FP8_LARGEST)
     output.store([row, column], values.to(output.dtype))
 
 
 @triton.jit
 def _product(
-    x, weight, bias, output, slope, tokens, width, depth,
+    x, weight, bias, scale, growth, output, slope, sums, tokens, width, depth,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
-    TRANSPOSED: tl.constexpr, EPILOGUE: tl.constexpr,
+    TRANSPOSED: tl.constexpr, EPILOGUE: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     down, across = tl.cdiv(tokens, ROWS), tl.cdiv(width, COLUMNS)
+    half: tl.constexpr = COLUMNS // 2
     for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0), flatten=True):
         first = tile // (GROUP * across) * GROUP
         group = min(down - first, GROUP)
@@ -97,9 +121,9 @@ def _product(
                 b = weight.load([step * DEPTH, column])
             total = tl.dot(a, b, total)
         # By halves: a tile in float32 and what is made of it do not fit into the registers together.
-        left, right = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
-        _finish(left, bias, output, slope, row, column, width, COLUMNS // 2, EPILOGUE)
-        _finish(right, bias, output, slope, row, column + COLUMNS // 2, width, COLUMNS // 2, EPILOGUE)
+        left, right = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, half)), (0, 2, 1)))
+        _finish(left, bias, scale, growth, output, slope, sums, row, column, width, ROWS, half, EPILOGUE, FP8)
+        _finish(right, bias, scale, growth, output, slope, sums, row, column + half, width, ROWS, half, EPILOGUE, FP8)
 
 
 def linear_gelu(
@@ -111,35 +135,63 @@ def linear_gelu(
     """
     output = x.new_empty(x.shape[0], weight.shape[0])
     slope = torch.empty(output.shape, dtype=torch.uint8, device=x.device) if keep else None
-    _launch(x, weight, bias, output, slope, "keep" if keep else "forget", tiling)
+    _launch((x, weight, bias), output, slope, None, "keep" if keep else "forget", tiling)
     return output, slope
 
 
-def linear_gelu_backward(grad: Tensor, weight: Tensor, slope: Tensor, tiling: Tiling = TILING) -> Tensor:
-    """The gradient before GELU `[tokens, intermediate]`, from that of the layer after it, `[tokens, out]`.
+def linear_gelu_backward(
+    grad: Tensor, weight: Tensor, slope: Tensor, *, sums: bool, tiling: Tiling = TILING
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient before GELU `[tokens, intermediate]`, and with `sums` that of `linear_gelu`'s bias, float32.
 
-    `weight` is that layer's, `[out, intermediate]`: grad weight * slope.
+    `grad` is that of the layer after GELU, `[tokens, out]`, and `weight` that layer's, `[out, intermediate]`; the
+    result is grad weight * slope.
     """
     output = grad.new_empty(slope.shape)
-    _launch(grad, weight, grad, output, slope, "slope", tiling)
+    blocks = triton.cdiv(len(grad), tiling.rows) if sums else 0
+    parts = torch.empty(blocks, slope.shape[1], dtype=torch.float32, device=grad.device)
+    _launch((grad, weight, None), output, slope, parts, "slope, sums" if sums else "slope", tiling)
+    return output, parts.sum(0) if sums else None
+
+
+def linear_gelu_fp8(
+    x: Tensor, weight: Fp8Weight, bias: Tensor, *, keep: bool, tiling: Tiling = FP8_TILING
+) -> tuple[Tensor, Tensor | None]:
+    """`linear_gelu` from activations in e4m3 `[tokens, in]` to such `[tokens, out]`, both ACTIVATION_SCALE as large."""
+    output = x.new_empty(x.shape[0], weight.rows.shape[0])
+    slope = torch.empty(output.shape, dtype=torch.uint8, device=x.device) if keep else None
+    _launch((x, weight.rows, bias), output, slope, None, "keep" if keep else "forget", tiling, weight)
+    return output, slope
+
+
+def linear_gelu_fp8_backward(grad: Fp8Rows, weight: Fp8Weight, slope: Tensor, tiling: Tiling = FP8_TILING) -> Tensor:
+    """`linear_gelu_backward` in e4m3: what it gives is this times grad.scale * weight.growth.
+
+    That is a bound, for a program sees no row whole.
+    """
+    output = grad.values.new_empty(slope.shape)
+    _launch((grad.values, weight.columns, None), output, slope, None, "slope", tiling, weight)
     return output
 
 
 def _launch(
-    x: Tensor, weight: Tensor, bias: Tensor, output: Tensor, slope: Tensor | None, epilogue: str, tiling: Tiling
-) -> None:
+    operands: tuple[Tensor, Tensor, Tensor | None], output: Tensor, slope: Tensor | None, sums: Tensor | None,
+    epilogue: str, tiling: Tiling, fp8: Fp8Weight | None = None,
+) -> None:  # fmt: skip
+    x, weight, bias = operands
     (tokens, depth), width = x.shape, output.shape[1]
-    transposed = epilogue != "slope"
+    transposed = bias is not None or fp8 is not None
     half = [tiling.rows, tiling.columns // 2]
     tile = [tiling.columns, tiling.depth] if transposed else [tiling.depth, tiling.columns]
-    written = TensorDescriptor.from_tensor(output, half)
     tiles = triton.cdiv(tokens, tiling.rows) * triton.cdiv(width, tiling.columns)
     with torch.cuda.device_of(x):
         _product[(min(tiles, tiling.programs * _multiprocessors(x.device)),)](
             TensorDescriptor.from_tensor(x, [tiling.rows, tiling.depth]), TensorDescriptor.from_tensor(weight, tile),
-            bias, written, written if slope is None else TensorDescriptor.from_tensor(slope, half),
+            bias, *((fp8.scale, fp8.growth) if fp8 else (None, None)), TensorDescriptor.from_tensor(output, half),
+            None if slope is None else TensorDescriptor.from_tensor(slope, half), sums,
             tokens, width, depth, ROWS=tiling.rows, COLUMNS=tiling.columns, DEPTH=tiling.depth, GROUP=tiling.group,
-            TRANSPOSED=transposed, EPILOGUE=epilogue, num_warps=tiling.warps, num_stages=tiling.stages,
+            TRANSPOSED=transposed, EPILOGUE=epilogue, FP8=fp8 is not None,
+            num_warps=tiling.warps, num_stages=tiling.stages,
         )  # fmt: skip
 
 

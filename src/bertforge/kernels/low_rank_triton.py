@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 32  # rows of B, or columns of A, that a program owns
+BLOCK = 16  # rows of B, or columns of A, that a program owns: few, so that there are programs enough
 STEP = 128
 WARPS = 4
 
@@ -44,8 +44,8 @@ def _b_gradient(grad, a, b_grad, rows, columns, scaling, R: tl.constexpr, RANKS:
         column = start + tl.arange(0, STEP)
         inside = (row[:, None] < rows) & (column < columns)
         dw = tl.load(grad + row[:, None] * columns + column, mask=inside, other=0.0)  # [BLOCK, STEP]
-        right = tl.load(a + rank * columns + column[:, None], mask=(rank < R) & (column[:, None] < columns), other=0.0)
-        total = tl.dot(dw.to(tl.float32), right.to(tl.float32), total, input_precision="ieee")
+        right = tl.load(a + rank[:, None] * columns + column, mask=(rank[:, None] < R) & (column < columns), other=0.0)
+        total = tl.dot(dw.to(tl.float32), tl.trans(right.to(tl.float32)), total, input_precision="ieee")
     places = b_grad + row[:, None] * R + rank
     tl.store(places, (total * scaling).to(b_grad.dtype.element_ty), mask=(row[:, None] < rows) & (rank < R))
 

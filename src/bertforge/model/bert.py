@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bertforge.batch import PackedBatch, PaddedBatch
+from bertforge.batch import LowerLayers, PackedBatch, PaddedBatch
 from bertforge.errors import UsageError
 from bertforge.kernels.attention import Bounds
 from bertforge.model.attention import Core, PackedCore, PaddedCore
@@ -39,22 +39,29 @@ class BertModel(nn.Module):
     def forward(self, batch: PaddedBatch | PackedBatch) -> tuple[Tensor, Tensor]:
         """Hidden states `[batch, seq, hidden]` or `[tokens, hidden]`, and pooled `[sequences, hidden]`.
 
-        See `_embedded` for what a batch may hold.
+        See `_begun` for what a batch may hold.
         """
-        hidden, core = self._embedded(batch)
-        hidden = self.encoder(hidden, core)
+        hidden, core, done = self._begun(batch)
+        hidden = self.encoder(hidden, core, done)
         _, first = core.first(hidden)
         return hidden, self.pooler(first.reshape(-1, hidden.shape[-1]))
 
     def pooled(self, batch: PaddedBatch | PackedBatch) -> Tensor:
         """The second result of `forward` alone, for less: the last layer works on first tokens only."""
-        hidden, core = self._embedded(batch)
-        first = self.encoder.first(hidden, core)  # [sequences, hidden] or [batch, 1, hidden]
+        hidden, core, done = self._begun(batch)
+        first = self.encoder.first(hidden, core, done)  # [sequences, hidden] or [batch, 1, hidden]
         pooled: Tensor = self.pooler(first.reshape(-1, hidden.shape[-1]))
         return pooled
 
-    def _embedded(self, batch: PaddedBatch | PackedBatch) -> tuple[Tensor, Core]:
-        """The embeddings' output and the core that knows the sequences' bounds.
+    def lower_layers(self, batch: PackedBatch, layers: int) -> LowerLayers:
+        """The embeddings and the lowest `layers` layers alone, for a batch to bring with it."""
+        hidden, core, done = self._begun(batch)
+        return LowerLayers(self.encoder(hidden, core, done, layers), layers)
+
+    def _begun(self, batch: PaddedBatch | PackedBatch) -> tuple[Tensor, Core, int]:
+        """Hidden states, the core that knows the sequences' bounds, and how many layers the states have behind them.
+
+        None, and the states are the embeddings' output, unless the batch brings what its lower layers gave.
 
         A padded batch is read as transformers reads it: positions count from the left edge and the pooled token is the
         first column. Pad on the right, or `pack` the batch, when that column may be padding.
@@ -73,4 +80,6 @@ class BertModel(nn.Module):
                 f"a sequence has {longest} tokens, but this model holds {self.config.max_position_embeddings}; "
                 f"truncate to max_length={self.config.max_position_embeddings}"
             )
-        return self.embeddings(batch.input_ids, positions, batch.token_type_ids), core
+        if isinstance(batch, PackedBatch) and batch.lower is not None:
+            return batch.lower.hidden, core, batch.lower.layers
+        return self.embeddings(batch.input_ids, positions, batch.token_type_ids), core, 0

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bertforge.errors import UsageError
 from bertforge.kernels.attention import TRITON_HEAD_DIMS
 from bertforge.model.attention import BertAttention, Core, PackedCore, ResidualOutput
 from bertforge.model.config import BertConfig
-from bertforge.model.fused_layer import FrozenCasts, Settings, fused_layer
+from bertforge.model.fused_layer import FP8_PLACES, Fp8Weights, FrozenCasts, Settings, fused_layer
 
 _TANH_GELU = partial(F.gelu, approximate="tanh")
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -47,6 +48,8 @@ class BertLayer(nn.Module):
         super().__init__()
         self.config = config
         self.casts = FrozenCasts()
+        self.fp8 = False
+        """Training multiplies with the feed-forward's weights in e4m3; `multiply_in_fp8` sets it."""
         self.attention = BertAttention(config)
         self.intermediate = BertIntermediate(config)
         self.output = ResidualOutput(config.intermediate_size, config)
@@ -56,7 +59,7 @@ class BertLayer(nn.Module):
         if isinstance(core, PackedCore) and (dtype := self._fused_dtype(hidden)) and (weights := self.weights()):
             halves = tuple(self.casts(place, weight, dtype) for place, weight in enumerate(weights))
             asked = None if queries is None else queries.to(dtype)
-            return fused_layer(hidden.to(dtype), asked, core.bounds, self.settings(), halves)
+            return fused_layer(hidden.to(dtype), asked, core.bounds, self.settings(weights), halves)
         asked = hidden if queries is None else queries
         attended = self.attention(hidden, core, asked)
         normed: Tensor = self.output(self.intermediate(attended), attended)
@@ -73,28 +76,40 @@ class BertLayer(nn.Module):
             None if any(pair is None for pair in pairs) else tuple(tensor for pair in pairs if pair for tensor in pair)
         )
 
-    def settings(self) -> Settings:
-        """Of the fused layer, as the mode of the module and of autograd has them."""
+    def fp8_weights(self, weights: tuple[Tensor, ...]) -> Fp8Weights:
+        """Copies in e4m3 of those `weights` that have their products there."""
+        return Fp8Weights(*(self.casts.fp8(place, weights[place]) for place in FP8_PLACES))
+
+    def settings(self, weights: tuple[Tensor, ...]) -> Settings:
+        """Of the fused layer with these `weights`, as the mode of the module and of autograd has them."""
         config = self.config
         return Settings(
             (config.num_attention_heads, config.head_dim),
             config.layer_norm_eps,
             config.hidden_dropout_prob if self.training else 0.0,
             torch.is_grad_enabled(),
-            self.output.LayerNorm.weight.is_cuda,
+            weights[0].is_cuda,
+            self.fp8_weights(weights) if self.fp8 and self.training else None,  # evaluation: as the saved model will
         )
+
+    def fusable(self, *, on_cuda: bool = True) -> bool:
+        """The fused layer computes this configuration, in the module's mode; Triton's kernels do not for all sizes."""
+        config = self.config
+        if config.hidden_act != "gelu" or (self.training and config.attention_probs_dropout_prob):
+            return False
+        widths = config.hidden_size % 16 == config.intermediate_size % 16 == 0
+        return not on_cuda or (config.head_dim in TRITON_HEAD_DIMS and widths)
 
     def _fused_dtype(self, hidden: Tensor) -> torch.dtype | None:
         """The type the fused layer would compute in; None where it does not reach."""
-        config, device = self.config, hidden.device.type
-        if config.hidden_act != "gelu" or (self.training and config.attention_probs_dropout_prob):
+        device = hidden.device.type
+        if device not in ("cuda", "cpu") or not self.fusable(on_cuda=device == "cuda"):
             return None
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        if device == "cpu":  # without a backward pass torch's own attention is quicker, and with it the modules are
-            return dtype if dtype is torch.bfloat16 and torch.is_grad_enabled() else None
-        if config.head_dim not in TRITON_HEAD_DIMS or config.hidden_size % 16 or config.intermediate_size % 16:
-            return None
-        return dtype if device == "cuda" and dtype in (torch.float16, torch.bfloat16) else None
+        if device == "cuda":
+            return dtype if dtype in (torch.float16, torch.bfloat16) else None
+        # Without a backward pass torch's own attention is quicker on a CPU, and with it the modules are.
+        return dtype if dtype is torch.bfloat16 and torch.is_grad_enabled() else None
 
 
 def _weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor] | None:
@@ -112,16 +127,40 @@ class BertEncoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, hidden: Tensor, core: Core) -> Tensor:
-        """`[..., hidden]` -> `[..., hidden]`."""
-        for layer in self.layer:
+    def forward(self, hidden: Tensor, core: Core, start: int = 0, end: int | None = None) -> Tensor:
+        """`[..., hidden]` -> `[..., hidden]`, through the layers from `start` up to but not with `end`."""
+        for layer in self.layer[start:end]:
             hidden = layer(hidden, core)
         return hidden
 
-    def first(self, hidden: Tensor, core: Core) -> Tensor:
-        """`[..., hidden]` -> each sequence's first token, for which alone the last layer is computed."""
-        for layer in self.layer[:-1]:
-            hidden = layer(hidden, core)
+    def first(self, hidden: Tensor, core: Core, start: int = 0) -> Tensor:
+        """`[..., hidden]` -> each sequence's first token, for which alone the last layer is computed.
+
+        Begins at layer `start`; past the last one, the first tokens are those of `hidden`.
+        """
+        last = len(self.layer) - 1
+        hidden = self(hidden, core, start, last)
         one, queries = core.first(hidden)
-        first: Tensor = self.layer[-1](hidden, one, queries)
+        first: Tensor = queries if start > last else self.layer[last](hidden, one, queries)
         return first
+
+
+def multiply_in_fp8(model: nn.Module) -> None:
+    """Training of `model` shall multiply with frozen feed-forwards in e4m3; sets it to training mode.
+
+    Raises UsageError where no feed-forward is frozen, or a layer is one that the fused layer does not compute.
+    """
+    layers = [module for module in model.train().modules() if isinstance(module, BertLayer)]
+    for layer in layers:
+        weights = layer.weights()
+        if weights is None or not layer.fusable():
+            raise UsageError(
+                "precision=fp8 needs GELU, heads of 32 or 64, and no dropout of attention or of adapters; "
+                "set attention_dropout=0 and lora.lora_dropout=0, or precision=bf16"
+            )
+        layer.fp8 = not any(weights[place + part].requires_grad for place in FP8_PLACES for part in (0, 1))
+    if not any(layer.fp8 for layer in layers):
+        raise UsageError(
+            "precision=fp8 multiplies with a frozen feed-forward in 8 bits, but this recipe trains every layer's; "
+            "adapt query and value alone (variant lora-r8), or set precision=bf16"
+        )

@@ -11,6 +11,11 @@ of their own. Written out,
   GELU's slopes in 8 bits, 12 KB a token at a width of 768;
 - a frozen weight costs no product, and a layer whose input needs no gradient stops there.
 
+With `Settings.fp8` the four products of a frozen feed-forward are those of e4m3 numbers (kernels/fp8.py), two thirds of
+what a layer multiplies with weights. Query, key and value are trained through, and for attention's output the product
+saves no more than converting what attention gives would cost. The sum of two gradients after such a product is taken
+where LayerNorm's backward reads them.
+
 With `queries` the layer is computed for these tokens alone, as the last layer is: a classifier reads first tokens only.
 
 On CUDA attention, dropout with LayerNorm and the product with GELU are Triton kernels. A CPU has no launches to save,
@@ -30,11 +35,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bertforge.kernels import attention_cpu, layer_norm, linear_gelu
+from bertforge.kernels import attention_cpu, fp8, layer_norm, linear_gelu
 from bertforge.kernels.attention import Bounds
+from bertforge.kernels.fp8 import E4M3, Fp8Rows, Fp8Weight
 from bertforge.kernels.layer_norm import Norm
 
 NAMES = ("query", "key", "value", "attention.output", "attention.norm", "intermediate", "output", "norm")
+NORMS = (8, 9, 14, 15)  # places of the LayerNorms among the weights: they work in float32 and are not rounded
+
+
+@dataclass(frozen=True)
+class Fp8Weights:
+    """The products that are in e4m3."""
+
+    intermediate: Fp8Weight
+    """[intermediate, hidden]."""
+    output: Fp8Weight
+    """[hidden, intermediate]."""
+
+
+FP8_PLACES = (10, 12)  # of these weights among those of NAMES
 
 
 @dataclass(frozen=True)
@@ -51,6 +71,8 @@ class Settings:
     """Backward will follow."""
     triton: bool
     """By Triton's kernels; else by torch's, on a CPU."""
+    fp8: Fp8Weights | None = None
+    """Copies of the frozen weights whose products are in e4m3; their biases are frozen too."""
 
 
 def fused_layer(
@@ -65,21 +87,30 @@ def fused_layer(
 
 
 class FrozenCasts:
-    """Half-precision copies of a layer's frozen weights, made once and not at each step."""
+    """Copies of a layer's frozen weights in other types, made once and not at each step."""
 
     def __init__(self) -> None:
-        self._held: dict[int, tuple[Callable[[], Tensor | None], tuple[int, int, torch.dtype], Tensor]] = {}
+        self._held: dict[tuple[int, str], tuple[Callable[[], Tensor | None], tuple[Any, ...], Any]] = {}
 
     def __call__(self, place: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """`weight` in `dtype` if it is frozen, as it is otherwise; `place` names it within the layer."""
-        if weight.dtype == dtype or weight.requires_grad:
+        """`weight` in `dtype` if it is frozen, as it is otherwise; `place` is that among the layer's weights."""
+        if weight.dtype == dtype or weight.requires_grad or place in NORMS:
             return weight
+        copied: Tensor = self._made((place, "cast"), weight, dtype, lambda: weight.detach().to(dtype))
+        return copied
+
+    def fp8(self, place: int, weight: Tensor) -> Fp8Weight:
+        """A frozen `weight` for products in e4m3."""
+        copied: Fp8Weight = self._made((place, "fp8"), weight, E4M3, lambda: Fp8Weight.of(weight))
+        return copied
+
+    def _made(self, key: tuple[int, str], weight: Tensor, dtype: torch.dtype, make: Callable[[], Any]) -> Any:
         state = (weight._version, weight.data_ptr(), dtype)
-        whose, when, copied = self._held.get(place, (lambda: None, None, weight))
+        whose, when, copied = self._held.get(key, (lambda: None, None, weight))
         if whose() is not weight or when != state:
             with torch.inference_mode(False), torch.no_grad():  # it may serve training later
-                copied = weight.detach().to(dtype)
-            self._held[place] = weakref.ref(weight), state, copied
+                copied = make()
+            self._held[key] = weakref.ref(weight), state, copied
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenCasts:
@@ -103,8 +134,9 @@ class _FusedLayer(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, queries: Tensor | None, bounds: Bounds, settings: Settings, *weights: Tensor
     ) -> Tensor:
-        attention, norms, gelu = _kernels(settings)
-        wq, bq, wk, bk, wv, bv, wo, bo, g1, c1, wi, bi, wd, bd, g2, c2 = (w.to(hidden.dtype) for w in weights)
+        attention, norms, _ = _kernels(settings)
+        halves = (w if place in NORMS else w.to(hidden.dtype) for place, w in enumerate(weights))
+        wq, bq, wk, bk, wv, bv, wo, bo, g1, c1, wi, bi, wd, bd, g2, c2 = halves
         needs, width = ctx.needs_input_grad[4:], hidden.shape[1]
         joined, shift = torch.cat([wq, wk, wv]), torch.cat([bq, bk, bv])  # [3 * hidden, hidden], [3 * hidden]
         if queries is None:
@@ -118,13 +150,14 @@ class _FusedLayer(torch.autograd.Function):
         seeds = torch.zeros(2, dtype=torch.int32, device=hidden.device)
         if settings.dropout_p:
             seeds.random_()
-        first = Norm(g1, c1, settings.eps, settings.dropout_p, seeds[:1], settings.keep and any(needs[8:10]))
-        second = Norm(g2, c2, settings.eps, settings.dropout_p, seeds[1:], settings.keep and any(needs[14:16]))
+        first = Norm(g1, c1, settings.eps, settings.dropout_p, seeds[:1], settings.keep and any(needs[7:10]))
+        second = Norm(g2, c2, settings.eps, settings.dropout_p, seeds[1:], settings.keep and any(needs[13:16]))
         residual = hidden if queries is None else queries
-        y1, kept1 = norms.residual_layer_norm(F.linear(o.flatten(1), wo, bo), residual, first)
-        activated, slope = gelu.linear_gelu(y1, wi, bi, keep=settings.keep)  # [queries, intermediate]
+        copied = torch.empty_like(residual, dtype=E4M3) if settings.fp8 else None
+        y1, kept1 = norms.residual_layer_norm(F.linear(o.flatten(1), wo, bo), residual, first, fp8=copied)
+        fed, activated, slope = _feed_forward(y1 if copied is None else copied, (wi, bi, wd, bd), settings)
         y2: Tensor
-        y2, kept2 = norms.residual_layer_norm(F.linear(activated, wd, bd), y1, second)
+        y2, kept2 = norms.residual_layer_norm(fed, y1, second)
         if settings.keep:
             between = slope, activated if needs[12] else None
             products = joined, wo, wi, wd
@@ -134,23 +167,17 @@ class _FusedLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, queries, q, k, v, o, lse, y1, slope, activated, y2, joined, wo, wi, wd, *kept = ctx.saved_tensors
-        kept1, kept2 = kept[: len(kept) // 2], kept[len(kept) // 2 :]
-        bounds, settings, first, second, dtypes = ctx.rest
-        attention, norms, gelu = _kernels(settings)
+        hidden, queries, q, k, v, o, lse, y1, slope, activated, y2, joined, wo, wi, wd, *norms_kept = ctx.saved_tensors
+        kept1, kept2 = norms_kept[: len(norms_kept) // 2], norms_kept[len(norms_kept) // 2 :]
+        bounds, settings, first, _, dtypes = ctx.rest
+        attention, norms, _ = _kernels(settings)
         needs = ctx.needs_input_grad[4:]
         found: list[Tensor | None] = [None] * len(dtypes)
 
-        # Without dropout a norm's two gradients are one tensor: the branch's is read before the residual's is added to.
-        dy1, dd, found[14], found[15] = norms.residual_layer_norm_backward(grads[0].contiguous(), y2, kept2, second)
-        found[12], found[13] = _product(dd, activated, needs[12]), _column_sums(dd, needs[13])
-        du = gelu.linear_gelu_backward(dd, wd, slope)  # [queries, intermediate]
-        found[10], found[11] = _product(du, y1, needs[10]), _column_sums(du, needs[11])
-        dy1.addmm_(du, wi)  # [queries, hidden]
-        del du, dd
-
-        ds, da, found[8], found[9] = norms.residual_layer_norm_backward(dy1, y1, kept1, first)
-        found[6], found[7] = _product(da, o.flatten(1), needs[6]), _column_sums(da, needs[7])
+        kept = y1, slope, activated, y2, kept2, wi, wd
+        dy1, addend = _feed_forward_backward(grads[0].contiguous(), kept, ctx, found)  # [queries, hidden]
+        ds, da, sums = norms.residual_layer_norm_backward(dy1, y1, kept1, first, addend=addend)
+        found[6:10] = _product(da, o.flatten(1)) if needs[6] else None, sums.x, sums.weight, sums.bias
         do = (da @ wo).view(-1, *settings.heads)  # [queries, heads, head_dim]
         needs_hidden = ctx.needs_input_grad[0]
         if queries is None:
@@ -164,20 +191,61 @@ class _FusedLayer(torch.autograd.Function):
             attention.backward(do, (q, k, v, bounds), (o, lse), (dq, dk, dv))
             dqueries = ds.addmm_(dq.flatten(1), joined[: hidden.shape[1]])  # [queries, hidden]
             dhidden = parts.flatten(1) @ joined[hidden.shape[1] :] if needs_hidden else None  # [tokens, hidden]
-        asked = hidden if queries is None else queries
-        for place, (grad, x) in enumerate(((dq, asked), (dk, hidden), (dv, hidden))):
-            flat = grad.flatten(1)  # [queries or tokens, hidden]
-            found[2 * place] = _product(flat, x, needs[2 * place])
-            found[2 * place + 1] = _column_sums(flat, needs[2 * place + 1])
-        own = (None if g is None else g.to(dtype) for g, dtype in zip(found, dtypes, strict=True))
+        if queries is None and all(needs[:6]):
+            found[0:6:2] = _product(parts.flatten(1), hidden).chunk(3)
+            found[1:6:2] = parts.flatten(1).sum(0, dtype=torch.float32).chunk(3)
+        else:
+            asked = hidden if queries is None else queries
+            for place, (grad, x) in enumerate(((dq, asked), (dk, hidden), (dv, hidden))):
+                flat = grad.flatten(1)  # [queries or tokens, hidden]
+                found[2 * place] = _product(flat, x) if needs[2 * place] else None
+                found[2 * place + 1] = flat.sum(0, dtype=torch.float32) if needs[2 * place + 1] else None
+        own = (
+            g.to(dtype) if needed and g is not None else None
+            for g, dtype, needed in zip(found, dtypes, needs, strict=True)
+        )
         return dhidden, dqueries, None, None, *own
 
 
-def _product(grad: Tensor, x: Tensor, wanted: bool) -> Tensor | None:
+def _feed_forward(
+    x: Tensor, weights: tuple[Tensor, ...], settings: Settings
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The branch's result `[rows, hidden]`; the activations `[rows, intermediate]`, none from e4m3; GELU's slopes."""
+    *_, gelu = _kernels(settings)
+    wi, bi, wd, bd = weights
+    if settings.fp8:
+        short, slope = gelu.linear_gelu_fp8(x, settings.fp8.intermediate, bi, keep=settings.keep)
+        return fp8.linear(short, settings.fp8.output, bd), None, slope
+    activated, slope = gelu.linear_gelu(x, wi, bi, keep=settings.keep)
+    return F.linear(activated, wd, bd), activated, slope
+
+
+def _feed_forward_backward(
+    grad: Tensor, kept: tuple[Any, ...], ctx: Any, found: list[Tensor | None]
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """From the layer's result to the feed-forward's input: its gradient, and in e4m3 an addend and its rows' scales.
+
+    Those of weights and biases are put into `found`.
+    """
+    y1, slope, activated, y2, kept2, wi, wd = kept
+    _, settings, _, second, _ = ctx.rest
+    _, norms, gelu = _kernels(settings)
+    needs = ctx.needs_input_grad[4:]
+    if weights := settings.fp8:
+        rows = Fp8Rows.empty(y2)
+        dy1, _, sums = norms.residual_layer_norm_backward(grad, y2, kept2, second, fp8=rows)
+        found[14:] = sums.weight, sums.bias
+        du = gelu.linear_gelu_fp8_backward(rows, weights.output, slope)  # [queries, intermediate]
+        return dy1, (fp8.linear_backward(du, weights.output.growth, weights.intermediate, y1.dtype), rows.scale)
+    # Without dropout a norm's two gradients are one tensor: the branch's is read before the residual's is added to.
+    dy1, dd, sums = norms.residual_layer_norm_backward(grad, y2, kept2, second)
+    found[12:] = _product(dd, activated) if needs[12] else None, sums.x, sums.weight, sums.bias
+    du, found[11] = gelu.linear_gelu_backward(dd, wd, slope, sums=needs[11])  # [queries, intermediate]
+    found[10] = _product(du, y1) if needs[10] else None
+    return dy1.addmm_(du, wi), None
+
+
+def _product(grad: Tensor, x: Tensor) -> Tensor:
     """A weight's gradient `[out, in]`, from that of its output `[rows, out]` and its input `[rows, in]`."""
-    return grad.T @ x if wanted else None
-
-
-def _column_sums(grad: Tensor, wanted: bool) -> Tensor | None:
-    """A bias's gradient `[out]`, in float32."""
-    return grad.sum(0, dtype=torch.float32) if wanted else None
+    # On CUDA in float32, as it is summed up; rounded to half precision it would be turned into float32 right after.
+    return torch.mm(grad.T, x, out_dtype=torch.float32) if grad.is_cuda else grad.T @ x

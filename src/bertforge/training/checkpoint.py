@@ -1,7 +1,8 @@
 """Saving a run so that it goes on bit for bit: one safetensors file, replaced atomically.
 
-It holds the trainable weights, AdamW's moments, the random number generators and, as JSON in the file's header, where
-the run stands. The order of rows needs no saving: it depends on (seed, epoch) alone. No pickle is involved.
+It holds the trainable weights, AdamW's moments, the random number generators of every process and, as JSON in the
+file's header, where the run stands. The order of rows needs no saving: it depends on (seed, epoch) alone. No pickle is
+involved.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from bertforge.artifact import write_atomic
+from bertforge.determinism import branch
 from bertforge.errors import ArtifactError
+from bertforge.training.distributed import ALONE, World
 
 
 @dataclass
@@ -36,6 +39,10 @@ class Progress:
     """Sequences seen in the epoch under way."""
     seconds: float = 0.0
     """Seconds of training, validation included."""
+    train_seconds: float = 0.0
+    """Seconds of training alone, up to the last loss that was read."""
+    idle_seconds: float = 0.0
+    """Seconds of those in which no step was at work."""
     best_epoch: int = 0
     """Epoch of the lowest validation loss, from 1; 0 before the first."""
     best_loss: float = float("inf")
@@ -43,22 +50,37 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     """What the curves show so far."""
 
+    @property
+    def idle(self) -> float:
+        """Share of the training time in which no step was at work; NaN before the first loss is read."""
+        return self.idle_seconds / self.train_seconds if self.train_seconds else float("nan")
 
-def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-    """Writes the checkpoint beside `path` and renames it into place."""
-    tensors = {f"model.{name}": tensor for name, tensor in trainable(model).items()}
+    def add_time(self, idle: float, whole: float) -> float:
+        """Counts `whole` seconds of training, `idle` of them without a step; returns their share."""
+        self.idle_seconds += idle
+        self.train_seconds += whole
+        return idle / whole
+
+
+def save(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, world: World = ALONE
+) -> None:
+    """Called by every process; the first writes the checkpoint beside `path` and renames it into place."""
+    generators = {"rng.cpu": world.gather(torch.get_rng_state())}  # [processes, bytes]
+    if torch.cuda.is_available():
+        generators["rng.cuda"] = world.gather(torch.cuda.get_rng_state())
+    if not world.first:
+        return
+    tensors = generators | {f"model.{name}": tensor for name, tensor in trainable(model).items()}
     for index, parameter in enumerate(_parameters(optimizer)):
         for name, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{index}.{name}"] = value
-    tensors["rng.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
     stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     state = asdict(progress) | {"best_loss": progress.best_loss if progress.best_epoch else None}
     write_atomic(path, to_bytes(stored, metadata={"progress": json.dumps(state)}))
 
 
-def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World = ALONE) -> Progress:
     """Loads a checkpoint into `model`, `optimizer` and the generators; raises ArtifactError when it does not fit."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -78,12 +100,24 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> P
         }
         if "step" in optimizer.state[parameter]:  # the fused optimizer keeps its step count beside the parameter
             optimizer.state[parameter]["step"] = optimizer.state[parameter]["step"].to(parameter.device)
-    torch.set_rng_state(tensors["rng.cpu"])
+    same_size = len(tensors["rng.cpu"]) == world.size
+    stream = world.rank if same_size else 0
+    torch.set_rng_state(tensors["rng.cpu"][stream].clone())  # of a row that is a view, torch reads other bytes
     if torch.cuda.is_available() and "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
+        torch.cuda.set_rng_state(tensors["rng.cuda"][stream].clone())
+    if not same_size:
+        branch(world.rank)
     if state["best_loss"] is None:
         state["best_loss"] = float("inf")
     return Progress(**state)
+
+
+def saved_step(path: Path) -> int:
+    """Optimizer steps finished in the checkpoint at `path`, 0 where there is none."""
+    if not path.is_file():
+        return 0
+    with safe_open(path, framework="pt") as file:
+        return int(json.loads(file.metadata()["progress"])["step"])
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any, Self, get_args, get_type_hints
 
 from bertforge.data.tabular import TabularSpec
 from bertforge.errors import UsageError
-from bertforge.hardware import PRECISIONS
+from bertforge.hardware import TRAINING_PRECISIONS
 from bertforge.lora.config import LoraConfig
 
 
@@ -75,11 +75,15 @@ class Recipe:
     label_smoothing: float = 0.0
     """Probability taken from the true class and spread over all (Szegedy et al. 2015, section 7)."""
     precision: str = "auto"
-    """fp32, bf16 (autocast; weights stay fp32), or auto: bf16 where the hardware is faster at it."""
+    """fp32; bf16 (autocast; weights stay fp32); fp8: bf16, and a frozen feed-forward's products in 8 bits, on NVIDIA
+    GPUs of compute capability 8.9 and later; or auto: bf16 where the hardware is faster at it."""
     seed: int = 42
     """Seeds new weights, dropout and the order of rows."""
     checkpoint_seconds: float = 60
     """The most work, in seconds, that a crash can lose."""
+    prefix_cache_gb: float | None = None
+    """GB of frozen layers' output that may be kept from epoch to epoch; 0 keeps none. None takes what it needs, up to
+    half of what is free on the GPU, then in host memory, then on the disk of the run's folder."""
     lora: LoraRecipe | None = None
     """None trains every weight."""
     tabular: TabularSpec | None = None
@@ -88,7 +92,7 @@ class Recipe:
     def __post_init__(self) -> None:
         choices = {
             "class_weights": ("none", "balanced"),
-            "precision": PRECISIONS,
+            "precision": TRAINING_PRECISIONS,
             "split": ("random", "time"),
         }
         for name, allowed in choices.items():
@@ -102,6 +106,8 @@ class Recipe:
         for name in ("head_lr", "weight_decay", "seed", "checkpoint_seconds"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"{name}={getattr(self, name)} must not be below 0")
+        if self.prefix_cache_gb is not None and self.prefix_cache_gb < 0:
+            raise UsageError(f"prefix_cache_gb={self.prefix_cache_gb} must not be below 0; 0 keeps nothing")
         if self.max_length < 3:
             raise UsageError(f"max_length={self.max_length} leaves no token between [CLS] and [SEP]; use 3 or more")
 

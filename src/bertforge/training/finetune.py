@@ -8,6 +8,7 @@ training goes on it holds `checkpoint.safetensors` and `best.safetensors` instea
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +18,15 @@ import numpy as np
 import torch
 
 from bertforge.artifact import MANIFEST, hash_file, write_json, write_manifest
-from bertforge.data.loader import Examples
+from bertforge.data.loader import Examples, Split
 from bertforge.data.prepared import PreparedData
 from bertforge.data.schema import CLOSED_DATE, STACK_OVERFLOW, Schema
 from bertforge.data.tabular import TabularTransform
 from bertforge.data.tokens import Tokenizer
-from bertforge.determinism import seed_everything
+from bertforge.determinism import branch, seed_everything
 from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.evaluation.golden import GoldenRows
-from bertforge.hardware import Hardware, choose_precision, detect
+from bertforge.hardware import Hardware, choose_training_precision, detect
 from bertforge.lora.adapter_io import save_adapter
 from bertforge.lora.config import LoraConfig
 from bertforge.lora.inject import inject_lora
@@ -34,7 +35,8 @@ from bertforge.model.config import TabularConfig
 from bertforge.models import MINILM, MINILM_HUB_ID, resolve, weights_file
 from bertforge.training.checkpoint import Progress, trainable
 from bertforge.training.config import Recipe
-from bertforge.training.loop import BEST, CHECKPOINT, Split, Trainer
+from bertforge.training.distributed import World, joined
+from bertforge.training.loop import BEST, CHECKPOINT, Trainer
 
 RUNNING = "running.json"  # the recipe and data of a run that has not ended
 
@@ -45,12 +47,15 @@ class Plan:
 
     recipe: Recipe
     hardware: Hardware
+    processes: int
     precision: str
     trainable_parameters: int
     train_rows: int
     validation_rows: int
     total_steps: int
     resumed_step: int
+    frozen: str | None
+    """Which layers are frozen and where their output is kept; None where the lowest layer is trained."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,16 @@ class Run:
     base: Path
 
 
+@dataclass(frozen=True)
+class _Start:
+    """A run about to take its first step, or its next."""
+
+    prepared: PreparedData
+    run: Run
+    trainer: Trainer
+    plan: Plan
+
+
 def finetune(
     data: Path,
     out: Path,
@@ -74,59 +89,98 @@ def finetune(
     started: Callable[[Plan], None] = lambda plan: None,
     show: Callable[[Progress, int, float], None] = lambda progress, sequences, loss: None,
 ) -> dict[str, Any]:
-    """Trains and saves a run in `out`; returns its manifest.
+    """Trains and saves a run in `out`; returns its manifest. Under torchrun, all its processes train one model.
 
-    Raises ArtifactError when `out` holds a run already and `resume` is false, or when the run to resume was started
-    with another recipe, other data, another base model or on another kind of device.
+    `started` and `show` are called in the first process alone. Raises ArtifactError when `out` holds a run already and
+    `resume` is false, or when the run to resume was started with another recipe, other data, another base model or on
+    another kind of device.
     """
-    prepared = PreparedData.open(data)
-    _check_folder(out, resume)
-    hardware = detect()
-    recipe_dict = json.loads(json.dumps(recipe.to_dict()))  # lists for tuples, as they come back from a file
-    identity = {
-        "recipe": recipe_dict,
-        "data": prepared.fingerprint,
-        "device": hardware.device.type,
-        "base weights": hash_file(weights_file(resolve(recipe.model))),
-    }
-    # "auto" may measure something else on another day, so a resumed run keeps what it began with.
-    wanted = _read_running(out / RUNNING, identity) if resume else recipe.precision
-    precision = choose_precision(hardware, wanted)
-    seed_everything(recipe.seed)
-    run = assemble(prepared, recipe, hardware.device)
-    trainer = Trainer(run.model, run.split, recipe, out, precision)
-    if resume:
-        trainer.resume()
-    else:  # only now: a setting that cannot work leaves no folder to clear away
-        write_json(out / RUNNING, {**identity, "precision": precision})
-    parameters = sum(parameter.numel() for parameter in trainable(run.model).values())
-    started(
-        Plan(
-            recipe=recipe,
-            hardware=hardware,
-            precision=precision,
-            trainable_parameters=parameters,
-            train_rows=len(run.split.train),
-            validation_rows=len(run.split.validation),
-            total_steps=trainer.total_steps,
-            resumed_step=trainer.progress.step,
-        )
+    with joined() as world:
+        start = _start(data, out, recipe, resume, world)
+        run, trainer, plan = start.run, start.trainer, start.plan
+        if world.first:
+            started(plan)
+        progress = trainer.fit(show if world.first else lambda progress, sequences, loss: None)
+        with world.together():  # after it, nobody reads what goes
+            if world.first:
+                _save(run, recipe, out)
+        manifest = {
+            **describe(run, start.prepared, {**_json(recipe), "precision": plan.precision}),
+            "precision": plan.precision,
+            "device": plan.hardware.name,
+            "processes": world.size,
+            "trainable_parameters": plan.trainable_parameters,
+            "metrics": _summary(progress, plan.train_rows),
+            "history": progress.history,
+            "golden": GoldenRows.record(run.model, run.split.examples, run.split.validation).to_dict(),
+        }
+        if world.first:
+            write_manifest(out, "run", **manifest)
+            for temporary in (CHECKPOINT, BEST, RUNNING):
+                (out / temporary).unlink()
+        return manifest
+
+
+def _start(data: Path, out: Path, recipe: Recipe, resume: bool, world: World) -> _Start:
+    """Everything up to the first step; see `finetune` for what it raises.
+
+    The first process alone looks at the run's folder before it is in use, and writes to it.
+    """
+    with world.together():
+        prepared = PreparedData.open(data)
+        if world.first:
+            _check_folder(out, resume)
+        hardware = detect()
+        if hardware.device.type == "cuda":
+            torch.cuda.set_device(hardware.device)
+        identity = {
+            "recipe": _json(recipe),
+            "data": prepared.fingerprint,
+            "device": hardware.device.type,
+            "base weights": hash_file(weights_file(resolve(recipe.model))),
+        }
+        precision = ""
+        if world.first:
+            # "auto" may measure something else on another day, so a resumed run keeps what it began with.
+            wanted = _read_running(out / RUNNING, identity) if resume else recipe.precision
+            precision = choose_training_precision(hardware, wanted)
+        if world.first and world.size > 1:
+            prepared.tokens(Tokenizer.load(resolve(recipe.model)))  # the others find the table tokenized
+    for what in ("data", "device", "base weights"):
+        world.check_same(str(identity[what]), what)
+    precision = world.texts(precision)[0]
+    with world.together():
+        if not world.first:
+            choose_training_precision(hardware, precision)
+        seed_everything(recipe.seed)
+        run = assemble(prepared, recipe, hardware.device)
+        trainer = Trainer(run.model, run.split, recipe, out, precision, world=world)
+        branch(world.rank)
+    with world.together():
+        if world.first and not resume:  # only now: a setting that cannot work leaves no folder to clear away
+            write_json(out / RUNNING, {**identity, "precision": precision})
+    with world.together():
+        if not (out / RUNNING).is_file():
+            raise ArtifactError(
+                f"process {world.rank} on {platform.node()} finds no {out / RUNNING}; "
+                "name a folder with --out that all machines share"
+            )
+        if resume:
+            trainer.resume()
+    world.check_same(str(trainer.progress.step), "the checkpoint of step")
+    plan = Plan(
+        recipe=recipe,
+        hardware=hardware,
+        processes=world.size,
+        precision=precision,
+        trainable_parameters=sum(parameter.numel() for parameter in trainable(run.model).values()),
+        train_rows=len(run.split.train),
+        validation_rows=len(run.split.validation),
+        total_steps=trainer.total_steps,
+        resumed_step=trainer.progress.step,
+        frozen=trainer.prefix.description if trainer.prefix else None,
     )
-    progress = trainer.fit(show)
-    _save(run, recipe, out)
-    manifest = {
-        **describe(run, prepared, {**recipe_dict, "precision": precision}),
-        "precision": precision,
-        "device": hardware.name,
-        "trainable_parameters": parameters,
-        "metrics": _summary(progress, len(run.split.train)),
-        "history": progress.history,
-        "golden": GoldenRows.record(run.model, run.split.examples, run.split.validation).to_dict(),
-    }
-    write_manifest(out, "run", **manifest)
-    for temporary in (CHECKPOINT, BEST, RUNNING):
-        (out / temporary).unlink()
-    return manifest
+    return _Start(prepared, run, trainer, plan)
 
 
 def assemble(prepared: PreparedData, recipe: Recipe, device: torch.device) -> Run:
@@ -247,6 +301,11 @@ def _read_running(path: Path, identity: dict[str, Any]) -> str:
     return precision
 
 
+def _json(recipe: Recipe) -> dict[str, Any]:
+    """Lists for tuples, as they come back from a file."""
+    return dict(json.loads(json.dumps(recipe.to_dict())))
+
+
 def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested fields under dotted names."""
     flat: dict[str, Any] = {}
@@ -276,4 +335,5 @@ def _summary(progress: Progress, train_rows: int) -> dict[str, Any]:
         "validation_accuracy": best["epoch/validation_accuracy"],
         "seconds": progress.seconds,
         "questions_per_s": progress.epoch * train_rows / progress.seconds,
+        "idle": progress.idle,
     }

@@ -6,7 +6,7 @@ import json
 import logging
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from bertforge.artifact import write_atomic
 
@@ -17,9 +17,13 @@ log = logging.getLogger(__name__)
 class History:
     """Writes each point as it comes; opened again with the points of a resumed run, it drops what came after them."""
 
-    def __init__(self, directory: Path, points: list[dict[str, Any]]) -> None:
-        """`points` are those of the checkpoint the run goes on from, none for a new run."""
+    def __init__(self, directory: Path | None, points: list[dict[str, Any]]) -> None:
+        """`points` are those of the checkpoint the run goes on from, none for a new run; without a folder, no files."""
         self.points = points
+        self._file: TextIO | None = None
+        self._board: Any = None
+        if directory is None:
+            return
         write_atomic(directory / METRICS, "".join(json.dumps(point) + "\n" for point in points))
         self._file = (directory / METRICS).open("a")
         self._board = _tensorboard(directory / "tensorboard", first_step=points[-1]["step"] + 1 if points else 0)
@@ -27,8 +31,9 @@ class History:
     def add(self, point: dict[str, Any]) -> None:
         """`point` holds `step`, and numbers by name."""
         self.points.append(point)
-        self._file.write(json.dumps(point) + "\n")
-        self._file.flush()
+        if self._file:
+            self._file.write(json.dumps(point) + "\n")
+            self._file.flush()
         if self._board:
             for name, value in point.items():
                 if name != "step":
@@ -40,7 +45,8 @@ class History:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
         if self._board:
             self._board.close()
 

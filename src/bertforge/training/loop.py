@@ -11,9 +11,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,17 +21,23 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
-from torch import Tensor, nn
+from torch import Tensor
 
 from bertforge.artifact import write_atomic
-from bertforge.data.loader import Examples, PackShape, epoch_plan, load
+from bertforge.data.loader import PackShape, Split, epoch_plan, load
+from bertforge.data.packing import shares
 from bertforge.errors import ArtifactError, DataError
 from bertforge.evaluation.logits import predict_logits
+from bertforge.model.classifier import BertForSequenceClassification
+from bertforge.model.encoder import multiply_in_fp8
 from bertforge.training import checkpoint
 from bertforge.training.checkpoint import Progress
 from bertforge.training.config import Recipe
+from bertforge.training.distributed import ALONE, WorkerLostError, World
 from bertforge.training.history import History
+from bertforge.training.idle import IdleMeter
 from bertforge.training.optim import lr_scale, make_optimizer
+from bertforge.training.prefix import EagerPrefix, FrozenPrefix, frozen_layers
 from bertforge.training.step import EagerStep, GraphedStep
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -39,22 +45,19 @@ BEST = "best.safetensors"
 _POINT_STEPS = 20  # steps between two points of the loss curve; reading the loss waits for the GPU
 
 
-@dataclass(frozen=True)
-class Split:
-    """What the loop trains on and what it chooses the best epoch by."""
-
-    examples: Examples
-    train: np.ndarray
-    """Row numbers."""
-    validation: np.ndarray
-    """Row numbers."""
-
-
 class Trainer:
     """One run in one folder; `fit` may be interrupted and called again on a new Trainer with `resume`."""
 
     def __init__(
-        self, model: nn.Module, split: Split, recipe: Recipe, directory: Path, precision: str, *, eager: bool = False
+        self,
+        model: BertForSequenceClassification,
+        split: Split,
+        recipe: Recipe,
+        directory: Path,
+        precision: str,
+        *,
+        eager: bool = False,
+        world: World = ALONE,
     ) -> None:
         """`eager` records no CUDA graph, for a model that may look at its values on the way (ModelOpt's quantizers)."""
         self.model = model
@@ -62,7 +65,10 @@ class Trainer:
         self.recipe = recipe
         self.directory = directory
         self.precision = precision
+        self.world = world
         self.device = next(model.parameters()).device
+        if precision == "fp8":
+            multiply_in_fp8(model)
         self.optimizer = make_optimizer(model, recipe)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.progress = Progress()
@@ -77,17 +83,24 @@ class Trainer:
             recipe.label_smoothing,
             recipe.max_grad_norm,
             precision,
+            world,
         )
         # In float32, attention on a GPU reads the sequences' lengths back, which no graph can record.
-        graphed = self.device.type == "cuda" and precision == "bf16" and not eager
+        graphed = self.device.type == "cuda" and precision != "fp32" and not eager
         self.step = GraphedStep(step) if graphed else step
-        self.shape = PackShape.of(self.plans, split.examples)
+        dealt = ([share for rows in plan for share in split.examples.shares(rows, world.size)] for plan in self.plans)
+        self.shape = PackShape.of(dealt, split.examples)
+        self.prefix: FrozenPrefix | None = None
+        if layers := frozen_layers(model.bert):
+            below = EagerPrefix(model.bert, layers, precision)
+            self.prefix = FrozenPrefix(below, split, recipe, directory, world, graphed=graphed)
+        self._saved_at = time.monotonic()
 
     def resume(self) -> None:
         """Goes on from the folder's checkpoint; without one, the run starts from its beginning."""
         path = self.directory / CHECKPOINT
         if path.is_file():
-            self.progress = checkpoint.restore(path, self.model, self.optimizer)
+            self.progress = checkpoint.restore(path, self.model, self.optimizer, self.world)
             if self.progress.best_epoch:
                 self._read_best()  # a damaged file is told now, not after the last epoch
 
@@ -95,44 +108,71 @@ class Trainer:
         """Trains to the end, leaves the best epoch's weights in the model and says where the run stands.
 
         `show(progress, sequences, loss)` is called after every step. An interrupt ends the step or validation under
-        way, saves a checkpoint and raises KeyboardInterrupt.
+        way, saves a checkpoint and raises KeyboardInterrupt. Raises WorkerLostError when another process is gone.
         """
-        with History(self.directory, self.progress.history) as history, _interruptible() as interrupted:
-            self._saved_at = time.monotonic()
-            self._started = self._saved_at - self.progress.seconds
-            while self.progress.epoch < self.recipe.epochs and not self._out_of_patience():
-                self._train_epoch(history, interrupted, show)
-                self._validate(history)
-                self._save()
-                if interrupted.is_set():
-                    raise KeyboardInterrupt
+        try:
+            self._fit(show)
+        except WorkerLostError as error:
+            step = checkpoint.saved_step(self.directory / CHECKPOINT)
+            raise WorkerLostError(
+                f"{error}; go on with --resume: "
+                + (f"the checkpoint of step {step:,} in {self.directory} is whole" if step else "none was saved yet")
+            ) from error
+        finally:
+            if isinstance(self.step, GraphedStep):
+                self.step.release()
         checkpoint.load_trainable(self.model, self._read_best(), self.directory / BEST)
         return self.progress
 
-    def _train_epoch(
-        self, history: History, interrupted: threading.Event, show: Callable[[Progress, int, float], None]
+    def _fit(self, show: Callable[[Progress, int, float], None]) -> None:
+        files = self.directory if self.world.first else None
+        with History(files, self.progress.history) as history, _interruptible() as interrupted:
+            self._saved_at = time.monotonic()
+            self._started = self._saved_at - self.progress.seconds
+            while self.progress.epoch < self.recipe.epochs and not self._out_of_patience():
+                self.train_epoch(history.add, interrupted, show)
+                self._validate(history)
+                self._save()
+                if self.world.any(interrupted.is_set())[0]:
+                    raise KeyboardInterrupt
+
+    def train_epoch(
+        self,
+        add: Callable[[dict[str, Any]], object],
+        interrupted: threading.Event,
+        show: Callable[[Progress, int, float], None],
     ) -> None:
+        """Trains on what is left of the epoch under way; `add` is given the points of the loss curve."""
         progress, plan = self.progress, self.plans[self.progress.epoch]
         self.model.train()
         losses: list[Tensor] = []  # read together, so that the GPU is not waited for at every step
         loss_value = progress.history[-1].get("train/loss", float("nan")) if progress.history else float("nan")
         todo = plan[progress.step_in_epoch :]
-        for rows, (batch, labels) in zip(todo, load(self.split.examples, todo, self.device, self.shape), strict=True):
+        examples, world, meter, idle = self.split.examples, self.world, IdleMeter(self.device), 0.0
+        mine = [examples.shares(rows, world.size)[world.rank] for rows in todo]
+        packs = load(examples, mine, self.device, self.shape)
+        if self.prefix:
+            packs = self.prefix.feed(packs, mine, self.shape.tokens, meter.work)
+        for rows, (batch, labels) in zip(todo, packs, strict=True):
             scale = lr_scale(progress.step, self.total_steps, self.recipe.warmup)
             for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
                 group["lr"] = peak * scale
-            losses.append(self.step(batch, labels) * len(rows))
-            self.optimizer.step()
+            with meter.work():
+                losses.append(self.step(batch, labels) * len(rows))
+                self.optimizer.step()
             progress.step += 1
             progress.step_in_epoch += 1
             progress.sequences += len(rows)
             due = progress.step_in_epoch % _POINT_STEPS == 0 or progress.step_in_epoch == len(plan)
-            stop = interrupted.is_set()  # asked once: an interrupt after this waits for the next step
-            save = stop or self._checkpoint_due()
+            # Asked once: an interrupt after this waits for the next step. All processes stop and save at one step.
+            stop, save = world.any(interrupted.is_set(), self._checkpoint_due())
+            save = save or stop
             if due or save:
                 loss_value = self._read_losses(losses)
+                idle = progress.add_time(*meter.read())
             if due:
-                history.add({"step": progress.step, "train/loss": loss_value, "train/lr": self.peaks[0] * scale})
+                point = {"train/loss": loss_value, "train/lr": self.peaks[0] * scale, "train/idle": idle}
+                add({"step": progress.step, **point})
             if save:
                 self._save()
             if stop:
@@ -154,7 +194,7 @@ class Trainer:
 
     def _validate(self, history: History) -> None:
         progress, split = self.progress, self.split
-        logits = torch.from_numpy(predict_logits(self.model, split.examples, split.validation, self.precision))
+        logits = self._validation_logits()
         labels = torch.from_numpy(split.examples.labels[split.validation])
         loss = self._finite(float(F.cross_entropy(logits, labels)))
         accuracy = float((logits.argmax(1) == labels).double().mean())
@@ -172,14 +212,24 @@ class Trainer:
         progress.step_in_epoch, progress.sequences, progress.loss_sum = 0, 0, 0.0
         if loss < progress.best_loss:
             progress.best_loss, progress.best_epoch = loss, progress.epoch
-            best = {
-                name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.trainable(self.model).items()
-            }
-            write_atomic(self.directory / BEST, to_bytes(best))
+            if self.world.first:
+                best = checkpoint.trainable(self.model).items()
+                content = to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in best})
+                write_atomic(self.directory / BEST, content)
+
+    def _validation_logits(self) -> Tensor:
+        """`[rows, labels]` float32; each process computes its share, and all get all."""
+        examples, rows = self.split.examples, self.split.validation
+        places = shares(examples.lengths(rows), self.world.size)[self.world.rank]
+        logits = torch.zeros(len(rows), len(self.model.config.labels))
+        if len(places):
+            found = predict_logits(self.model, examples, rows[places], self.precision)
+            logits[torch.from_numpy(places)] = torch.from_numpy(found)
+        return self.world.sum(logits)
 
     def _save(self) -> None:
         self.progress.seconds = time.monotonic() - self._started
-        checkpoint.save(self.directory / CHECKPOINT, self.model, self.optimizer, self.progress)
+        checkpoint.save(self.directory / CHECKPOINT, self.model, self.optimizer, self.progress, self.world)
         self._saved_at = time.monotonic()
 
     def _read_best(self) -> dict[str, Tensor]:
@@ -230,4 +280,5 @@ def _interruptible() -> Iterator[threading.Event]:
         yield event
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) in (remember, signal.default_int_handler):  # not one that came since
+                signal.signal(number, handler)

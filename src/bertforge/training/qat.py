@@ -16,14 +16,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from bertforge.data.loader import Examples
+from bertforge.data.loader import Examples, Split
 from bertforge.determinism import seed_everything
 from bertforge.evaluation.logits import predict_logits
 from bertforge.hardware import choose_precision, detect
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.training.checkpoint import Progress
 from bertforge.training.config import Recipe
-from bertforge.training.loop import Split, Trainer
+from bertforge.training.loop import Trainer
 
 LR = 1e-5  # a tenth and less of what the model was trained with: it is to settle, not to learn anew
 _TOLD = 20  # steps between two words of it

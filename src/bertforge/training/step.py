@@ -17,13 +17,16 @@ from torch import Tensor, nn
 from bertforge.batch import PackedBatch
 from bertforge.data.loader import IGNORED
 from bertforge.hardware import autocast
-
-_WARM_UP = 3  # eager steps before recording, in which libraries choose and allocate what a graph may not
+from bertforge.training.distributed import ALONE, World
+from bertforge.training.graph import record
 
 
 @dataclass(frozen=True)
 class EagerStep:
-    """Computes the mean loss over a pack's sequences and leaves its gradients in the model's parameters."""
+    """Computes the mean loss over a pack's sequences and leaves its gradients in the model's parameters.
+
+    Where several processes share the pack, both are those of the whole pack.
+    """
 
     model: nn.Module
     class_weights: Tensor
@@ -31,6 +34,7 @@ class EagerStep:
     label_smoothing: float
     max_grad_norm: float
     precision: str
+    world: World = ALONE
 
     def __call__(self, batch: PackedBatch, labels: Tensor) -> Tensor:
         """The loss, a detached scalar on the device; gradients are clipped to `max_grad_norm`."""
@@ -38,16 +42,21 @@ class EagerStep:
             parameter.grad = None
         with autocast(labels.device, self.precision):
             logits = self.model(batch)
-        loss = F.cross_entropy(
+        summed = F.cross_entropy(
             logits.float(),
             labels,
             weight=self.class_weights,
             ignore_index=IGNORED,
+            reduction="sum",
             label_smoothing=self.label_smoothing,
         )
+        real = labels != IGNORED  # [sequences]
+        # A weighted mean divides by the weights of the labels, as torch's own does; this one is of all processes.
+        loss = summed / self.world.sum((self.class_weights[labels * real] * real).sum())
         loss.backward()  # type: ignore[no-untyped-call]
+        mean = self.world.sum_gradients(self.model, loss.detach())
         nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm, foreach=True)
-        return loss.detach()
+        return mean
 
 
 class GraphedStep:
@@ -67,16 +76,10 @@ class GraphedStep:
         self.graph.replay()
         return self.loss.clone()
 
+    def release(self) -> None:
+        """Lets go of the graph: NCCL does not end while a graph holds work of it."""
+        self.graph = None
+
     def _record(self, batch: PackedBatch, labels: Tensor) -> None:
         self.batch, self.labels = batch.map(Tensor.clone), labels.clone()
-        random_state = torch.cuda.get_rng_state()
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP):
-                self.eager(self.batch, self.labels)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.loss = self.eager(self.batch, self.labels)
-        torch.cuda.set_rng_state(random_state)  # as if the warm-up had not been
+        self.graph, self.loss = record(lambda: self.eager(self.batch, self.labels))

@@ -1,0 +1,84 @@
+"""`bertforge train --estimate`: the measured cost of the variants, as two tables that fit a terminal of 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from bertforge.training.config import Recipe
+
+Row = dict[str, Any]
+Columns = dict[str, Callable[[Row], str]]
+
+_SPEED: Columns = {
+    "trainable": lambda row: f"{row['trainable_parameters']:,}",
+    "epoch": lambda row: _time(row["seconds_per_epoch"]),
+    "validation": lambda row: _time(row["validation_seconds"]),
+    "questions/s": lambda row: f"{row['questions_per_s']:,.1f}",
+    "memory GB": lambda row: "-" if row["peak_memory_gb"] is None else f"{row['peak_memory_gb']:.2f}",
+}
+_COST: Columns = {
+    "set-up": lambda row: _time(row["set_up_seconds"]),
+    "hours/epoch": lambda row: f"{row['device_hours_per_epoch']:.3g}",
+    "hours/run": lambda row: f"{row['device_hours']:.3g}",
+}
+_MONEY: Columns = {
+    "cost/epoch": lambda row: f"{row['cost_per_epoch']:,.2f}",
+    "cost/run": lambda row: f"{row['cost']:,.2f}",
+}
+
+
+def show_estimate(data: Path, recipe: Recipe, price_per_hour: float | None, json_file: Path | None) -> None:
+    """Measures, prints the tables and writes `json_file`."""
+    from bertforge.artifact import check_output, write_json
+    from bertforge.cli.quantize import telling
+    from bertforge.training.estimate import estimate
+
+    if json_file:
+        check_output(json_file)
+    with telling() as say:
+        found = estimate(data, recipe, price_per_hour, say=say)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console.print(
+        f"{found['model']} on {found['device']}, {found['precision']}, {found['tokens_per_step']:,} tokens a step; "
+        f"{found['train_rows']:,} train and {found['validation_rows']:,} validation rows"
+    )
+    for columns in (_SPEED, _COST if price_per_hour is None else _COST | _MONEY):
+        console.print(_table(found["rows"], columns))
+    for row in found["rows"]:
+        if "missing" in row:
+            console.print(f"{row['variant']}: {row['missing']}")
+        elif row["later_seconds"] != row["train_seconds"]:
+            later = _time(row["later_seconds"] + row["validation_seconds"])
+            console.print(f"{row['variant']}: {later} an epoch from the second on: frozen layers are computed once")
+    console.print(
+        f"epoch: training and the validation after it; run: {found['epochs']} epochs; set-up: once a run, not in it; "
+        f"memory: the most that {found['peak_memory_of']} held"
+    )
+    if json_file:
+        console.print(f"wrote {write_json(json_file, found)}")
+    console.print(f"next: bertforge train --data {data} --out runs/first")
+
+
+def _table(rows: Iterable[Row], columns: Columns) -> Table:
+    """A variant without figures has dashes; why is told beneath."""
+    table = Table(box=SIMPLE, pad_edge=False)
+    table.add_column("variant", no_wrap=True)
+    for title in columns:
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(row["variant"], *("-" if "missing" in row else cell(row) for cell in columns.values()))
+    return table
+
+
+def _time(seconds: float) -> str:
+    """In the unit that keeps the figure short."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,177 @@
+"""An estimate is what a run takes, for every variant that fits; it changes nothing on disk."""
+
+import tempfile
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from bertforge.data import loader
+from bertforge.errors import UsageError
+from bertforge.model.bert import BertModel
+from bertforge.training import estimate as module
+from bertforge.training.config import load_recipe
+from bertforge.training.estimate import OUT_OF_MEMORY, estimate
+from bertforge.training.finetune import finetune
+from bertforge.training.memory import PeakMemory
+from bertforge.training.row_cache import Room
+from bertforge.training.step import EagerStep
+from tests.model.tiny import tiny_bert
+from tests.runs import STEPS, quick_recipe
+
+BRIEF = 0.2  # seconds of timed steps; one of the tiny model takes some 5 ms
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory, base):
+    """A model like `base` with five layers."""
+    from bertforge.data.tokens import Tokenizer
+
+    folder = tmp_path_factory.mktemp("deep")
+    tiny_bert(0, vocab_size=30522, max_position_embeddings=64, num_hidden_layers=5).save_pretrained(folder)
+    Tokenizer.load(base).save(folder)
+    return folder
+
+
+def rows_of(data, recipe, **options):
+    return {row["variant"]: row for row in estimate(data, recipe, seconds=BRIEF, **options)["rows"]}
+
+
+def test_the_three_variants_are_measured_and_nothing_is_written(tmp_path, data, deep, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before, said = {path: path.stat().st_mtime_ns for path in data.rglob("*")}, []
+    rows = rows_of(data, quick_recipe(deep), price_per_hour=3.6, say=said.append)
+    assert list(rows) == ["full", "lora-r8", "lora-r8-last-4"]
+    assert [text.partition(":")[0] for text in said[::3]] == [f"measuring {name}" for name in rows]
+    counts = [row["trainable_parameters"] for row in rows.values()]
+    adapter, head = 2 * 2 * 8 * 16, 2 * 16 + 2  # query and value, A and B, rank 8, width 16
+    assert counts[1:] == [5 * adapter + head, 4 * adapter + head]
+    assert counts[0] > counts[1]
+    for row in rows.values():
+        assert row["steps_timed"] >= 2
+        assert row["train_seconds"] > 0
+        assert row["validation_seconds"] > 0
+        assert row["seconds_per_epoch"] == row["train_seconds"] + row["validation_seconds"]
+        assert row["questions_per_s"] == pytest.approx(128 / row["train_seconds"])
+        run = row["train_seconds"] + row["later_seconds"] + 2 * row["validation_seconds"]
+        assert row["device_hours"] == pytest.approx(run / 3600), "the recipe has two epochs"
+        assert row["cost_per_epoch"] == pytest.approx(row["seconds_per_epoch"] / 1000), "3.60 an hour"
+        assert row["cost"] == pytest.approx(run / 1000)
+        assert 0 <= row["idle"] <= 1
+    assert not list(tmp_path.iterdir())
+    assert {path: path.stat().st_mtime_ns for path in data.rglob("*")} == before
+
+
+def test_it_foretells_what_a_run_takes(tmp_path, data, base, monkeypatch):
+    """The loader sleeps, so that a busy machine hardly matters; an estimate that skipped it would be far below."""
+    pack, pause = loader.Examples.pack, 0.1
+
+    def slow_pack(*arguments):
+        time.sleep(pause)
+        return pack(*arguments)
+
+    monkeypatch.setattr(loader.Examples, "pack", slow_pack)
+    row = estimate(data, quick_recipe(base), seconds=6 * pause)["rows"][0]
+    progress = finetune(data, tmp_path / "run", quick_recipe(base))["metrics"]
+    assert row["train_seconds"] >= STEPS * pause
+    assert row["seconds_per_epoch"] * 2 == pytest.approx(progress["seconds"], rel=0.5)
+    assert row["idle"] > 0.2
+
+
+def test_later_epochs_are_measured_with_what_frozen_layers_gave(tmp_path, data, deep, monkeypatch):
+    """Frozen layers sleep, so that a busy machine hardly matters; what they give goes to the disk, and leaves it."""
+    lower_layers, pause = BertModel.lower_layers, 0.1
+
+    def slow_lower_layers(*arguments):
+        time.sleep(pause)
+        return lower_layers(*arguments)
+
+    monkeypatch.setattr(BertModel, "lower_layers", slow_lower_layers)
+    monkeypatch.setattr(Room, "free", lambda device, folder: Room(0, 0, 1 << 23))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    rows = estimate(data, quick_recipe(deep, epochs=3), seconds=3 * pause)["rows"]
+    for row in rows[:2]:
+        assert row["later_seconds"] == row["train_seconds"], "nothing is frozen from below"
+    first, later = rows[2]["train_seconds"], rows[2]["later_seconds"]
+    assert first > STEPS * pause
+    assert later < first - 0.8 * STEPS * pause
+    run = first + 2 * later + 3 * rows[2]["validation_seconds"]
+    assert rows[2]["device_hours"] == pytest.approx(run / 3600)
+    assert not list(tmp_path.iterdir())
+    once = estimate(data, quick_recipe(deep, epochs=1), seconds=3 * pause)["rows"][2]
+    assert once["later_seconds"] == once["train_seconds"], "one epoch keeps nothing"
+
+
+def test_the_run_itself_is_measured_where_it_is_none_of_the_three(data, deep):
+    recipe = quick_recipe(deep, lora={"r": 2})
+    rows = rows_of(data, recipe)
+    assert list(rows) == ["as set", "full", "lora-r8", "lora-r8-last-4"]
+    assert rows["as set"]["trainable_parameters"] < rows["lora-r8-last-4"]["trainable_parameters"]
+    assert set(module._variants(load_recipe("lora-r8"))) == {"full", "lora-r8", "lora-r8-last-4"}
+
+
+def test_columns_are_measured_with_the_text(data, base):
+    with_columns, without = rows_of(data, quick_recipe(base, "columns")), rows_of(data, quick_recipe(base))
+    for name in ("full", "lora-r8"):
+        assert with_columns[name]["trainable_parameters"] > without[name]["trainable_parameters"]
+
+
+def test_a_variant_with_more_layers_than_the_model_is_left_out(data, base):
+    row = rows_of(data, quick_recipe(base))["lora-r8-last-4"]
+    assert row == {"variant": "lora-r8-last-4", "missing": "the model has 2 layers, fewer than 4"}
+
+
+def test_no_figure_depends_on_the_learning_rate(data, base):
+    assert "train_seconds" in rows_of(data, quick_recipe(base, lr=1e30))["full"], "a run's loss would be no number"
+
+
+@pytest.mark.parametrize("kind", ["CUDA's", "the CPU's"])
+def test_a_variant_out_of_memory_says_so_and_the_others_go_on(data, base, monkeypatch, kind):
+    step = EagerStep.__call__
+
+    def full_needs_too_much(self, batch, labels):
+        if all(parameter.requires_grad for parameter in self.model.parameters()):
+            if kind == "CUDA's":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to ...")
+            torch.empty(1 << 55)
+        return step(self, batch, labels)
+
+    monkeypatch.setattr(EagerStep, "__call__", full_needs_too_much)
+    rows = rows_of(data, quick_recipe(base))
+    assert rows["full"] == {"variant": "full", "missing": OUT_OF_MEMORY}
+    assert rows["lora-r8"]["train_seconds"] > 0
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(data, base, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("nobody knows")
+
+    with pytest.raises(UsageError, match="max_length=65, but"):
+        rows_of(data, quick_recipe(base, max_length=65))
+    monkeypatch.setattr(EagerStep, "__call__", fail)
+    with pytest.raises(RuntimeError, match="nobody knows"):
+        rows_of(data, quick_recipe(base))
+
+
+def test_an_error_while_memory_is_handled_is_a_lack_of_memory():
+    """As when the end of a graph's recording fails because memory ran out within it."""
+    try:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        except torch.OutOfMemoryError:
+            raise RuntimeError("capture failed")  # noqa: B904  # as __exit__ does
+    except RuntimeError as error:
+        following = error
+    assert module._is_out_of_memory(following)
+    assert not module._is_out_of_memory(RuntimeError("capture failed"))
+
+
+def test_the_peak_is_that_since_the_mark():
+    cpu = torch.device("cpu")
+    first = PeakMemory(cpu)
+    if (low := first.gb()) is None:
+        pytest.skip("this system does not tell")
+    np.ones(300_000_000, dtype=np.uint8)
+    assert first.gb() > low + 0.25
+    assert PeakMemory(cpu).gb() < low + 0.15
