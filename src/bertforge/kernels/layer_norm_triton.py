@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bertforge.kernels.fp8 import ACTIVATION_SCALE, LARGEST, Fp8Rows
+from bertforge.kernels.layer_norm import Norm, Sums
 
 SMALLEST = tl.constexpr(1e-3)  # weights of a frozen norm below this pass nothing back
 FP8_SCALE, FP8_LARGEST = tl.constexpr(ACTIVATION_SCALE), tl.constexpr(LARGEST)
@@ -47,33 +48,6 @@ BACKWARD = Tiling(4, 4)
 BACKWARD_TRAINED = Tiling(2, 4)
 FP8_BACKWARD = Tiling(2, 4)  # with 4 rows it takes 156 registers, and three programs fit on a multiprocessor, not four
 PROGRAMS = 528  # backward: four for each multiprocessor of an H100
-
-
-@dataclass(frozen=True)
-class Norm:
-    """What a LayerNorm of `hidden` columns is made of, and the dropout before it."""
-
-    weight: Tensor
-    """[hidden]."""
-    bias: Tensor
-    """[hidden]."""
-    eps: float
-    dropout_p: float
-    """0 for none."""
-    seed: Tensor
-    """[1] int32, on the device, so that a CUDA graph draws anew at each replay; not read without dropout."""
-    trained: bool
-    """Weight and bias get gradients, or the bias of the layer that made x."""
-
-
-@dataclass(frozen=True)
-class Sums:
-    """Gradients that are sums over tokens, `[hidden]` float32; None where the norm is not trained."""
-
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    x: Tensor | None = None
-    """Of a bias added to x."""
 
 
 @triton.jit
@@ -184,7 +158,7 @@ def _norm_backward(
 
 def residual_layer_norm(
     x: Tensor, residual: Tensor, norm: Norm, tiling: Tiling = FORWARD, *, fp8: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, tuple[Tensor]]:
     """LayerNorm(residual + dropout(x)), shaped and typed as `x` `[tokens, hidden]`, and what backward needs of it.
 
     The first is written to `fp8` too, e4m3 `[tokens, hidden]`, where that is given. The second is the sum
@@ -200,11 +174,11 @@ def residual_layer_norm(
             WIDTH=width, COLUMNS=triton.next_power_of_2(width), ROWS=tiling.rows,
             DROPOUT=norm.dropout_p > 0, TRAINED=norm.trained, FP8=fp8 is not None, num_warps=tiling.warps,
         )  # fmt: skip
-    return output, kept
+    return output, (kept,)
 
 
 def residual_layer_norm_backward(
-    grad: Tensor, output: Tensor, kept: Tensor, norm: Norm, tiling: Tiling | None = None,
+    grad: Tensor, output: Tensor, kept: tuple[Tensor], norm: Norm, tiling: Tiling | None = None,
     *, addend: tuple[Tensor, Tensor] | None = None, fp8: Fp8Rows | None = None,
 ) -> tuple[Tensor, Tensor, Sums]:  # fmt: skip
     """Gradients of `residual`, of `x`, and sums over tokens; `output` and `kept` are the forward pass's.
@@ -220,8 +194,8 @@ def residual_layer_norm_backward(
     parts = torch.empty(3, programs if norm.trained else 0, width, dtype=torch.float32, device=output.device)
     with torch.cuda.device_of(output):
         _norm_backward[(programs,)](
-            output, kept, norm.weight, norm.bias, norm.seed, grad, *(addend or (grad, kept)),
-            sum_grad, x_grad, fp8.scale if fp8 else kept, *parts, tokens, norm.eps, *_dropout(norm),
+            output, *kept, norm.weight, norm.bias, norm.seed, grad, *(addend or (grad, *kept)),
+            sum_grad, x_grad, *((fp8.scale,) if fp8 else kept), *parts, tokens, norm.eps, *_dropout(norm),
             WIDTH=width, COLUMNS=triton.next_power_of_2(width), ROWS=tiling.rows,
             DROPOUT=norm.dropout_p > 0, TRAINED=norm.trained, ADDED=addend is not None, FP8=fp8 is not None,
             num_warps=tiling.warps,

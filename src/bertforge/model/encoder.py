@@ -1,6 +1,7 @@
 """The stack of BERT layers: attention, then a feed-forward of four times the width, each with a residual.
 
-A layer is its modules one after another, or on CUDA in half precision the same written out (fused_layer.py).
+A layer is its modules one after another, or in half precision, on CUDA and in training on a CPU, the same written out
+(fused_layer.py).
 """
 
 from __future__ import annotations
@@ -87,25 +88,28 @@ class BertLayer(nn.Module):
             config.layer_norm_eps,
             config.hidden_dropout_prob if self.training else 0.0,
             torch.is_grad_enabled(),
+            weights[0].is_cuda,
             self.fp8_weights(weights) if self.fp8 and self.training else None,  # evaluation: as the saved model will
         )
 
-    def fusable(self) -> bool:
-        """The fused layer computes this configuration, in the module's mode."""
+    def fusable(self, *, on_cuda: bool = True) -> bool:
+        """The fused layer computes this configuration, in the module's mode; Triton's kernels do not for all sizes."""
         config = self.config
-        return (
-            config.head_dim in TRITON_HEAD_DIMS
-            and config.hidden_act == "gelu"
-            and config.hidden_size % 16 == config.intermediate_size % 16 == 0
-            and not (self.training and config.attention_probs_dropout_prob)
-        )
+        if config.hidden_act != "gelu" or (self.training and config.attention_probs_dropout_prob):
+            return False
+        widths = config.hidden_size % 16 == config.intermediate_size % 16 == 0
+        return not on_cuda or (config.head_dim in TRITON_HEAD_DIMS and widths)
 
     def _fused_dtype(self, hidden: Tensor) -> torch.dtype | None:
         """The type the fused layer would compute in; None where it does not reach."""
-        if not hidden.is_cuda or not self.fusable():
+        device = hidden.device.type
+        if device not in ("cuda", "cpu") or not self.fusable(on_cuda=device == "cuda"):
             return None
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else hidden.dtype
-        return dtype if dtype in (torch.float16, torch.bfloat16) else None
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        if device == "cuda":
+            return dtype if dtype in (torch.float16, torch.bfloat16) else None
+        # Without a backward pass torch's own attention is quicker on a CPU, and with it the modules are.
+        return dtype if dtype is torch.bfloat16 and torch.is_grad_enabled() else None
 
 
 def _weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor] | None:

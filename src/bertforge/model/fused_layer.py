@@ -1,4 +1,4 @@
-"""A BERT layer for half precision on CUDA, forward and backward written out by hand over packed tokens.
+"""A BERT layer for half precision, forward and backward written out by hand over packed tokens.
 
 It computes what the modules of `BertLayer` do. Autograd differentiates those one operator at a time: every sum of two
 gradients is a pass over all hidden states, every operator keeps its inputs, and query, key and value each have products
@@ -17,6 +17,10 @@ saves no more than converting what attention gives would cost. The sum of two gr
 where LayerNorm's backward reads them.
 
 With `queries` the layer is computed for these tokens alone, as the last layer is: a classifier reads first tokens only.
+
+On CUDA attention, dropout with LayerNorm and the product with GELU are Triton kernels. A CPU has no launches to save,
+but the same passes and casts: there they are torch's operators in bfloat16, and keep GELU's input and the softmax's
+weights instead of what would be worked out again.
 """
 
 from __future__ import annotations
@@ -24,15 +28,17 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bertforge.kernels import fp8
+from bertforge.kernels import attention_cpu, fp8, layer_norm, linear_gelu
 from bertforge.kernels.attention import Bounds
 from bertforge.kernels.fp8 import E4M3, Fp8Rows, Fp8Weight
+from bertforge.kernels.layer_norm import Norm
 
 NAMES = ("query", "key", "value", "attention.output", "attention.norm", "intermediate", "output", "norm")
 NORMS = (8, 9, 14, 15)  # places of the LayerNorms among the weights: they work in float32 and are not rounded
@@ -63,6 +69,8 @@ class Settings:
     """Of both residual branches; 0 in evaluation."""
     keep: bool
     """Backward will follow."""
+    triton: bool
+    """By Triton's kernels; else by torch's, on a CPU."""
     fp8: Fp8Weights | None = None
     """Copies of the frozen weights whose products are in e4m3; their biases are frozen too."""
 
@@ -110,6 +118,15 @@ class FrozenCasts:
         return FrozenCasts()
 
 
+def _kernels(settings: Settings) -> tuple[ModuleType, ModuleType, ModuleType]:
+    """Attention, residual LayerNorm, linear GELU: two of each, with functions of the same names."""
+    if settings.triton:
+        from bertforge.kernels import attention_triton, layer_norm_triton, linear_gelu_triton
+
+        return attention_triton, layer_norm_triton, linear_gelu_triton
+    return attention_cpu, layer_norm, linear_gelu
+
+
 class _FusedLayer(torch.autograd.Function):
     """In `ctx.needs_input_grad[4:]` and what `backward` returns, weight and bias of NAMES[i] are at 2 i and 2 i + 1."""
 
@@ -117,9 +134,7 @@ class _FusedLayer(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, queries: Tensor | None, bounds: Bounds, settings: Settings, *weights: Tensor
     ) -> Tensor:
-        from bertforge.kernels import attention_triton
-        from bertforge.kernels.layer_norm_triton import Norm, residual_layer_norm
-
+        attention, norms, _ = _kernels(settings)
         halves = (w if place in NORMS else w.to(hidden.dtype) for place, w in enumerate(weights))
         wq, bq, wk, bk, wv, bv, wo, bo, g1, c1, wi, bi, wd, bd, g2, c2 = halves
         needs, width = ctx.needs_input_grad[4:], hidden.shape[1]
@@ -131,7 +146,7 @@ class _FusedLayer(torch.autograd.Function):
             q = F.linear(queries, joined[:width], shift[:width]).view(-1, *settings.heads)
             kv = F.linear(hidden, joined[width:], shift[width:])  # [tokens, 2 * hidden]
             k, v = kv.view(-1, 2, *settings.heads).unbind(1)  # [tokens, heads, head_dim]
-        o, lse = attention_triton.forward(q, k, v, bounds)  # [queries, heads, head_dim]
+        o, lse = attention.forward(q, k, v, bounds)  # [queries, heads, head_dim]
         seeds = torch.zeros(2, dtype=torch.int32, device=hidden.device)
         if settings.dropout_p:
             seeds.random_()
@@ -139,41 +154,41 @@ class _FusedLayer(torch.autograd.Function):
         second = Norm(g2, c2, settings.eps, settings.dropout_p, seeds[1:], settings.keep and any(needs[13:16]))
         residual = hidden if queries is None else queries
         copied = torch.empty_like(residual, dtype=E4M3) if settings.fp8 else None
-        y1, kept1 = residual_layer_norm(F.linear(o.flatten(1), wo, bo), residual, first, fp8=copied)
+        y1, kept1 = norms.residual_layer_norm(F.linear(o.flatten(1), wo, bo), residual, first, fp8=copied)
         fed, activated, slope = _feed_forward(y1 if copied is None else copied, (wi, bi, wd, bd), settings)
-        y2, kept2 = residual_layer_norm(fed, y1, second)
+        y2: Tensor
+        y2, kept2 = norms.residual_layer_norm(fed, y1, second)
         if settings.keep:
             between = slope, activated if needs[12] else None
-            ctx.save_for_backward(hidden, queries, q, k, v, o, lse, y1, kept1, *between, y2, kept2, joined, wo, wi, wd)
+            products = joined, wo, wi, wd
+            ctx.save_for_backward(hidden, queries, q, k, v, o, lse, y1, *between, y2, *products, *kept1, *kept2)
             ctx.rest = bounds, settings, first, second, [w.dtype for w in weights]
         return y2
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from bertforge.kernels import attention_triton
-        from bertforge.kernels.layer_norm_triton import residual_layer_norm_backward
-
-        hidden, queries, q, k, v, o, lse, y1, kept1, slope, activated, y2, kept2, *products = ctx.saved_tensors
-        joined, wo, wi, wd = products
+        hidden, queries, q, k, v, o, lse, y1, slope, activated, y2, joined, wo, wi, wd, *norms_kept = ctx.saved_tensors
+        kept1, kept2 = norms_kept[: len(norms_kept) // 2], norms_kept[len(norms_kept) // 2 :]
         bounds, settings, first, _, dtypes = ctx.rest
+        attention, norms, _ = _kernels(settings)
         needs = ctx.needs_input_grad[4:]
         found: list[Tensor | None] = [None] * len(dtypes)
 
         kept = y1, slope, activated, y2, kept2, wi, wd
         dy1, addend = _feed_forward_backward(grads[0].contiguous(), kept, ctx, found)  # [queries, hidden]
-        ds, da, sums = residual_layer_norm_backward(dy1, y1, kept1, first, addend=addend)
+        ds, da, sums = norms.residual_layer_norm_backward(dy1, y1, kept1, first, addend=addend)
         found[6:10] = _product(da, o.flatten(1)) if needs[6] else None, sums.x, sums.weight, sums.bias
         do = (da @ wo).view(-1, *settings.heads)  # [queries, heads, head_dim]
         needs_hidden = ctx.needs_input_grad[0]
         if queries is None:
             parts = q.new_empty(len(hidden), 3, *settings.heads)  # [tokens, 3, heads, head_dim]
             dq, dk, dv = parts.unbind(1)
-            attention_triton.backward(do, (q, k, v, bounds), (o, lse), (dq, dk, dv))
+            attention.backward(do, (q, k, v, bounds), (o, lse), (dq, dk, dv))
             dhidden, dqueries = ds.addmm_(parts.flatten(1), joined) if needs_hidden else None, None
         else:
             dq, parts = torch.empty_like(q), q.new_empty(len(hidden), 2, *settings.heads)
             dk, dv = parts.unbind(1)
-            attention_triton.backward(do, (q, k, v, bounds), (o, lse), (dq, dk, dv))
+            attention.backward(do, (q, k, v, bounds), (o, lse), (dq, dk, dv))
             dqueries = ds.addmm_(dq.flatten(1), joined[: hidden.shape[1]])  # [queries, hidden]
             dhidden = parts.flatten(1) @ joined[hidden.shape[1] :] if needs_hidden else None  # [tokens, hidden]
         if queries is None and all(needs[:6]):
@@ -196,39 +211,36 @@ def _feed_forward(
     x: Tensor, weights: tuple[Tensor, ...], settings: Settings
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The branch's result `[rows, hidden]`; the activations `[rows, intermediate]`, none from e4m3; GELU's slopes."""
-    from bertforge.kernels.linear_gelu_triton import linear_gelu, linear_gelu_fp8
-
+    *_, gelu = _kernels(settings)
     wi, bi, wd, bd = weights
     if settings.fp8:
-        short, slope = linear_gelu_fp8(x, settings.fp8.intermediate, bi, keep=settings.keep)
+        short, slope = gelu.linear_gelu_fp8(x, settings.fp8.intermediate, bi, keep=settings.keep)
         return fp8.linear(short, settings.fp8.output, bd), None, slope
-    activated, slope = linear_gelu(x, wi, bi, keep=settings.keep)
+    activated, slope = gelu.linear_gelu(x, wi, bi, keep=settings.keep)
     return F.linear(activated, wd, bd), activated, slope
 
 
 def _feed_forward_backward(
-    grad: Tensor, kept: tuple[Tensor, ...], ctx: Any, found: list[Tensor | None]
+    grad: Tensor, kept: tuple[Any, ...], ctx: Any, found: list[Tensor | None]
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """From the layer's result to the feed-forward's input: its gradient, and in e4m3 an addend and its rows' scales.
 
     Those of weights and biases are put into `found`.
     """
-    from bertforge.kernels.layer_norm_triton import residual_layer_norm_backward
-    from bertforge.kernels.linear_gelu_triton import linear_gelu_backward, linear_gelu_fp8_backward
-
     y1, slope, activated, y2, kept2, wi, wd = kept
     _, settings, _, second, _ = ctx.rest
+    _, norms, gelu = _kernels(settings)
     needs = ctx.needs_input_grad[4:]
     if weights := settings.fp8:
         rows = Fp8Rows.empty(y2)
-        dy1, _, sums = residual_layer_norm_backward(grad, y2, kept2, second, fp8=rows)
+        dy1, _, sums = norms.residual_layer_norm_backward(grad, y2, kept2, second, fp8=rows)
         found[14:] = sums.weight, sums.bias
-        du = linear_gelu_fp8_backward(rows, weights.output, slope)  # [queries, intermediate]
+        du = gelu.linear_gelu_fp8_backward(rows, weights.output, slope)  # [queries, intermediate]
         return dy1, (fp8.linear_backward(du, weights.output.growth, weights.intermediate, y1.dtype), rows.scale)
     # Without dropout a norm's two gradients are one tensor: the branch's is read before the residual's is added to.
-    dy1, dd, sums = residual_layer_norm_backward(grad, y2, kept2, second)
+    dy1, dd, sums = norms.residual_layer_norm_backward(grad, y2, kept2, second)
     found[12:] = _product(dd, activated) if needs[12] else None, sums.x, sums.weight, sums.bias
-    du, found[11] = linear_gelu_backward(dd, wd, slope, sums=needs[11])  # [queries, intermediate]
+    du, found[11] = gelu.linear_gelu_backward(dd, wd, slope, sums=needs[11])  # [queries, intermediate]
     found[10] = _product(du, y1) if needs[10] else None
     return dy1.addmm_(du, wi), None
 
