@@ -161,9 +161,10 @@ def test_the_gradient_of_x_is_written_in_e4m3_scaled_by_rows(dropout_p, trained,
     rows = Fp8Rows.empty(x)
     sum_grad, short, sums = residual_layer_norm_backward(grad, output, kept, norm, fp8=rows)
     assert short is rows.values
-    assert torch.equal(sum_grad, plain[0])
+    # Row by row, for rows differ by 14 orders of magnitude; cut up differently, sums may differ in the last bit.
+    assert ((sum_grad - plain[0]).norm(dim=1) <= 1e-6 * plain[0].norm(dim=1)).all()
     for result, other in zip(astuple(sums), astuple(plain_sums), strict=True):
-        assert torch.equal(result, other) if trained else result is None
+        assert torch.allclose(result, other, rtol=1e-5) if trained else result is None
     wide, expected = rows.values.float() * rows.scale, plain[1]
     assert ((wide - expected).abs() <= expected.abs() / 15 + rows.scale * 2**-9).all()
     assert (rows.values.float().abs().amax(1)[grad.any(1)] == 448).all()
