@@ -30,6 +30,7 @@ from record import record
 SEED = 42
 MODELS = {"bert-base": (12, 768), "minilm": (6, 384)}  # layers, hidden
 DROPOUT = 0.1
+BOTH = "forward + backward"
 Calls = dict[tuple[str, str, str], Callable[[], Any]]  # kernel, pass, system
 
 
@@ -56,7 +57,7 @@ def main() -> None:
             if kernel == "gelu":
                 row["share_of_ceiling"] = 2 * args.tokens * 4 * hidden**2 / time_s / flops
             elif kernel.startswith("norm"):
-                moved = 2 * hidden * args.tokens * (3 if name == "forward" else 4)
+                moved = 2 * hidden * args.tokens * (3 if name == "forward" else 7)
                 row["share_of_ceiling"] = moved / time_s / bytes_per_s
             rows.append(row)
     if args.json:
@@ -71,29 +72,31 @@ def calls(tokens: int, hidden: int) -> Calls:
 
 
 def norms(x: Tensor, residual: Tensor, grad: Tensor) -> Calls:
-    """Frozen and trained."""
+    """Frozen and trained; backward beside forward, as a graph records them."""
     weight, bias = torch.ones(x.shape[1], device="cuda"), torch.zeros(x.shape[1], device="cuda")
     seed = torch.ones(1, dtype=torch.int32, device="cuda")
     found: Calls = {}
     for kernel, trained in (("norm", False), ("norm, trained", True)):
         norm = Norm(weight, bias, 1e-12, DROPOUT, seed, trained)
-        output, kept = residual_layer_norm(x, residual, norm)
         inputs = [part.clone().requires_grad_() for part in (x, residual)]
         own = [part.bfloat16().requires_grad_(trained) for part in (weight, bias)]
+
+        def fused(norm: Norm = norm) -> Any:
+            return residual_layer_norm_backward(grad, *residual_layer_norm(x, residual, norm), norm)
 
         def plain(inputs: list[Tensor] = inputs, own: list[Tensor] = own) -> Tensor:
             return F.layer_norm(F.dropout(inputs[0], DROPOUT) + inputs[1], own[0].shape, *own, 1e-12)
 
-        made, wanted = plain(), inputs + (own if trained else [])
         found[kernel, "forward", "bertforge"] = lambda norm=norm: residual_layer_norm(x, residual, norm)
-        found[kernel, "backward", "bertforge"] = lambda norm=norm, output=output, kept=kept: (
-            residual_layer_norm_backward(grad, output, kept, norm)
-        )
+        found[kernel, BOTH, "bertforge"] = fused
         found[kernel, "forward", "torch"] = plain
-        found[kernel, "backward", "torch"] = lambda made=made, wanted=wanted: torch.autograd.grad(
-            made, wanted, grad, retain_graph=True
-        )
+        found[kernel, BOTH, "torch"] = both(plain, inputs + (own if trained else []), grad)
     return found
+
+
+def both(forward: Callable[[], Tensor], wanted: list[Tensor], grad: Tensor) -> Callable[[], Any]:
+    """The result and the gradients of `wanted`: a graph records a backward pass only with its forward pass."""
+    return lambda: torch.autograd.grad(forward(), wanted, grad)
 
 
 def gelus(x: Tensor, grad: Tensor) -> Calls:
@@ -117,17 +120,18 @@ def adapters(hidden: int) -> Calls:
     """W + s B A in bfloat16, and the gradients of A and B."""
     weight, grad = torch.randn(hidden, hidden, device="cuda"), torch.randn(hidden, hidden, device="cuda").bfloat16()
     a, b = (torch.randn(*shape, device="cuda").requires_grad_() for shape in ((8, hidden), (hidden, 8)))
-    ours = AdaptedWeight.apply(weight, a, b, 2.0, torch.bfloat16)
+
+    def ours() -> Tensor:
+        return AdaptedWeight.apply(weight, a, b, 2.0, torch.bfloat16)
 
     def plain() -> Tensor:
         return (weight + (b @ a) * 2.0).bfloat16()
 
-    theirs = plain()
     return {
-        ("adapt", "forward", "bertforge"): lambda: AdaptedWeight.apply(weight, a, b, 2.0, torch.bfloat16),
-        ("adapt", "backward", "bertforge"): lambda: torch.autograd.grad(ours, (a, b), grad, retain_graph=True),
+        ("adapt", "forward", "bertforge"): ours,
+        ("adapt", BOTH, "bertforge"): both(ours, [a, b], grad),
         ("adapt", "forward", "torch"): plain,
-        ("adapt", "backward", "torch"): lambda: torch.autograd.grad(theirs, (a, b), grad, retain_graph=True),
+        ("adapt", BOTH, "torch"): both(plain, [a, b], grad),
     }
 
 

@@ -142,6 +142,22 @@ def train_time_shares() -> str:
 
 
 @table
+def frozen_prefix() -> str:
+    """First and later epochs by where the frozen layers' output is kept."""
+    found = _record("frozen_prefix")
+    rows = [
+        [
+            row["kept"],
+            f"{row['seconds_per_112217_first_epoch']:.1f} s",
+            f"{row['seconds_per_112217_later_epoch']:.1f} s",
+        ]
+        for row in found["rows"]
+    ]
+    header = ["kept", "first epoch, 112,217 questions", "later epochs"]
+    return _markdown(header, rows) + _source("frozen_prefix", found)
+
+
+@table
 def fused() -> str:
     """Fused kernels beside PyTorch's operators."""
     found = _record("fused")
