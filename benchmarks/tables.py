@@ -116,6 +116,7 @@ def train_rate_gpu() -> str:
             f"{row['set_up_s']:.0f} s",
         ]
         for row in found["rows"]
+        if "missing" not in row
     ]
     header = [
         "variant",
@@ -134,11 +135,12 @@ def train_rate_gpu() -> str:
 def train_time_shares() -> str:
     """Where a training step's time goes on a GPU."""
     found = _record("train_rate_gpu")
-    runs = {row["variant"]: row["time_shares"] for row in found["rows"] if "time_shares" in row}
+    shown = [row for row in found["rows"] if "time_shares" in row]
+    runs = {f"`{row['variant']}`" + (f", {row['part']}" if row["part"] else ""): row["time_shares"] for row in shown}
     largest = {name: max(each.get(name, 0.0) for each in runs.values()) for shares in runs.values() for name in shares}
     families = sorted(largest, key=lambda name: (name == "other", -largest[name]))
     rows = [[name, *(f"{shares.get(name, 0.0):.0%}" for shares in runs.values())] for name in families]
-    return _markdown(["kernels", *(f"`{name}`" for name in runs)], rows) + _source("train_rate_gpu", found)
+    return _markdown(["kernels", *runs], rows) + _source("train_rate_gpu", found)
 
 
 @table

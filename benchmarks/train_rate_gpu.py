@@ -85,6 +85,12 @@ def main() -> None:
     ceiling = 2 * 8192**3 / seconds(lambda: one @ one)
     print(f"ceiling {ceiling * 1e-12:.0f} TFLOP/s", flush=True)
     rows: list[dict[str, Any]] = []
+    absent: list[dict[str, Any]] = []
+
+    def keep() -> None:
+        if args.json:
+            write_json(args.json, record("train_rate_gpu", rows + absent, SEED, "transformers", "peft", "triton"))
+
     for name, run in {**ours(split, args.tokens), **theirs(split)}.items():
         if not re.search(args.only, " ".join(name)):
             continue
@@ -94,7 +100,9 @@ def main() -> None:
         try:
             found = run()
         except Exception as error:
-            print(f"{name}: {type(error).__name__}: {str(error)[:300]!r}", flush=True)
+            missing = f"{type(error).__name__}: {str(error)[:300]}"
+            print(f"{name}: {missing!r}", flush=True)
+            absent.append({"system": name[0], "variant": name[1], "missing": missing})
             continue
         finally:
             gc.collect()
@@ -111,16 +119,15 @@ def main() -> None:
             print(
                 {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}, flush=True
             )
-        if args.json:  # after each system: what is measured is not lost
-            write_json(args.json, record("train_rate_gpu", rows, SEED, "transformers", "peft", "triton"))
+        keep()  # after each system: what is measured is not lost
     for variant in {row["variant"]: None for row in rows if row["system"] == "bertforge"}:
         with tempfile.TemporaryDirectory() as folder:
             shares = profile(trainer_of(variant, split, args.tokens, Path(folder)))
         for row in rows:
-            if (row["system"], row["variant"]) == ("bertforge", variant):
+            # What frozen layers compute in a first epoch is not in the profile.
+            if (row["system"], row["variant"]) == ("bertforge", variant) and row["part"] != "first epoch":
                 row["time_shares"] = shares
-    if args.json:
-        write_json(args.json, record("train_rate_gpu", rows, SEED, "transformers", "peft", "triton"))
+    keep()
 
 
 def operations(variant: str, part: str, lengths: np.ndarray) -> float:

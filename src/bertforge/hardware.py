@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bertforge.errors import MachineError
+from bertforge.errors import MachineError, UsageError
 
 PRECISIONS = ("auto", "fp32", "bf16")
 TRAINING_PRECISIONS = (*PRECISIONS, "fp8")
@@ -75,6 +75,8 @@ def choose_precision(hardware: Hardware, wanted: str = "auto") -> str:
 
     Raises MachineError for bf16 on a device without it.
     """
+    if wanted not in PRECISIONS:
+        raise UsageError(f"precision={wanted} is not one of {', '.join(PRECISIONS)}")
     if wanted == "fp32" or (wanted == "auto" and not hardware.bf16):
         return "fp32"
     if not hardware.bf16:
@@ -104,7 +106,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
     For fp8 that is bf16: what is in 8 bits, the model knows (`model.encoder.multiply_in_fp8`).
     """
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision != "fp32")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision in ("bf16", "fp8"))
 
 
 def free_host_bytes() -> int:

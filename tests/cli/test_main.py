@@ -58,6 +58,7 @@ def one_line(capsys):
         (("train", "--data", "{data}", "--out", "{new}", "--variant", "a", "--recipe", "b"), 2, "give one of them"),
         (("train", "--data", "{data}"), 2, "--out is missing; name the run's folder: --out runs/first"),
         (("train", "--data", "{data}", "--resume", "--estimate"), 2, "leave --resume out"),
+        (("train", "--data", "{data}", "--out", "{new}", "--estimate"), 2, "writes no run; leave --out out"),
         (("train", "--data", "{data}", "--out", "{new}", "--json", "{new}"), 2, "--json belongs to --estimate; add"),
         (("train", "--data", "{data}", "--out", "{new}", "--price-per-hour", "2"), 2, "--price-per-hour belongs to"),
         (("train", "--data", "absent", "--estimate"), 4, "absent does not exist; it should be a folder made by"),

@@ -11,7 +11,7 @@ if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton, and then a kernel, is imported
 pytest.importorskip("triton", reason="the kernels need triton, which comes with torch for CUDA: pip install triton")
 
-from bertforge.kernels.low_rank import adapted_weight
+from bertforge.kernels.low_rank import LARGEST, adapted_weight
 from bertforge.kernels.low_rank_triton import AdaptedWeight
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -40,6 +40,24 @@ def test_the_kernel_gives_plain_pytorchs_values_and_gradients(shape, dtype):
     found = [result, *torch.autograd.grad(result, own, grad.to(dtype))]
     for mine, other in zip(found, exact(weight, a, b, grad), strict=True):
         assert (mine.double() - other).norm() < TOLERANCES[dtype] * other.norm()
+
+
+def test_a_base_weight_that_is_trained_is_refused():
+    weight, a, b, _ = drawn(48, 80, 3)
+    with pytest.raises(AssertionError, match="frozen"):
+        AdaptedWeight.apply(weight.requires_grad_(), a, b, 0.5, torch.float32)
+
+
+@pytest.mark.skipif(not CUDA, reason="a CPU takes PyTorch's products at any rank")
+@pytest.mark.parametrize("rank", [LARGEST, 256])
+def test_a_rank_that_the_tiles_do_not_hold_is_left_to_pytorch(rank):
+    weight, a, b, grad = drawn(300, 300, rank)
+    for part in (a, b):
+        part.requires_grad_()
+    result = adapted_weight(weight, a, b, 0.5)
+    found = [result, *torch.autograd.grad(result, (a, b), grad)]
+    for mine, other in zip(found, exact(weight, a.detach(), b.detach(), grad), strict=True):
+        assert (mine.double() - other).norm() < 1e-6 * other.norm()
 
 
 def test_the_function_keeps_the_weights_type_and_sums_in_a_wider_one():

@@ -19,6 +19,7 @@ pytest.importorskip("triton", reason="the kernels need triton, which comes with 
 from bertforge.batch import PackedBatch
 from bertforge.errors import UsageError
 from bertforge.kernels.attention import Bounds
+from bertforge.kernels.layer_norm import Norm
 from bertforge.lora.config import LoraConfig
 from bertforge.lora.inject import inject_lora
 from bertforge.model.attention import PackedCore
@@ -167,6 +168,49 @@ def test_dropout_follows_torchs_seed(triton):
     plain, one, two = (run(layer, True, dropout_p=p, triton=triton) for p in (0.0, 0.3, 0.3))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert (one["output"] - plain["output"]).abs().max() > 0.1
+
+
+@pytest.mark.skipif(CUDA, reason="differences are taken in float32")
+@KERNELS
+@pytest.mark.parametrize("first", [False, True], ids=["all tokens", "first tokens"])
+def test_with_dropout_gradients_are_those_of_the_masks_that_were_drawn(first, triton):
+    layer = layer_of()
+    torch.manual_seed(2)
+    hidden = torch.randn(20, 64, requires_grad=True)
+    settings = replace(layer.settings(layer.weights()), dropout_p=0.3, keep=True, triton=triton)
+    weighing = torch.randn(5 if first else 20, 64)
+    weighing[[1, 4] if first else []] = 0.0  # empty sequences mean nothing
+
+    def weighed():
+        torch.manual_seed(3)
+        core = PackedCore(Bounds(CU_SEQLENS, CU_SEQLENS), 12)
+        core, queries = core.first(hidden) if first else (core, None)
+        return (fused_layer(hidden, queries, core.bounds, settings, layer.weights()) * weighing).sum()
+
+    # Below both dropouts, between them, and above.
+    for part in (hidden, layer.attention.self.value.weight, layer.intermediate.dense.weight, layer.output.dense.bias):
+        (gradient,) = torch.autograd.grad(weighed(), part)
+        direction = gradient / gradient.norm()  # the steepest, where float32 shows a difference best
+        with torch.no_grad():
+            part += 1e-2 * direction
+            ahead = weighed()
+            part -= 2e-2 * direction
+            behind = weighed()
+            part += 1e-2 * direction
+        assert (ahead - behind).item() / 2e-2 == pytest.approx(gradient.norm().item(), rel=1e-2)
+
+
+def test_the_two_dropouts_of_a_layer_draw_apart(monkeypatch):
+    seeds = []
+    monkeypatch.setattr("bertforge.model.fused_layer.Norm", lambda *parts: seeds.append(int(parts[4])) or Norm(*parts))
+    run(layer_of(), True, dropout_p=0.3)
+    assert len(seeds) == len(set(seeds)) == 2
+
+
+def test_nothing_is_dropped_in_evaluation():
+    layer = BertLayer(tiny_config(**SHAPE, hidden_dropout_prob=0.2))
+    assert layer.train().settings(layer.weights()).dropout_p == 0.2
+    assert layer.eval().settings(layer.weights()).dropout_p == 0.0
 
 
 def adapted(targets=("query", "value"), **changes):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from bertforge.errors import ArtifactError
 from bertforge.training import checkpoint
@@ -89,6 +90,15 @@ def test_a_damaged_checkpoint_is_one_line(saved, damage):
     ) as error:
         checkpoint.restore(path, model, optimizer)
     assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_with_one_unnumbered_generator_is_of_an_older_version(saved):
+    path, model, optimizer, _ = saved
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file(tensors | {"rng.cpu": tensors["rng.cpu"][0].clone()}, path, metadata)
+    with pytest.raises(ArtifactError, match="is of a version before this one; start the run anew without --resume"):
+        checkpoint.restore(path, model, optimizer)
 
 
 def test_a_checkpoint_of_another_model_is_refused(saved):

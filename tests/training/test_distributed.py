@@ -4,12 +4,14 @@ import itertools
 import json
 import os
 import signal
+import sys
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from bertforge.cli.main import main
 from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.training.config import load_recipe
 from bertforge.training.distributed import World, joined
@@ -189,6 +191,20 @@ def test_an_error_of_every_process_is_told_once(tmp_path, data, plain):
     assert code == UsageError.exit_code
     assert said.count("max_length=65, but") == 1
     assert "a worker died" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def train_differently():
+    """`bertforge train` with a setting that each process has for itself."""
+    sys.argv += ["--set", f"lr={1e-3 * (1 + int(os.environ['RANK']))}"]
+    main()
+
+
+def test_processes_with_other_recipes_are_refused(tmp_path, data, plain):
+    arguments = train(data, tmp_path / "run", recipe_file(tmp_path, plain))
+    code, _, said = ended(Forked(tmp_path / "said", *arguments, target=train_differently))
+    assert code == ArtifactError.exit_code
+    assert "reads recipe of hash" in said
     assert not (tmp_path / "run").exists()
 
 

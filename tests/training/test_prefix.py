@@ -153,10 +153,17 @@ def trained(folder, data, base, precision, device="cpu", **changes):
 def test_every_tier_gives_the_same_curve(tmp_path, data, base, monkeypatch, precision, device, room):
     _, expected = trained(tmp_path / "without", data, base, precision, device, prefix_cache_gb=0.0)
     monkeypatch.setattr(Room, "free", lambda device, folder: room)
-    trainer, curve = trained(tmp_path / "with", data, base, precision, device)
+    trainer, curve = trained(tmp_path / "with", data, base, precision, device, prefix_cache_gb=1.0)
     assert curve == expected
     used = [size > 0 for size in trainer.prefix.cache.bytes.values()]
     assert used == [size > 0 for size in (room.gpu, room.host, room.disk)]
+
+
+def test_a_disk_is_used_when_asked_for_alone(tmp_path, data, base, monkeypatch):
+    monkeypatch.setattr(Room, "free", lambda device, folder: Room(0, 0, 8 * MB))
+    for asked in (None, 1.0):
+        trainer, _ = trained(tmp_path / str(asked), data, base, "fp32", prefix_cache_gb=asked)
+        assert (trainer.prefix.cache is None) == (asked is None)
 
 
 def test_other_values_would_give_another_curve(tmp_path, data, base, without, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -94,6 +95,10 @@ def train(
     if estimate:
         if resume:
             raise UsageError("--estimate measures a run from its beginning; leave --resume out")
+        if out is not None:
+            raise UsageError("--estimate writes no run; leave --out out")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UsageError("--estimate measures one process; start it without torchrun")
         show_estimate(data, chosen, price_per_hour, json_file)
         return
     for option, given in (("--price-per-hour", price_per_hour), ("--json", json_file)):

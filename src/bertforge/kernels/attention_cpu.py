@@ -58,7 +58,8 @@ def backward(
     query_grad, key_grad, value_grad = gradients
     _, heads, dim = query.shape
     if bounds.queries is not bounds.keys:
-        query_grad.zero_()  # of queries that have no keys
+        for part in gradients:
+            part.zero_()  # of queries that have no keys, and of keys that nobody asks
     sequences = _sequences(bounds, heads)
     scratch = _scratch(results[1], sequences)
     for s in sequences:

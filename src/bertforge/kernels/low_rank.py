@@ -7,13 +7,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
+LARGEST = 64  # ranks that the kernels' tiles hold on any GPU; a higher one is a product worth cuBLAS
+
 
 def adapted_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """`weight` `[out, in]` + scaling * `lora_B` `[out, r]` `lora_A` `[r, in]`, summed in float32 or wider.
 
     The result has `weight`'s type; on CUDA under autocast, autocast's, which the product that follows would make of it.
     """
-    if weight.is_cuda:
+    if weight.is_cuda and lora_A.shape[0] <= LARGEST:
         from bertforge.kernels.low_rank_triton import AdaptedWeight
 
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 BLOCK = 16  # rows of B, or columns of A, that a program owns: few, so that there are programs enough
 STEP = 128
@@ -71,6 +72,7 @@ class AdaptedWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+        assert not ctx.needs_input_grad[0], "the adapted weight is frozen"
         weight, lora_A, lora_B = weight.contiguous(), lora_A.contiguous(), lora_B.contiguous()
         (rows, columns), rank = weight.shape, lora_A.shape[0]
         output = torch.empty(rows, columns, dtype=dtype, device=weight.device)
@@ -84,6 +86,7 @@ class AdaptedWeight(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         lora_A, lora_B = ctx.saved_tensors
         grad = grads[0].contiguous()

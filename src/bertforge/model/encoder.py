@@ -155,8 +155,8 @@ def multiply_in_fp8(model: nn.Module) -> None:
         weights = layer.weights()
         if weights is None or not layer.fusable():
             raise UsageError(
-                "precision=fp8 needs GELU, heads of 32 or 64, and no dropout of attention or of adapters; "
-                "set attention_dropout=0 and lora.lora_dropout=0, or precision=bf16"
+                "precision=fp8 needs GELU, heads of 32 or 64, widths that 16 divides, no dropout of attention or "
+                "adapters; set attention_dropout=0 and lora.lora_dropout=0, or precision=bf16"
             )
         layer.fp8 = not any(weights[place + part].requires_grad for place in FP8_PLACES for part in (0, 1))
     if not any(layer.fp8 for layer in layers):

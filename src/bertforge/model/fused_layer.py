@@ -8,7 +8,7 @@ of their own. Written out,
 - the gradient that comes along a residual is the addend of the product that ends its branch, so no sum is a pass;
 - dropout, residual and LayerNorm are one kernel, the feed-forward's first product and GELU another;
 - only what the next step cannot give back is kept: the projections, the attended values, both LayerNorms' outputs and
-  GELU's slopes in 8 bits, 12 KB a token at a width of 768;
+  GELU's slopes in 8 bits, 12 KB a token at a width of 768 where the layer is frozen;
 - a frozen weight costs no product, and a layer whose input needs no gradient stops there.
 
 With `Settings.fp8` the four products of a frozen feed-forward are those of e4m3 numbers (kernels/fp8.py), two thirds of
@@ -34,6 +34,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bertforge.kernels import attention_cpu, fp8, layer_norm, linear_gelu
 from bertforge.kernels.attention import Bounds
@@ -123,7 +124,9 @@ def _kernels(settings: Settings) -> tuple[ModuleType, ModuleType, ModuleType]:
     if settings.triton:
         from bertforge.kernels import attention_triton, layer_norm_triton, linear_gelu_triton
 
-        return attention_triton, layer_norm_triton, linear_gelu_triton
+        # Before Hopper Triton's product would load a tile, wait, and multiply: without copies in flight, cuBLAS wins.
+        ahead = not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0)
+        return attention_triton, layer_norm_triton, linear_gelu_triton if ahead or settings.fp8 else linear_gelu
     return attention_cpu, layer_norm, linear_gelu
 
 
@@ -166,6 +169,7 @@ class _FusedLayer(torch.autograd.Function):
         return y2
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]  # it writes into what it has read
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, queries, q, k, v, o, lse, y1, slope, activated, y2, joined, wo, wi, wd, *norms_kept = ctx.saved_tensors
         kept1, kept2 = norms_kept[: len(norms_kept) // 2], norms_kept[len(norms_kept) // 2 :]

@@ -100,6 +100,8 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, worl
         }
         if "step" in optimizer.state[parameter]:  # the fused optimizer keeps its step count beside the parameter
             optimizer.state[parameter]["step"] = optimizer.state[parameter]["step"].to(parameter.device)
+    if tensors["rng.cpu"].ndim != 2:
+        raise ArtifactError(f"checkpoint {path} is of a version before this one; start the run anew without --resume")
     same_size = len(tensors["rng.cpu"]) == world.size
     stream = world.rank if same_size else 0
     torch.set_rng_state(tensors["rng.cpu"][stream].clone())  # of a row that is a view, torch reads other bytes

@@ -83,7 +83,7 @@ class Recipe:
     """The most work, in seconds, that a crash can lose."""
     prefix_cache_gb: float | None = None
     """GB of frozen layers' output that may be kept from epoch to epoch; 0 keeps none. None takes what it needs, up to
-    half of what is free on the GPU, then in host memory, then on the disk of the run's folder."""
+    half of what is free on the GPU, then in host memory; a number also lets the disk of the run's folder be used."""
     lora: LoraRecipe | None = None
     """None trains every weight."""
     tabular: TabularSpec | None = None

@@ -7,10 +7,11 @@ training goes on it holds `checkpoint.safetensors` and `best.safetensors` instea
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def _start(data: Path, out: Path, recipe: Recipe, resume: bool, world: World) ->
         if hardware.device.type == "cuda":
             torch.cuda.set_device(hardware.device)
         identity = {
-            "recipe": _json(recipe),
+            "recipe": _json(replace(recipe, prefix_cache_gb=None)),  # where things are kept changes no result
             "data": prepared.fingerprint,
             "device": hardware.device.type,
             "base weights": hash_file(weights_file(resolve(recipe.model))),
@@ -146,8 +147,9 @@ def _start(data: Path, out: Path, recipe: Recipe, resume: bool, world: World) ->
             precision = choose_training_precision(hardware, wanted)
         if world.first and world.size > 1:
             prepared.tokens(Tokenizer.load(resolve(recipe.model)))  # the others find the table tokenized
-    for what in ("data", "device", "base weights"):
-        world.check_same(str(identity[what]), what)
+    settings = hashlib.sha256(json.dumps(_json(recipe), sort_keys=True).encode()).hexdigest()
+    for what, text in {**identity, "recipe": f"of hash {settings[:12]}"}.items():
+        world.check_same(str(text), what)
     precision = world.texts(precision)[0]
     with world.together():
         if not world.first:

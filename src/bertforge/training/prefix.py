@@ -91,7 +91,9 @@ class FrozenPrefix:
         lengths = examples.lengths(rows)
         sample = eager(examples.pack(rows[:1])[0].to(device))  # [tokens, hidden]: its type and width are what counts
         room = Room.free(device, folder)
-        if recipe.prefix_cache_gb is not None:
+        if recipe.prefix_cache_gb is None:
+            room = replace(room, disk=0)  # filling a disk takes longer than a few epochs give back
+        else:
             room = room.within(int(recipe.prefix_cache_gb * 1e9))
         read = recipe.epochs > 1 and world.size == 1
         self.cache = RowCache(rows, lengths, sample, room, folder) if read and fits(lengths, sample, room) else None
