@@ -90,7 +90,7 @@ def test_later_epochs_are_measured_with_what_frozen_layers_gave(tmp_path, data, 
     monkeypatch.setattr(BertModel, "lower_layers", slow_lower_layers)
     monkeypatch.setattr(Room, "free", lambda device, folder: Room(0, 0, 1 << 23))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    rows = estimate(data, quick_recipe(deep, epochs=3), seconds=3 * pause)["rows"]
+    rows = estimate(data, quick_recipe(deep, epochs=3, prefix_cache_gb=1.0), seconds=3 * pause)["rows"]
     for row in rows[:2]:
         assert row["later_seconds"] == row["train_seconds"], "nothing is frozen from below"
     first, later = rows[2]["train_seconds"], rows[2]["later_seconds"]

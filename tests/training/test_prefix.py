@@ -112,7 +112,7 @@ def test_without_a_cache_every_epoch_computes_it(tmp_path, data, base, computed)
     said = []
     finetune(data, tmp_path / "run", recipe(base, prefix_cache_gb=0.0), started=lambda plan: said.append(plan.frozen))
     assert CUDA or len(computed) == 1 + 3 * STEPS
-    assert said[0].endswith("there is room for 0.0 MB, so every epoch computes it anew")
+    assert said[0].endswith("prefix_cache_gb=0 leaves 0.0 MB, so every epoch computes it anew")
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -56,14 +56,17 @@ def show_estimate(data: Path, recipe: Recipe, price_per_hour: float | None, json
             console.print(f"{row['variant']}: {row['missing']}")
         elif row["later_seconds"] != row["train_seconds"]:
             later = _time(row["later_seconds"] + row["validation_seconds"])
-            console.print(f"{row['variant']}: {later} an epoch from the second on: frozen layers are computed once")
+            note = "frozen layers are computed once"
+            if row["later_seconds"] > 0.95 * row["train_seconds"]:
+                note += ", which brings nothing here; --set prefix_cache_gb=0 keeps none of their output"
+            console.print(f"{row['variant']}: {later} an epoch from the second on: {note}")
     console.print(
         f"epoch: training and the validation after it; run: {found['epochs']} epochs; set-up: once a run, not in it; "
         f"memory: the most that {found['peak_memory_of']} held"
     )
     if json_file:
         console.print(f"wrote {write_json(json_file, found)}")
-    console.print(f"next: bertforge train --data {data} --out runs/first")
+    console.print("next: the same command with --out runs/first and a --variant instead of --estimate")
 
 
 def _table(rows: Iterable[Row], columns: Columns) -> Table:

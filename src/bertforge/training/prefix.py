@@ -106,7 +106,9 @@ class FrozenPrefix:
             fate = f"every epoch computes {whose} output anew: rows move between processes"
         else:
             whole, found = _size(int(lengths.sum()) * sample[0].nbytes), _size(room.total())
-            fate = f"{whose} output takes {whole}, but there is room for {found}, so every epoch computes it anew"
+            asked = recipe.prefix_cache_gb
+            limit = f"there is room for {found}" if asked is None else f"prefix_cache_gb={asked:g} leaves {found}"
+            fate = f"{whose} output takes {whole}, but {limit}, so every epoch computes it anew"
         self.description = f"{frozen} frozen: {fate}"
 
     def forget(self) -> None:

@@ -123,13 +123,16 @@ class RowCache:
         width, dtype = self._blocks[0].shape[1], self._blocks[0].dtype
         pinned = self.device.type == "cuda"
         nothing = self._gpu is not None and all(on_gpu)
-        hidden = torch.zeros(1 if nothing else tokens, width, dtype=dtype, pin_memory=pinned)
+        hidden = torch.empty(1 if nothing else tokens, width, dtype=dtype, pin_memory=pinned)
+        # By NumPy: torch would copy with threads of its own beside those that train, and slow both down.
+        packs = _bytes(hidden)
+        packs[:] = 0
         source = torch.full((tokens,), -1, pin_memory=pinned)
         for (block, kept, packed), there in zip(places, on_gpu, strict=True):
             if there:
                 source[packed] = torch.arange(kept.start, kept.stop)
             else:
-                hidden[packed] = self._blocks[block][kept]
+                packs[packed] = _bytes(self._blocks[block])[kept]
         return Staged(hidden, None if self._gpu is None else source)
 
     def gather(self, staged: Staged) -> Tensor:
@@ -148,6 +151,11 @@ class RowCache:
         numbers = zip(*(array.tolist() for array in (self._block[rows], self._start[rows], lengths, ends)), strict=True)
         for block, start, length, end in numbers:
             yield block, slice(start, start + length), slice(end - length, end)
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    """The same memory, `[rows, bytes]`: NumPy knows no bfloat16."""
+    return np.asarray(tensor.view(torch.uint8).numpy())
 
 
 def fits(lengths: np.ndarray, sample: Tensor, room: Room) -> bool:
