@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from bertforge.kernels.layer_norm import Norm, residual_layer_norm, residual_layer_norm_backward
+from tests.kernels.norms import check, exact
 
 # Largest difference relative to the largest entry: bfloat16 rounds the sum and the result.
 TOLERANCES = {torch.float32: 5e-6, torch.bfloat16: 2e-2}
@@ -18,26 +18,11 @@ def drawn(rows, width, dtype, dropout_p=0.0, trained=True):
     return x + 0.5, residual, grad, Norm(weight, bias, 1e-12, dropout_p, torch.zeros(1, dtype=torch.int32), trained)
 
 
-def exact(x, residual, grad, norm, mask=1.0):
-    """The result, gradients of residual, x, weight and bias, and of a bias added to x; `mask` is dropout's, scaled."""
-    inputs = [part.detach().double().requires_grad_() for part in (residual, x, norm.weight, norm.bias)]
-    output = F.layer_norm(inputs[0] + inputs[1] * mask, norm.weight.shape, inputs[2], inputs[3], norm.eps)
-    gradients = torch.autograd.grad(output, inputs, grad.double())
-    return [output, *gradients, gradients[1].sum(0)]
-
-
 def ours(x, residual, grad, norm):
     torch.manual_seed(1)
     output, kept = residual_layer_norm(x, residual, norm)
     sum_grad, x_grad, sums = residual_layer_norm_backward(grad, output, kept, norm)
     return [output, sum_grad, x_grad, sums.weight, sums.bias, sums.x]
-
-
-def check(results, expected, dtype):
-    for result, other in zip(results, expected, strict=True):
-        if result is not None:
-            assert result.shape == other.shape
-            assert (result.double() - other).abs().max() < TOLERANCES[dtype] * other.abs().max()
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 8), (5, 384), (9, 767)])
@@ -48,7 +33,7 @@ def test_values_and_gradients_are_plain_pytorchs(rows, width, dtype, trained):
     results = ours(*parts)
     assert [result.dtype for result in results[:3]] == [dtype] * 3
     assert [result is None for result in results[3:]] == [not trained] * 3
-    check(results, exact(*parts), dtype)
+    check(results, exact(*parts), TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("p", [0.1, 0.25, 0.9])
@@ -59,7 +44,7 @@ def test_dropout_drops_a_share_of_x_scales_the_rest_and_is_the_same_backward(p):
     assert torch.allclose(mask[mask != 0], torch.tensor(1 / (1 - p)))
     # The share's standard deviation is at most 0.0014.
     assert (mask == 0).float().mean().item() == pytest.approx(p, abs=0.006)
-    check(results, exact(*parts, mask), torch.float32)
+    check(results, exact(*parts, mask), TOLERANCES[torch.float32])
 
 
 def test_dropout_follows_torchs_seed_and_looks_random_along_rows_and_columns():

@@ -6,7 +6,6 @@ from dataclasses import astuple, replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 CUDA = torch.cuda.is_available()
 if not CUDA:
@@ -21,6 +20,7 @@ from bertforge.kernels.layer_norm_triton import (
     residual_layer_norm_backward,
 )
 from tests.kernels.e4m3 import round_as_hardware_does
+from tests.kernels.norms import check, exact
 
 DEVICE = "cuda" if CUDA else "cpu"
 EPS = 1e-12  # BERT's
@@ -39,15 +39,6 @@ def drawn(rows, width, dtype, dropout_p=0.0, trained=True):
     return x + 0.5, residual, grad, Norm(weight, bias, EPS, dropout_p, seed, trained)
 
 
-def exact(x, residual, grad, norm, mask=None):
-    """The result, and gradients of residual, x, weight, bias and a bias in x; `mask` is dropout's, scaled."""
-    inputs = [part.detach().double().requires_grad_() for part in (residual, x, norm.weight, norm.bias)]
-    kept = inputs[1] if mask is None else inputs[1] * mask.double()
-    output = F.layer_norm(inputs[0] + kept, norm.weight.shape, inputs[2], inputs[3], norm.eps)
-    gradients = torch.autograd.grad(output, inputs, grad.double())
-    return [output, *gradients, gradients[1].sum(0)]
-
-
 def flat(gradients):
     *two, sums = gradients
     return [*two, *astuple(sums)]
@@ -55,15 +46,7 @@ def flat(gradients):
 
 def ours(x, residual, grad, norm, **tiling):
     output, kept = residual_layer_norm(x, residual, norm, **tiling)
-    sum_grad, x_grad, sums = residual_layer_norm_backward(grad, output, kept, norm, **tiling)
-    return [output, sum_grad, x_grad, sums.weight, sums.bias, sums.x]
-
-
-def check(results, expected, dtype):
-    for result, other in zip(results, expected, strict=True):
-        if result is not None:
-            assert result.shape == other.shape
-            assert (result.double() - other).abs().max() < TOLERANCES[dtype] * other.abs().max()
+    return [output, *flat(residual_layer_norm_backward(grad, output, kept, norm, **tiling))]
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 8), (5, 384), (9, 768), (4, 1024)])
@@ -74,7 +57,7 @@ def test_values_and_gradients_are_plain_pytorchs(rows, width, dtype, trained):
     results = ours(*parts)
     assert [result.dtype for result in results[:3]] == [dtype] * 3
     assert [result is None for result in results[3:]] == [not trained] * 3
-    check(results, exact(*parts), dtype)
+    check(results, exact(*parts), TOLERANCES[dtype])
 
 
 def mask_of(parts):
@@ -90,7 +73,7 @@ def test_dropout_drops_a_share_of_x_scales_the_rest_and_is_the_same_backward(tra
     assert torch.allclose(mask[mask != 0], torch.tensor(4 / 3, device=DEVICE))
     # 24,576 draws: the share's standard deviation is 0.0028.
     assert (mask == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
-    check(ours(*parts), exact(*parts, mask), torch.float32)
+    check(ours(*parts), exact(*parts, mask), TOLERANCES[torch.float32])
 
 
 def test_dropout_follows_its_seed_and_looks_random_along_rows_and_columns():
@@ -117,10 +100,10 @@ def test_a_frozen_norm_with_a_weight_of_zero_passes_finite_gradients():
     norm.weight[3] = 0.0
     output, *gradients = ours(x, residual, grad, norm)
     expected = exact(x, residual, grad, norm)
-    check([output], expected[:1], torch.float32)
+    check([output], expected[:1], TOLERANCES[torch.float32])
     # That column's own value is lost, and with it its share of the projection on the normalized row.
     others = torch.arange(48, device=DEVICE) != 3
-    check([gradients[0][:, others]], [expected[1][:, others]], torch.float32)
+    check([gradients[0][:, others]], [expected[1][:, others]], TOLERANCES[torch.float32])
     assert gradients[0].isfinite().all()
 
 
@@ -128,7 +111,7 @@ def test_a_frozen_norm_with_a_weight_of_zero_passes_finite_gradients():
 def test_programs_walk_over_more_rows_than_they_hold(tiling, monkeypatch):
     monkeypatch.setattr("bertforge.kernels.layer_norm_triton.PROGRAMS", 2)
     parts = drawn(37, 48, torch.float32)
-    check(ours(*parts, tiling=tiling), exact(*parts), torch.float32)
+    check(ours(*parts, tiling=tiling), exact(*parts), TOLERANCES[torch.float32])
 
 
 def test_two_runs_are_equal_bit_for_bit():
@@ -179,5 +162,5 @@ def test_the_outputs_gradient_may_come_in_two_parts():
     other = torch.ones_like(grad) / scale, scale
     parts = residual_layer_norm_backward(grad - 1, output, kept, norm, addend=other)
     half = residual_layer_norm_backward(grad - 1, output, kept, norm)
-    check(flat(parts), [part.double() for part in flat(whole)], torch.float32)
+    check(flat(parts), [part.double() for part in flat(whole)], TOLERANCES[torch.float32])
     assert not torch.allclose(half[0], whole[0], rtol=0.01)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -86,7 +85,7 @@ def train(
     from bertforge.cli.estimate import show_estimate
     from bertforge.errors import UsageError
     from bertforge.training.config import load_recipe
-    from bertforge.training.distributed import is_first
+    from bertforge.training.distributed import is_first, launched
 
     if variant and recipe:
         raise UsageError("--variant and --recipe both name a recipe; give one of them")
@@ -97,7 +96,7 @@ def train(
             raise UsageError("--estimate measures a run from its beginning; leave --resume out")
         if out is not None:
             raise UsageError("--estimate writes no run; leave --out out")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if launched() > 1:
             raise UsageError("--estimate measures one process; start it without torchrun")
         show_estimate(data, chosen, price_per_hour, json_file)
         return

@@ -124,6 +124,11 @@ class World:
 ALONE = World()
 
 
+def launched() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def is_first() -> bool:
     """Whether this process, joined to others or not, is the one that prints."""
     return os.environ.get("RANK", "0") == "0"
@@ -136,7 +141,7 @@ def joined() -> Iterator[World]:
     An error that several processes raise is told by one: the others leave with its exit code (SystemExit).
     Raises MachineError when the processes do not find one another.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = launched()
     if size == 1:
         yield ALONE
         return

@@ -10,9 +10,7 @@ from pathlib import Path
 import torch
 
 _STATUS = Path("/proc/self/status")  # Linux: its VmHWM is the most that was resident
-_RESET = Path(
-    "/proc/self/clear_refs"
-)  # 5 written here sets VmHWM back: https://man7.org/linux/man-pages/man5/proc.5.html
+_RESET = Path("/proc/self/clear_refs")  # 5 written here sets VmHWM back, says proc(5)
 
 
 class PeakMemory:
