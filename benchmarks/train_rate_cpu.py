@@ -102,18 +102,17 @@ class Ours:
         seed_everything(SEED)
         run = assemble(prepared, self.recipe, torch.device("cpu"))
         self.model, self.examples, self.precision = run.model.train(), run.split.examples, precision
-        self.optimizer = make_optimizer(self.model, self.recipe)
+        optimizer = make_optimizer(self.model, self.recipe)
         weights = torch.ones(len(prepared.label_names))
-        self.step = EagerStep(self.model, weights, 0.0, self.recipe.max_grad_norm, precision)
-        self.warm = warm_up(self.optimizer, self.recipe.lr)
+        self.step = EagerStep(self.model, optimizer, weights, 0.0, self.recipe.max_grad_norm, precision)
+        self.warm = warm_up(optimizer, self.recipe.lr)
 
     def train(self, rows: np.ndarray) -> None:
         plan = epoch_plan(self.examples, rows, self.recipe.tokens_per_step, SEED, 0)
         shape = PackShape.of([plan], self.examples)
         for batch, labels in load(self.examples, plan, torch.device("cpu"), shape):
-            self.step(batch, labels)
             self.warm()
-            self.optimizer.step()
+            self.step(batch, labels)
 
     def logits(self, rows: np.ndarray) -> np.ndarray:
         return predict_logits(self.model, self.examples, rows, self.precision)

@@ -220,7 +220,6 @@ def profile(trainer: Trainer) -> dict[str, float]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
         for batch, labels in batches:
             trainer.step(batch, labels)
-            trainer.optimizer.step()
         torch.cuda.synchronize()
     kernels = [event for event in found.key_averages() if event.self_device_time_total]
     total = sum(event.self_device_time_total for event in kernels)

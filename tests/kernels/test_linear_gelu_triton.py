@@ -25,8 +25,8 @@ from bertforge.kernels.linear_gelu_triton import (
 from tests.kernels.e4m3 import round_as_hardware_does
 
 DEVICE = "cuda" if CUDA else "cpu"
-# ||ours - exact|| / ||exact||: the rounding of the product and of the result.
-TOLERANCES = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+# ||ours - exact|| / ||exact||: the rounding of the product and of the result; in float32 that of GELU's fit.
+TOLERANCES = {torch.float32: 3e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 DTYPES = [torch.float16, torch.bfloat16] if CUDA else [torch.float32, torch.float16]
 TILINGS = (
     [TILING, Tiling(64, 64, 64, 2, 4, 3, 2)]
@@ -42,7 +42,7 @@ def drawn(tokens, inner, outer, dtype):
 
 
 def error(result, expected):
-    return float((result.double() - expected).norm() / expected.norm())
+    return float((result.double() - expected.detach()).norm() / expected.detach().norm())
 
 
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
@@ -81,7 +81,8 @@ def test_gelu_and_its_slope_over_their_whole_range():
     assert (output.double() - F.gelu(exact)).abs().max() < 8 * TOLERANCES[dtype]
     ones = torch.ones(4096, 16, device=DEVICE, dtype=dtype)
     ours = linear_gelu_backward(ones, weight, code, sums=False, tiling=tiling)[0].double()
-    assert (ours - slope).abs().max() < 0.0025 + TOLERANCES[dtype]
+    # Half a step of the code, the fit, and the rounding of the result.
+    assert (ours - slope).abs().max() < 0.0025 + 1.2e-4 + TOLERANCES[dtype]
     assert slope.min() < -0.128
     assert slope.max() > 1.128
     assert not ours[0].any(), "far below zero nothing passes"

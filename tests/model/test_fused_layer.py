@@ -30,8 +30,8 @@ from tests.model.tiny import tiny_bert, tiny_config
 
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 # ||ours - exact|| / ||exact|| of the output and of gradients. Float32 carries 1e-7; bfloat16 rounds every result to
-# 4e-3. GELU's slopes are kept to 0.0025, which moves a gradient by a thousandth or two.
-EXACT, ROUGH = (2e-2, 2e-2) if CUDA else (2e-6, 4e-3)
+# 4e-3. GELU is fitted to 3e-5, and its slopes are kept to 0.0025, which moves a gradient by a thousandth or two.
+EXACT, FITTED, ROUGH = (2e-2, 2e-2, 2e-2) if CUDA else (2e-6, 3e-5, 4e-3)
 KERNELS = pytest.mark.parametrize("triton", [True] if CUDA else [True, False], ids=lambda on: "triton" if on else "cpu")
 SHAPE = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 96, "initializer_range": 0.2}
 CU_SEQLENS = torch.tensor([0, 5, 5, 17, 20, 20], dtype=torch.int32, device=DEVICE)  # two sequences are empty
@@ -75,7 +75,8 @@ def exact(layer, **options):
 
 def assert_same(ours, theirs, triton):
     tolerance = ROUGH if triton else EXACT  # the CPU's kernels keep no slopes
-    assert (ours["output"].double() - theirs["output"]).norm() <= min(tolerance, EXACT) * theirs["output"].norm()
+    output = FITTED if triton else EXACT
+    assert (ours["output"].double() - theirs["output"]).norm() <= output * theirs["output"].norm()
     assert ours.keys() == theirs.keys()
     for name, expected in theirs.items():
         # A key's bias has gradient 0 but for rounding: softmax ignores what is added to all its scores.

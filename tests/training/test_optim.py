@@ -1,11 +1,12 @@
 """The schedule worked by hand, and which parameter gets which rate and decay."""
 
 import pytest
+import torch
 
 from bertforge.lora.inject import inject_lora
 from bertforge.model.config import TabularConfig
 from bertforge.training.config import LoraRecipe, Recipe
-from bertforge.training.optim import lr_scale, make_optimizer
+from bertforge.training.optim import lr_scale, make_optimizer, set_lr
 from tests.model.tiny import tiny_bert
 
 
@@ -25,7 +26,7 @@ def test_every_step_learns_at_most_at_the_peak(total, warmup):
 def groups(recipe, model):
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
-        names[id(parameter)]: (group["lr"], group["weight_decay"])
+        names[id(parameter)]: (group["peak"], group["weight_decay"])
         for group in make_optimizer(model, recipe).param_groups
         for parameter in group["params"]
     }
@@ -41,6 +42,22 @@ def test_heads_may_have_a_rate_of_their_own_and_biases_do_not_decay():
     assert found["bert.pooler.dense.weight"] == (1e-3, 0.1)
     assert found["bert.embeddings.LayerNorm.weight"] == found["bert.pooler.dense.bias"] == (1e-3, 0)
     assert groups(Recipe(lr=1e-3), model)["classifier.weight"][0] == 1e-3
+
+
+def test_a_step_moves_every_group_by_its_own_share_of_its_peak():
+    model = tiny_bert()
+    optimizer = make_optimizer(model, Recipe(lr=1e-3, head_lr=1e-2, weight_decay=0.0))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    set_lr(optimizer, 0.25)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        # AdamW's first step is the learning rate, whatever the gradient; float32 rounds weights of 1 to 6e-8.
+        rate = 1e-2 if name.startswith("classifier.") else 1e-3
+        torch.testing.assert_close(
+            before[name] - parameter, torch.full_like(parameter, 0.25 * rate), atol=1.2e-7, rtol=0
+        )
 
 
 def test_frozen_weights_are_not_optimized():

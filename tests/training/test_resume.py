@@ -10,12 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.inference.predictor import Predictor
-from bertforge.training import checkpoint, loop
 from bertforge.training import finetune as module
+from bertforge.training import loop
 from bertforge.training.config import LoraRecipe, load_recipe
 from bertforge.training.finetune import finetune
 from tests.runs import KINDS, STEPS, WEIGHTS, made_up, make_base, prepare_frame, quick_recipe, run_command
@@ -103,7 +104,8 @@ def test_it_would_not_without_the_random_state(tmp_path, data, base, uninterrupt
     recipe = dropping_out(base, "full", checkpoint_seconds=0)
     with pytest.raises(CrashError):
         finetune(data, tmp_path / "run", recipe, show=crash_after(STEPS + 3))
-    monkeypatch.setattr(checkpoint.torch, "set_rng_state", lambda state: None)
+    for where in (torch, torch.cuda):
+        monkeypatch.setattr(where, "set_rng_state", lambda state: None)
     finetune(data, tmp_path / "run", recipe, resume=True)
     assert outcome(tmp_path / "run", "full")[0] != uninterrupted["full"][0]
 

@@ -10,6 +10,7 @@ from bertforge.data.tokens import TokenStore
 from bertforge.training.config import Recipe
 from bertforge.training.distributed import ALONE, World
 from bertforge.training.loop import Trainer
+from bertforge.training.optim import make_optimizer, set_lr
 from bertforge.training.step import EagerStep, GraphedStep
 from tests.model.tiny import tiny_bert
 
@@ -43,16 +44,20 @@ def test_the_loss_by_hand(tmp_path, balance, weights, smoothing):
     assert made.step.class_weights.tolist() == weights
     batch, labels = examples().pack(np.arange(6))
     expected = by_hand(made.model, batch, LABELS[:6], np.array(weights), smoothing)
-    assert made.step(batch, labels).item() == pytest.approx(expected, rel=1e-6)
     plain = by_hand(made.model, batch, LABELS[:6], np.ones(2), 0)
+    assert made.step(batch, labels).item() == pytest.approx(expected, rel=1e-6)
     assert (expected != pytest.approx(plain, rel=1e-4)) == (balance == "balanced" or smoothing > 0)
+
+
+def step_of(model, most, precision):
+    return EagerStep(model, make_optimizer(model, Recipe()), torch.ones(2), 0.0, most, precision)
 
 
 def test_gradients_are_clipped_and_not_carried_over():
     model, (batch, labels) = tiny_bert(), examples().pack(np.arange(6))
 
     def norm(most):
-        EagerStep(model, torch.ones(2), 0.0, most, "fp32")(batch, labels)
+        step_of(model, most, "fp32").gradients(batch, labels)
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item()
 
     whole = norm(1e9)
@@ -62,9 +67,9 @@ def test_gradients_are_clipped_and_not_carried_over():
 
 def test_in_bf16_the_weights_and_their_gradients_stay_fp32():
     model, (batch, labels) = tiny_bert(), examples().pack(np.arange(6))
-    rounded = EagerStep(model, torch.ones(2), 0.0, 1.0, "bf16")(batch, labels)
+    rounded = step_of(model, 1.0, "bf16").gradients(batch, labels)
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
-    exact = EagerStep(model, torch.ones(2), 0.0, 1.0, "fp32")(batch, labels)
+    exact = step_of(model, 1.0, "fp32").gradients(batch, labels)
     assert rounded.item() == pytest.approx(exact.item(), rel=0.05)
     assert rounded.item() != exact.item()
 
@@ -73,7 +78,8 @@ def test_in_bf16_the_weights_and_their_gradients_stay_fp32():
 def test_a_recorded_step_holds_the_sums_over_processes():
     def steps(world):
         model = tiny_bert(hidden_size=128, intermediate_size=128).cuda()
-        step = GraphedStep(EagerStep(model, torch.tensor([1.0, 3.0]).cuda(), 0.1, 1.0, "bf16", world))
+        optimizer = make_optimizer(model, Recipe())
+        step = GraphedStep(EagerStep(model, optimizer, torch.tensor([1.0, 3.0]).cuda(), 0.1, 1.0, "bf16", world))
         losses = []
         for rows in (np.arange(4), np.arange(4, 8)):
             batch, labels = examples().pack(rows)
@@ -88,3 +94,24 @@ def test_a_recorded_step_holds_the_sums_over_processes():
     assert losses == alone
     assert losses[0] != losses[1]
     assert torch.equal(gradients, expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_recorded_step_moves_the_weights_as_an_eager_one_does():
+    """Bit for bit, at the learning rate of the step, and not while it is recorded."""
+
+    def weights(graphed, scales):
+        torch.manual_seed(0)
+        model = tiny_bert(hidden_size=128, intermediate_size=128, attention_probs_dropout_prob=0.0).cuda().train()
+        optimizer = make_optimizer(model, Recipe(lr=1e-2))
+        eager = EagerStep(model, optimizer, torch.ones(2).cuda(), 0.0, 1.0, "bf16")
+        step = GraphedStep(eager) if graphed else eager
+        for number, scale in enumerate(scales):
+            batch, labels = examples().pack(np.arange(4) + 4 * (number % 2))
+            set_lr(optimizer, scale)
+            step(batch.to("cuda"), labels.cuda())
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    found = weights(True, (1.0, 0.5, 0.25))
+    assert torch.equal(found, weights(False, (1.0, 0.5, 0.25)))
+    assert not torch.equal(found, weights(True, (1.0, 0.5, 0.5)))

@@ -1,9 +1,9 @@
 """The widening half of a feed-forward, GELU(x W' + b), and its backward pass: GELU inside the matrix products.
 
 The activations between the two layers of a feed-forward are the widest there are, and GELU apart would read and write
-them once more in each direction. Here it is worked out while a tile of the product lies in registers. A Triton product
-is slower than cuBLAS' (some 510 against 680 TFLOP/s at BERT-base's shapes on an H100), but saves more than that in
-memory traffic.
+them once more in each direction. Here it is worked out while a tile of the product lies in registers. That leaves the
+matrix units idle for as long, so a product takes 290 to 360 us at BERT-base's shapes on an H100 where cuBLAS' alone
+takes 230 to 260, but saves more than that in memory traffic.
 
 Backward needs GELU's slope at every value, x's normal distribution function plus x times its density. It lies between
 -0.13 and 1.13, so it is kept in a byte, to 0.0025, where bfloat16 rounds the product with it to 0.004 of itself anyway;
@@ -50,21 +50,23 @@ class Tiling:
 
 
 TILING = Tiling(128, 256, 64, 8, 8, 3, 1)
-FP8_TILING = Tiling(128, 256, 128, 8, 8, 3, 1)
+FP8_TILING = Tiling(128, 128, 128, 8, 8, 3, 2)  # operands of half the size: two programs fit, one stores meanwhile
 
 
 @triton.jit
 def _gelu(x):
-    """GELU(x) by the error function (Hendrycks & Gimpel 2016), and its slope.
+    """GELU(x), x times the normal distribution function (Hendrycks & Gimpel 2016), and its slope.
 
-    The error function is Abramowitz & Stegun's 7.1.26, within 1.5e-7: it shares its exponential with the density.
+    That function is taken as a logistic one of x P(x^2), with P fitted so that GELU is within 3e-5 of the exact one and
+    its slope within 1.2e-4: bfloat16 rounds a GELU of 1 to 4e-3. Every instruction here takes 3 us a layer of BERT-base
+    at 32,768 tokens, and a series for the error function has twice as many.
     """
-    bell = tl.exp2(x * x * -0.7213475204444817)  # exp(-x^2 / 2)
-    t = 1.0 / (1.0 + 0.23164188 * tl.abs(x))  # 0.3275911 / sqrt(2)
-    series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-    tail = 0.5 * series * bell
-    share = tl.where(x < 0, tail, 1.0 - tail)
-    return x * share, share + x * bell * 0.3989422804014327
+    square = tl.minimum(x * x, 50.0)  # beyond, P would turn back, and all is decided
+    odds = tl.exp2(x * (-2.30112047 + square * (-0.10677674 + square * 0.00101448)))  # of 0 to 1
+    root = tl.rsqrt(1.0 + odds)
+    share = root * root  # one instruction and a product, where a division would look at its operands' size first
+    value = x * share
+    return value, share + (value - value * share) * (1.59501517 + square * (0.22203597 + square * -0.00351592))
 
 
 @triton.jit
@@ -82,18 +84,17 @@ def _finish(
     columns = column + tl.arange(0, COLUMNS)
     if EPILOGUE == "slope" or EPILOGUE == "slope, sums":
         code = slope.load([row, column]).to(tl.float32)
-        values = values * ((code - ZERO) / STEPS)
+        values = values * (code - ZERO) * (1.0 / STEPS)
         if EPILOGUE == "slope, sums":
             tl.store(sums + row // ROWS * width + columns, tl.sum(values, 0), mask=columns < width)
     else:
         b = tl.load(bias + columns, mask=columns < width, other=0.0).to(tl.float32)
         values += b[None, :]
-        if not FP8:
-            # Rounded as a product of its own would be, so that value and slope belong to what a plain layer computes.
-            values = values.to(output.dtype).to(tl.float32)
         values, steep = _gelu(values)
         if EPILOGUE == "keep":
-            slope.store([row, column], (steep * STEPS + (ZERO + 0.5)).to(tl.int32).to(tl.uint8))
+            # From 2^23 on float32 holds whole numbers alone: adding it rounds, and leaves the code in the lowest byte.
+            code = (steep * STEPS + (ZERO + 8388608.0)).to(tl.int32, bitcast=True)
+            slope.store([row, column], code.to(tl.uint8))
         if FP8:
             values = tl.minimum(values * FP8_SCALE, FP8_LARGEST)
     output.store([row, column], values.to(output.dtype))

@@ -36,7 +36,7 @@ from bertforge.training.config import Recipe
 from bertforge.training.distributed import ALONE, WorkerLostError, World
 from bertforge.training.history import History
 from bertforge.training.idle import IdleMeter
-from bertforge.training.optim import lr_scale, make_optimizer
+from bertforge.training.optim import lr_scale, make_optimizer, set_lr
 from bertforge.training.prefix import EagerPrefix, FrozenPrefix, frozen_layers
 from bertforge.training.step import EagerStep, GraphedStep
 
@@ -70,7 +70,6 @@ class Trainer:
         if precision == "fp8":
             multiply_in_fp8(model)
         self.optimizer = make_optimizer(model, recipe)
-        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.progress = Progress()
         self.plans = [
             epoch_plan(split.examples, split.train, recipe.tokens_per_step, recipe.seed, epoch)
@@ -79,6 +78,7 @@ class Trainer:
         self.total_steps = sum(map(len, self.plans))
         step = EagerStep(
             model,
+            self.optimizer,
             _class_weights(split, recipe).to(self.device),
             recipe.label_smoothing,
             recipe.max_grad_norm,
@@ -155,11 +155,9 @@ class Trainer:
             packs = self.prefix.feed(packs, mine, self.shape.tokens, meter.work)
         for rows, (batch, labels) in zip(todo, packs, strict=True):
             scale = lr_scale(progress.step, self.total_steps, self.recipe.warmup)
-            for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-                group["lr"] = peak * scale
+            set_lr(self.optimizer, scale)
             with meter.work():
                 losses.append(self.step(batch, labels) * len(rows))
-                self.optimizer.step()
             progress.step += 1
             progress.step_in_epoch += 1
             progress.sequences += len(rows)
@@ -171,7 +169,11 @@ class Trainer:
                 loss_value = self._read_losses(losses)
                 idle = progress.add_time(*meter.read())
             if due:
-                point = {"train/loss": loss_value, "train/lr": self.peaks[0] * scale, "train/idle": idle}
+                point = {
+                    "train/loss": loss_value,
+                    "train/lr": self.optimizer.param_groups[0]["peak"] * scale,
+                    "train/idle": idle,
+                }
                 add({"step": progress.step, **point})
             if save:
                 self._save()

@@ -1,4 +1,4 @@
-"""The optimizer's parameter groups and the learning rate over time."""
+"""The optimizer, its parameter groups and the learning rate over time."""
 
 from __future__ import annotations
 
@@ -11,23 +11,34 @@ _HEADS = ("classifier.", "tabular.")
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2017) over what is trainable; biases and LayerNorms have no weight decay."""
+    """AdamW (Loshchilov & Hutter 2017) over what is trainable; biases and LayerNorms have no weight decay.
+
+    Learning rates are tensors, and on a GPU the moments exist from the start, so that a CUDA graph can hold the step.
+    """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             matrix = parameter.ndim > 1 and not name.endswith("bias")  # each numeric column has a vector of biases
             groups.setdefault((name.startswith(_HEADS), matrix), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "lr": (recipe.head_lr or recipe.lr) if head else recipe.lr,
-                "weight_decay": recipe.weight_decay if matrix else 0.0,
-            }
-            for (head, matrix), parameters in groups.items()
-        ],
-        fused=True,
-    )
+    device = next(model.parameters()).device
+    made = []
+    for (head, matrix), parameters in groups.items():
+        peak = (recipe.head_lr or recipe.lr) if head else recipe.lr
+        decay = recipe.weight_decay if matrix else 0.0
+        lr = torch.tensor(peak, device=device)
+        made.append({"params": parameters, "lr": lr, "peak": peak, "weight_decay": decay})
+    optimizer = torch.optim.AdamW(made, fused=True, capturable=device.type == "cuda")
+    if device.type == "cuda":
+        for parameter in (parameter for parameters in groups.values() for parameter in parameters):
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.zeros((), device=device), **moments}
+    return optimizer
+
+
+def set_lr(optimizer: torch.optim.Optimizer, scale: float) -> None:
+    """Sets each group's learning rate to `scale` times its peak."""
+    for group in optimizer.param_groups:
+        group["lr"].fill_(group["peak"] * scale)
 
 
 def lr_scale(step: int, total_steps: int, warmup: float) -> float:
