@@ -6,7 +6,10 @@ BERT-base with random weights: speed does not depend on what they are. bertforge
 of the train rows, so what is timed is what `bertforge train` does, loading and packing included; validation and the
 recording of the CUDA graph are not. transformers runs as many steps as fit in some seconds, on batches that lie on the
 GPU already. Both use bfloat16 autocast, AdamW and clipping; "-fp8" is bertforge with precision=fp8. Each figure is a
-median, with its lowest and highest.
+median, with its lowest and highest. torch.compile is given layer by layer, which compiles in a fraction of the time
+that the whole model takes.
+
+Each system has a process of its own, one after another: what one leaves behind, as a profiler, would slow the next.
 
 TFLOP/s counts the products that the variant needs for real tokens when the last layer computes first tokens only, for
 every system alike; the ceiling is a product of 8,192-cubed bfloat16 matrices in the same run.
@@ -15,13 +18,14 @@ every system alike; the ceiling is a product of 8,192-cubed bfloat16 matrices in
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
+import multiprocessing
 import re
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,7 @@ import numpy as np
 import torch
 from transformers import BertConfig as TheirConfig
 from transformers import BertForSequenceClassification as TheirModel
+from transformers.models.bert.modeling_bert import BertLayer
 
 import peers
 from bertforge.artifact import write_json
@@ -65,6 +70,9 @@ FAMILIES = {  # name -> pattern of kernels' names
     "optimizer": "multi_tensor|Adam|lpnorm",
     "copies": "Memcpy|Memset|copy|CatArray|direct_copy",
 }
+PADDED = "transformers + PEFT, padded to 512"  # as tutorials have it
+BY_LENGTH = "transformers + PEFT, by length"
+COMPILED = "transformers + PEFT, by length, torch.compile"
 PEER_S = 2.5  # seconds of each of a peer's three repeats
 
 
@@ -76,58 +84,68 @@ def main() -> None:
     parser.add_argument("--only", default="", help="systems and variants whose names match this pattern")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    prepared = PreparedData.open(args.prepared)
-    tokenizer = Tokenizer.load(resolve(args.model))
-    train, validation = (prepared.rows("random", part) for part in ("train", "validation"))
-    examples = Examples(prepared.tokens(tokenizer), prepared.labels, tokenizer.sep_id, 512)
-    split = Split(examples, train, validation[:256])
-    one = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    ceiling = 2 * 8192**3 / seconds(lambda: one @ one)
+    ceiling = apart(product_rate)
     print(f"ceiling {ceiling * 1e-12:.0f} TFLOP/s", flush=True)
     rows: list[dict[str, Any]] = []
-    absent: list[dict[str, Any]] = []
-
-    def keep() -> None:
-        if args.json:
-            write_json(args.json, record("train_rate_gpu", rows + absent, SEED, "transformers", "peft", "triton"))
-
-    for name, run in {**ours(split, args.tokens), **theirs(split)}.items():
-        if not re.search(args.only, " ".join(name)):
+    for system, variant in names():
+        if not re.search(args.only, f"{system} {variant}"):
             continue
-        seed_everything(SEED)
-        torch.use_deterministic_algorithms(name[0] == "bertforge")  # ours always asks for them
-        torch.cuda.reset_peak_memory_stats()
+        about = {"system": system, "variant": variant, "model": "bert-base, random weights"}
         try:
-            found = run()
+            found = apart(measure, system, variant, args.prepared, args.model, args.tokens)
         except Exception as error:
-            missing = f"{type(error).__name__}: {str(error)[:300]}"
-            print(f"{name}: {missing!r}", flush=True)
-            absent.append({"system": name[0], "variant": name[1], "missing": missing})
-            continue
-        finally:
-            gc.collect()
-            torch.cuda.empty_cache()
-            torch._dynamo.reset()
+            found = [{"missing": f"{type(error).__name__}: {str(error)[:300]}"}]
         for row in found:
-            rate = row["questions_per_s"]
-            row |= {"system": name[0], "variant": name[1], "model": "bert-base, random weights"}
-            row["precision"] = VARIANTS[name[1]][1]
-            row["seconds_per_112217"] = QUESTIONS / rate
-            row["tflops"] = rate * operations(name[1], row["part"], examples.lengths(train)) * 1e-12
-            row["share_of_ceiling"] = row["tflops"] * 1e12 / ceiling
-            rows.append(row)
-            print(
-                {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}, flush=True
-            )
-        keep()  # after each system: what is measured is not lost
-    for variant in {row["variant"]: None for row in rows if row["system"] == "bertforge"}:
-        with tempfile.TemporaryDirectory() as folder:
-            shares = profile(trainer_of(variant, split, args.tokens, Path(folder)))
-        for row in rows:
-            # What frozen layers compute in a first epoch is not in the profile.
-            if (row["system"], row["variant"]) == ("bertforge", variant) and row["part"] != "first epoch":
-                row["time_shares"] = shares
-    keep()
+            if "tflops" in row:
+                row["share_of_ceiling"] = row["tflops"] * 1e12 / ceiling
+            rows.append(about | row)
+            print(rows[-1], flush=True)
+        if args.json:  # after each system: what is measured is not lost
+            result = record("train_rate_gpu", rows, SEED, "transformers", "peft", "triton")
+            write_json(args.json, {**result, "ceiling_tflops": round(ceiling * 1e-12)})
+
+
+def names() -> list[tuple[str, str]]:
+    """Systems and variants, ours first."""
+    bf16 = [variant for variant, (_, precision) in VARIANTS.items() if precision == "bf16"]
+    return [
+        *(("bertforge", variant) for variant in VARIANTS),
+        (PADDED, "lora-r8"),
+        *((system, variant) for system in (BY_LENGTH, COMPILED) for variant in bf16),
+    ]
+
+
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function's result, from a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def product_rate() -> float:
+    """Floating-point operations a second of the product that is the ceiling."""
+    one = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    return 2 * 8192**3 / seconds(lambda: one @ one)
+
+
+def measure(system: str, variant: str, data: Path, model: str, tokens: int) -> list[dict[str, Any]]:
+    """One system's rows, without what depends on the ceiling."""
+    prepared, tokenizer = PreparedData.open(data), Tokenizer.load(resolve(model))
+    examples = Examples(prepared.tokens(tokenizer), prepared.labels, tokenizer.sep_id, 512)
+    split = Split(examples, prepared.rows("random", "train"), prepared.rows("random", "validation")[:256])
+    if system == "bertforge":
+        seed_everything(SEED)
+        found = train(variant, split, tokens)
+    else:
+        torch.manual_seed(SEED)
+        found = peer(
+            split, variant, 32 if system == PADDED else 128, padded=system == PADDED, by_layer=system == COMPILED
+        )
+    for row in found:
+        rate = row["questions_per_s"]
+        row["precision"] = VARIANTS[variant][1]
+        row["seconds_per_112217"] = QUESTIONS / rate
+        row["tflops"] = rate * operations(variant, row["part"], examples.lengths(split.train)) * 1e-12
+    return found
 
 
 def operations(variant: str, part: str, lengths: np.ndarray) -> float:
@@ -142,11 +160,6 @@ def operations(variant: str, part: str, lengths: np.ndarray) -> float:
     differentiated = (layers - 1 - below) * (linear + 2 * attention) + last
     weights = (layers - 1) * linear + last if variant == "full" else 0
     return forward + differentiated + weights
-
-
-def ours(split: Split, tokens: int) -> dict[tuple[str, str], Callable[[], list[dict[str, Any]]]]:
-    """bertforge's runs by system and variant."""
-    return {("bertforge", variant): lambda variant=variant: train(variant, split, tokens) for variant in VARIANTS}
 
 
 def trainer_of(variant: str, split: Split, tokens: int, folder: Path) -> Trainer:
@@ -189,6 +202,8 @@ def train(variant: str, split: Split, tokens: int) -> list[dict[str, Any]]:
         if cached
         else {"": [rate for each in rates.values() for rate in each]}
     )
+    peak_memory_gb = torch.cuda.max_memory_allocated() * 1e-9
+    shares = profile(trainer_of(variant, split, tokens, Path(tempfile.gettempdir())))
     shape = trainer.shape
     real = float(split.examples.lengths(split.train).sum()) / (len(trainer.plans[0]) * shape.tokens)
     return [
@@ -198,19 +213,18 @@ def train(variant: str, split: Split, tokens: int) -> list[dict[str, Any]]:
             "batch": f"{tokens} tokens",
             **spread(found),
             "set_up_s": begun["set-up"],
-            "peak_memory_gb": torch.cuda.max_memory_allocated() * 1e-9,
+            "peak_memory_gb": peak_memory_gb,
             "padding_waste": 1 - real,
-            "idle": progress.idle_seconds / progress.train_seconds,
+            "idle": progress.idle,
+            # What frozen layers compute in a first epoch is not in the profile.
+            **({"time_shares": shares} if part != "first epoch" else {}),
         }
         for part, found in parts.items()
     ]
 
 
 def profile(trainer: Trainer) -> dict[str, float]:
-    """Shares of the GPU's time by family of kernels, over a few steps; prints the largest kernels.
-
-    To be called last: the profiler stays attached, and slows every launch of a system that has no graph recorded.
-    """
+    """Shares of the GPU's time by family of kernels, over a few steps; prints the largest kernels."""
     device = torch.device("cuda")
     plan, shape = trainer.plans[0][:4], trainer.shape
     packs = load(trainer.split.examples, plan, device, shape)
@@ -236,21 +250,7 @@ def profile(trainer: Trainer) -> dict[str, float]:
     return shares
 
 
-def theirs(split: Split) -> dict[tuple[str, str], Callable[[], list[dict[str, Any]]]]:
-    """The peer's runs: as tutorials have it, and with all that makes it faster."""
-    found: dict[tuple[str, str], Callable[[], list[dict[str, Any]]]] = {}
-    found["transformers + PEFT, padded to 512", "lora-r8"] = lambda: peer(split, "lora-r8", 32, padded=True)
-    for variant in (name for name, (_, precision) in VARIANTS.items() if precision == "bf16"):
-        found["transformers + PEFT, by length", variant] = lambda v=variant: peer(split, v, 128)
-        found["transformers + PEFT, by length, torch.compile", variant] = lambda v=variant: peer(
-            split, v, 128, compiled=True
-        )
-    return found
-
-
-def peer(
-    split: Split, variant: str, batch: int, *, padded: bool = False, compiled: bool = False
-) -> list[dict[str, Any]]:
+def peer(split: Split, variant: str, batch: int, *, padded: bool, by_layer: bool) -> list[dict[str, Any]]:
     """One row; batches are of `batch` rows of like length, padded to the longest or to 512."""
     model: Any = TheirModel(TheirConfig(num_labels=2, attn_implementation="sdpa"))
     if variant != "full":
@@ -258,7 +258,9 @@ def peer(
         model = peers.adapt(model, "lora-r8", layers)
     model = model.cuda().train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
-    run = torch.compile(model, dynamic=True) if compiled else model
+    if by_layer:
+        for layer in (module for module in model.modules() if isinstance(module, BertLayer)):
+            layer.compile(dynamic=True)
     rng = np.random.default_rng(SEED)
     lengths = np.minimum(split.examples.tokens.lengths, 512)
     chosen = peers.batches(rng.permutation(split.train)[: 200 * batch], lengths, rng, batch)
@@ -269,7 +271,7 @@ def peer(
 
     def step() -> int:
         nonlocal place
-        peers.train_step(run, optimizer, inputs[place % len(inputs)], labels[place % len(inputs)])
+        peers.train_step(model, optimizer, inputs[place % len(inputs)], labels[place % len(inputs)])
         place += 1
         return batch
 
@@ -286,7 +288,7 @@ def peer(
     used = sum(int(i["attention_mask"].sum()) for i in inputs) / sum(i["attention_mask"].numel() for i in inputs)
     return [
         {
-            "framework": "PyTorch, SDPA" + (", torch.compile" if compiled else ""),
+            "framework": "PyTorch, SDPA" + (", torch.compile" if by_layer else ""),
             "part": "",
             "batch": f"{batch} rows",
             **spread(rates),
