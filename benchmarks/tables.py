@@ -128,7 +128,13 @@ def train_rate_gpu() -> str:
         "TFLOP/s",
         "of the ceiling",
     ]
-    return _markdown([*header, "memory", "padding", "set-up"], rows) + _source("train_rate_gpu", found)
+    absent = [
+        f"\n`{row['variant']}`, {row['system']}: not measured, {row['missing']}.\n"
+        for row in found["rows"]
+        if "missing" in row
+    ]
+    said = "".join([*absent, f"\n{found['note']}\n" if "note" in found else ""])
+    return _markdown([*header, "memory", "padding", "set-up"], rows) + said + _source("train_rate_gpu", found)
 
 
 @table
