@@ -6,7 +6,7 @@ import shutil
 import pandas as pd
 import pytest
 
-from bertforge.training.config import variants
+from bertforge.training.config import load_recipe, variants
 from tests.runs import KINDS, STEPS, run_command
 
 QUICK = ("epochs=1", "max_length=48", "tokens_per_step=1024", "precision=fp32")
@@ -33,6 +33,18 @@ def test_the_variants_are_listed_without_any_other_option(capsys):
     for line in said:
         assert len(line.split()) > 4, f"{line} says nothing"
     assert "lora-r1            LoRA on query and value, rank 1: 38,402 trainable parameters on BERT-base." in said
+
+
+def test_the_settings_of_a_variant_are_listed_without_any_other_option(capsys):
+    assert run_command("train", "--variant", "lora-r1", "--set", "list") == 0
+    said = capsys.readouterr().out
+    rows = {line.split()[0]: line.split()[1] for line in said.splitlines() if len(line.split()) > 2}
+    recipe = load_recipe("lora-r1").to_dict()
+    names = [name for name in recipe if name not in ("lora", "tabular")] + [f"lora.{name}" for name in recipe["lora"]]
+    assert set(names) <= set(rows)
+    assert (rows["lora.r"], rows["lr"], rows["prefix_cache_gb"]) == ("1", str(recipe["lr"]), "-")
+    assert "tabular.bins" in rows, "what the recipe does not use can be set too"
+    assert "Rank of the update." in said
 
 
 def test_without_a_terminal_training_tells_each_epoch_and_how_far_it_is(tmp_path, data, base, capsys, monkeypatch):

@@ -122,7 +122,7 @@ def test_debug_on_the_command_line_prints_it(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("train", "--out", "x"), "Missing option '--data'"),
+        (("train", "--out", "x"), "error: --data is missing"),
         (("teach",), "No such command 'teach'"),
         (("merge", "x", "--out", "y", "--fast"), "No such option"),
         (("sample-data", "x.csv", "--rows", "many"), "Invalid value for '--rows'"),

@@ -29,8 +29,8 @@ _COST: Columns = {
     "hours/run": lambda row: f"{row['device_hours']:.3g}",
 }
 _MONEY: Columns = {
-    "cost/epoch": lambda row: f"{row['cost_per_epoch']:,.2f}",
-    "cost/run": lambda row: f"{row['cost']:,.2f}",
+    "cost/epoch": lambda row: _money(row["cost_per_epoch"]),
+    "cost/run": lambda row: _money(row["cost"]),
 }
 
 
@@ -78,6 +78,11 @@ def _table(rows: Iterable[Row], columns: Columns) -> Table:
     for row in rows:
         table.add_row(row["variant"], *("-" if "missing" in row else cell(row) for cell in columns.values()))
     return table
+
+
+def _money(amount: float) -> str:
+    """Small amounts keep two figures, for an epoch on a GPU may cost less than a cent."""
+    return f"{amount:,.2f}" if amount >= 0.1 else f"{amount:.2g}"
 
 
 def _time(seconds: float) -> str:

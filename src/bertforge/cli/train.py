@@ -33,7 +33,9 @@ def _list_variants(variant: str | None) -> str | None:
 
 
 def train(
-    data: Annotated[Path, typer.Option(help="Folder made by `bertforge prepare`.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Folder made by `bertforge prepare`.", show_default="needed")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run; made here.", show_default="needed, but for --estimate")
     ] = None,
@@ -53,7 +55,11 @@ def train(
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE ...", help="Change settings: --set epochs=2 lr=1e-3 lora.r=4"),
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE ...",
+            help="Change settings: --set epochs=2 lr=1e-3 lora.r=4; `--set list` names them all.",
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in OUT.")] = False,
     estimate: Annotated[
@@ -83,6 +89,7 @@ def train(
     full fine-tuning, lora-r8 and lora-r8-last-4; no run is written.
     """
     from bertforge.cli.estimate import show_estimate
+    from bertforge.cli.settings import show_settings
     from bertforge.errors import UsageError
     from bertforge.training.config import load_recipe
     from bertforge.training.distributed import is_first, launched
@@ -90,7 +97,13 @@ def train(
     if variant and recipe:
         raise UsageError("--variant and --recipe both name a recipe; give one of them")
     chosen = load_recipe(variant, recipe)
-    chosen = replace(chosen, model=model or chosen.model).with_settings(settings or [])
+    chosen = replace(chosen, model=model or chosen.model)
+    if settings == ["list"]:
+        show_settings(chosen)
+        return
+    chosen = chosen.with_settings(settings or [])
+    if data is None:
+        raise UsageError("--data is missing; name the folder that `bertforge prepare` made: --data data")
     if estimate:
         if resume:
             raise UsageError("--estimate measures a run from its beginning; leave --resume out")

@@ -1,0 +1,60 @@
+"""`bertforge train --set list`: the settings of a recipe, their values and what they mean."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from dataclasses import fields
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from bertforge.data.tabular import TabularSpec
+from bertforge.training.config import LoraRecipe, Recipe
+
+
+def show_settings(recipe: Recipe) -> None:
+    """Prints a table of the recipe's settings, and one of each section."""
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console.print(f"settings of {recipe.name}; change them with --set NAME=VALUE, or in a TOML file with --recipe")
+    console.print(_table(Recipe, recipe, "", leave={"lora", "tabular"}))
+    for name, cls in (("lora", LoraRecipe), ("tabular", TabularSpec)):
+        if getattr(recipe, name) is None:
+            console.print(f"no [{name}] in this recipe; setting one of these brings the others at these values")
+        console.print(_table(cls, getattr(recipe, name), f"{name}.", leave=set()))
+
+
+def meanings(cls: type) -> dict[str, str]:
+    """What stands under each field of a dataclass, in one line."""
+    (definition,) = ast.parse(inspect.getsource(cls)).body
+    assert isinstance(definition, ast.ClassDef)
+    found, last = {}, ""
+    for statement in definition.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            last = statement.target.id
+        elif last and isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+            found[last] = " ".join(str(statement.value.value).split())
+    return found
+
+
+def _table(cls: Any, values: Any, prefix: str, leave: set[str]) -> Table:
+    """The fields' defaults where `values` is None."""
+    table = Table(box=SIMPLE, pad_edge=False)
+    table.add_column("setting", no_wrap=True)
+    table.add_column("value", max_width=24)
+    table.add_column("meaning")
+    meaning = meanings(cls)
+    for field in fields(cls):
+        if field.name not in leave:
+            value = field.default if values is None else getattr(values, field.name)
+            table.add_row(prefix + field.name, _toml(value), meaning[field.name])
+    return table
+
+
+def _toml(value: Any) -> str:
+    """As it is written after `--set NAME=`; a dash where there is nothing."""
+    if value in (None, "", ()):
+        return "-"
+    return ",".join(value) if isinstance(value, tuple) else str(value)
