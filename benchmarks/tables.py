@@ -99,8 +99,18 @@ def train_rate_cpu() -> str:
 
 @table
 def train_rate_gpu() -> str:
-    """Training on a GPU beside the peer."""
-    found = _record("train_rate_gpu")
+    """Training on a GPU beside the peer padded to 512 tokens."""
+    return _train_rates("train_rate_gpu")
+
+
+@table
+def train_rate_gpu_by_length() -> str:
+    """The same beside the peer in batches of like length."""
+    return _train_rates("train_rate_gpu_by_length")
+
+
+def _train_rates(name: str) -> str:
+    found = _record(name)
     rows = [
         [
             f"`{row['variant']}`" + (f", {row['part']}" if row["part"] else ""),
@@ -118,23 +128,14 @@ def train_rate_gpu() -> str:
         for row in found["rows"]
         if "missing" not in row
     ]
-    header = [
-        "variant",
-        "system",
-        "precision",
-        "batch",
-        "questions/s",
-        "112,217 questions",
-        "TFLOP/s",
-        "of the ceiling",
-    ]
+    speed = ["questions/s", "112,217 questions", "TFLOP/s", f"of {found['ceiling_tflops']}"]
+    header = ["variant", "system", "precision", "batch", *speed, "memory", "padding", "set-up"]
     absent = [
-        f"\n`{row['variant']}`, {row['system']}: not measured, {row['missing']}.\n"
+        f"\n`{row['variant']}`, {row['system']}: not measured (`{row['missing'].splitlines()[0]}`).\n"
         for row in found["rows"]
         if "missing" in row
     ]
-    said = "".join([*absent, f"\n{found['note']}\n" if "note" in found else ""])
-    return _markdown([*header, "memory", "padding", "set-up"], rows) + said + _source("train_rate_gpu", found)
+    return _markdown(header, rows) + "".join(absent) + _source(name, found)
 
 
 @table

@@ -34,7 +34,7 @@ from bertforge.evaluation.logits import predict_logits
 from bertforge.models import resolve
 from bertforge.training.config import load_recipe
 from bertforge.training.finetune import assemble
-from bertforge.training.optim import make_optimizer
+from bertforge.training.optim import make_optimizer, set_lr
 from bertforge.training.step import EagerStep
 from record import record
 
@@ -105,7 +105,7 @@ class Ours:
         optimizer = make_optimizer(self.model, self.recipe)
         weights = torch.ones(len(prepared.label_names))
         self.step = EagerStep(self.model, optimizer, weights, 0.0, self.recipe.max_grad_norm, precision)
-        self.warm = warm_up(optimizer, self.recipe.lr)
+        self.warm = warm_up(lambda share: set_lr(optimizer, share))
 
     def train(self, rows: np.ndarray) -> None:
         plan = epoch_plan(self.examples, rows, self.recipe.tokens_per_step, SEED, 0)
@@ -129,7 +129,7 @@ class Peer:
         self.labels = prepared.labels
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
-        self.warm = warm_up(self.optimizer, recipe.lr)
+        self.warm = warm_up(lambda share: self.optimizer.param_groups[0].update(lr=share * recipe.lr))
 
     def train(self, rows: np.ndarray) -> None:
         for batch in peers.batches(rows, self.tokens.lengths, np.random.default_rng(SEED)):
@@ -144,15 +144,14 @@ class Peer:
 System = Ours | Peer
 
 
-def warm_up(optimizer: torch.optim.Optimizer, lr: float, steps: int = 10) -> Callable[[], None]:
-    """A function to call before every step: the learning rate rises to `lr` in `steps` calls."""
+def warm_up(set_share: Callable[[float], object], steps: int = 10) -> Callable[[], None]:
+    """A function to call before every step: the learning rate rises to its peak in `steps` calls."""
     taken = 0
 
     def warm() -> None:
         nonlocal taken
         taken += 1
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, taken / steps)
+        set_share(min(1.0, taken / steps))
 
     return warm
 

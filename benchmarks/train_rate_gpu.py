@@ -4,12 +4,12 @@
 
 BERT-base with random weights: speed does not depend on what they are. bertforge runs its own `Trainer` for three epochs
 of the train rows, so what is timed is what `bertforge train` does, loading and packing included; validation and the
-recording of the CUDA graph are not. transformers runs as many steps as fit in some seconds, on batches that lie on the
+recording of the CUDA graph are not. transformers runs 50 batches three times, which hold all lengths and lie on the
 GPU already. Both use bfloat16 autocast, AdamW and clipping; "-fp8" is bertforge with precision=fp8. Each figure is a
-median, with its lowest and highest. torch.compile is given layer by layer, which compiles in a fraction of the time
-that the whole model takes.
+median, with its lowest and highest. torch.compile is given one layer after another: they are alike.
 
-Each system has a process of its own, one after another: what one leaves behind, as a profiler, would slow the next.
+Each system has a process of its own, one after another: the peer ran at half its speed in a process that had trained
+our variants before, we do not know why.
 
 TFLOP/s counts the products that the variant needs for real tokens when the last layer computes first tokens only, for
 every system alike; the ceiling is a product of 8,192-cubed bfloat16 matrices in the same run.
@@ -73,8 +73,7 @@ FAMILIES = {  # name -> pattern of kernels' names
 PADDED = "transformers + PEFT, padded to 512"  # as tutorials have it
 BY_LENGTH = "transformers + PEFT, by length"
 COMPILED = "transformers + PEFT, by length, torch.compile"
-BATCHES = 50  # of a peer, all lengths among them
-PEER_S = 2.5  # seconds of each of a peer's three repeats
+BATCHES = 50  # of a peer; all lengths are among them
 
 
 def main() -> None:
@@ -274,17 +273,15 @@ def peer(split: Split, variant: str, batch: int, *, padded: bool, by_layer: bool
             peers.train_step(model, optimizer, inputs[place], labels[place])
         torch.cuda.synchronize()
 
-    begun, rates = time.perf_counter(), []
+    begun = time.perf_counter()
     # Every width once, the widest first: asking the driver for memory takes longer than a step.
     steps(np.argsort([-i["input_ids"].shape[1] for i in inputs]))
     set_up = time.perf_counter() - begun
-    turn = itertools.cycle(range(BATCHES))
+    rates = []
     for _ in range(3):
-        start, done = time.perf_counter(), 0
-        while time.perf_counter() - start < PEER_S:
-            steps(itertools.islice(turn, 10))
-            done += 10 * batch
-        rates.append(done / (time.perf_counter() - start))
+        start = time.perf_counter()
+        steps(range(BATCHES))
+        rates.append(BATCHES * batch / (time.perf_counter() - start))
     used = sum(int(i["attention_mask"].sum()) for i in inputs) / sum(i["attention_mask"].numel() for i in inputs)
     return [
         {

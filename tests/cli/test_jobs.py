@@ -6,6 +6,7 @@ import shutil
 import pandas as pd
 import pytest
 
+from bertforge.cli.estimate import _money
 from bertforge.training.config import load_recipe, variants
 from tests.runs import KINDS, STEPS, run_command
 
@@ -45,6 +46,22 @@ def test_the_settings_of_a_variant_are_listed_without_any_other_option(capsys):
     assert (rows["lora.r"], rows["lr"], rows["prefix_cache_gb"]) == ("1", str(recipe["lr"]), "-")
     assert "tabular.bins" in rows, "what the recipe does not use can be set too"
     assert "Rank of the update." in said
+
+
+def test_settings_are_listed_with_what_else_is_set_and_whole(capsys):
+    assert run_command("train", "--variant", "lora-r8-all", "--set", "list", "epochs=7", "lora.r=3") == 0
+    said = capsys.readouterr().out
+    assert "\u2026" not in said, "no value is cut off"
+    rows = {line.split()[0]: line.split()[1] for line in said.splitlines() if len(line.split()) > 1}
+    assert (rows["epochs"], rows["lora.r"]) == ("7", "3")
+
+
+@pytest.mark.parametrize(
+    ("amount", "shown"),
+    [(1234.5, "1,234.50"), (0.1, "0.10"), (0.0123, "0.012"), (0.00000123, "0.0000012"), (0, "0.00")],
+)
+def test_money_is_never_shown_as_nothing(amount, shown):
+    assert _money(amount) == shown
 
 
 def test_without_a_terminal_training_tells_each_epoch_and_how_far_it_is(tmp_path, data, base, capsys, monkeypatch):

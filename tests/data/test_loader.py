@@ -69,12 +69,14 @@ def test_what_fills_a_pack_changes_neither_logits_nor_loss_nor_gradients(tokens)
     config = TabularConfig(numeric=1, categorical=(3,), multi=3, bins=2, embedding_size=3, hidden_size=4)
     model = tiny_bert(tabular=config)
     optimizer = make_optimizer(model, Recipe())
-    step = EagerStep(model, optimizer, torch.tensor([1.0, 3.0]), 0.1, max_grad_norm=1e9, precision="fp32")
+    step = EagerStep(
+        model, optimizer, torch.tensor([1.0, 3.0]), label_smoothing=0.1, max_grad_norm=1e9, precision="fp32"
+    )
     results = []
     plain, full = filled(PackShape(tokens=tokens, sequences=6))
     wrong = (full[0], full[1].clamp_min(0))  # as if the fillers were rows of class 0
     for batch, labels in (plain, full, wrong):
-        loss = step.gradients(batch, labels)
+        loss = step.backward(batch, labels)
         gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         results.append((model(batch)[:3].detach(), loss, gradients))
     for left, right in zip(results[0], results[1], strict=True):

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.inference.predictor import Predictor
+from bertforge.training import checkpoint, loop
 from bertforge.training import finetune as module
-from bertforge.training import loop
 from bertforge.training.config import LoraRecipe, load_recipe
 from bertforge.training.finetune import finetune
 from tests.runs import KINDS, STEPS, WEIGHTS, made_up, make_base, prepare_frame, quick_recipe, run_command
@@ -104,10 +104,38 @@ def test_it_would_not_without_the_random_state(tmp_path, data, base, uninterrupt
     recipe = dropping_out(base, "full", checkpoint_seconds=0)
     with pytest.raises(CrashError):
         finetune(data, tmp_path / "run", recipe, show=crash_after(STEPS + 3))
-    for where in (torch, torch.cuda):
-        monkeypatch.setattr(where, "set_rng_state", lambda state: None)
+    monkeypatch.setattr(checkpoint, "restore", restoring_and(lambda optimizer: torch.manual_seed(0)))
     finetune(data, tmp_path / "run", recipe, resume=True)
     assert outcome(tmp_path / "run", "full")[0] != uninterrupted["full"][0]
+
+
+def restoring_and(then, restore=checkpoint.restore):
+    """`checkpoint.restore`, and something done to the optimizer after it."""
+
+    def restored(path, model, optimizer, world):
+        progress = restore(path, model, optimizer, world)
+        then(optimizer)
+        return progress
+
+    return restored
+
+
+def forget_moments(optimizer):
+    for state in optimizer.state.values():
+        state["exp_avg"].zero_()
+
+
+def test_in_bf16_too_where_a_gpu_replays_a_recorded_step(tmp_path, data, base, monkeypatch):
+    recipe = quick_recipe(base, precision="bf16", checkpoint_seconds=0)
+    finetune(data, tmp_path / "whole", recipe)
+    for out, then in ((tmp_path / "resumed", lambda optimizer: None), (tmp_path / "forgetful", forget_moments)):
+        with pytest.raises(CrashError):
+            finetune(data, out, recipe, show=crash_after(STEPS + 3))
+        monkeypatch.setattr(checkpoint, "restore", restoring_and(then))
+        finetune(data, out, recipe, resume=True)
+    whole, resumed, forgetful = (outcome(tmp_path / name, "full") for name in ("whole", "resumed", "forgetful"))
+    assert resumed == whole
+    assert forgetful[0] != whole[0]
 
 
 def test_a_crash_while_the_result_is_written_loses_nothing(tmp_path, data, base, uninterrupted, monkeypatch):

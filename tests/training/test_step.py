@@ -57,7 +57,7 @@ def test_gradients_are_clipped_and_not_carried_over():
     model, (batch, labels) = tiny_bert(), examples().pack(np.arange(6))
 
     def norm(most):
-        step_of(model, most, "fp32").gradients(batch, labels)
+        step_of(model, most, "fp32").backward(batch, labels)
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item()
 
     whole = norm(1e9)
@@ -67,9 +67,9 @@ def test_gradients_are_clipped_and_not_carried_over():
 
 def test_in_bf16_the_weights_and_their_gradients_stay_fp32():
     model, (batch, labels) = tiny_bert(), examples().pack(np.arange(6))
-    rounded = step_of(model, 1.0, "bf16").gradients(batch, labels)
+    rounded = step_of(model, 1.0, "bf16").backward(batch, labels)
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
-    exact = step_of(model, 1.0, "fp32").gradients(batch, labels)
+    exact = step_of(model, 1.0, "fp32").backward(batch, labels)
     assert rounded.item() == pytest.approx(exact.item(), rel=0.05)
     assert rounded.item() != exact.item()
 

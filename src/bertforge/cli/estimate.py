@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,8 +82,9 @@ def _table(rows: Iterable[Row], columns: Columns) -> Table:
 
 
 def _money(amount: float) -> str:
-    """Small amounts keep two figures, for an epoch on a GPU may cost less than a cent."""
-    return f"{amount:,.2f}" if amount >= 0.1 else f"{amount:.2g}"
+    """To the cent, and small amounts to two figures: an epoch on a GPU may cost less than a cent."""
+    decimals = 2 if amount >= 0.1 or not amount else 1 - math.floor(math.log10(amount))
+    return f"{amount:,.{decimals}f}"
 
 
 def _time(seconds: float) -> str:

@@ -113,8 +113,9 @@ def _normalised(arguments: list[str]) -> list[str]:
     normalised = ["--debug"] if len(given) < len(arguments) else []
     setting = False
     for argument in given:
-        if setting and "=" in argument and not argument.startswith("-") and normalised[-1] != "--set":
+        another = setting and ("=" in argument or argument == "list")
+        if another and not argument.startswith("-") and normalised[-1] != "--set":
             normalised.append("--set")
-        setting = argument == "--set" or (setting and "=" in argument)
+        setting = argument == "--set" or another
         normalised.append(argument)
     return normalised

@@ -19,14 +19,14 @@ def show_settings(recipe: Recipe) -> None:
     """Prints a table of the recipe's settings, and one of each section."""
     console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(f"settings of {recipe.name}; change them with --set NAME=VALUE, or in a TOML file with --recipe")
-    console.print(_table(Recipe, recipe, "", leave={"lora", "tabular"}))
+    console.print(_table(Recipe, recipe, "", without={"lora", "tabular"}))
     for name, cls in (("lora", LoraRecipe), ("tabular", TabularSpec)):
         if getattr(recipe, name) is None:
             console.print(f"no [{name}] in this recipe; setting one of these brings the others at these values")
-        console.print(_table(cls, getattr(recipe, name), f"{name}.", leave=set()))
+        console.print(_table(cls, getattr(recipe, name), f"{name}.", without=set()))
 
 
-def meanings(cls: type) -> dict[str, str]:
+def _meanings(cls: type) -> dict[str, str]:
     """What stands under each field of a dataclass, in one line."""
     (definition,) = ast.parse(inspect.getsource(cls)).body
     assert isinstance(definition, ast.ClassDef)
@@ -39,15 +39,15 @@ def meanings(cls: type) -> dict[str, str]:
     return found
 
 
-def _table(cls: Any, values: Any, prefix: str, leave: set[str]) -> Table:
+def _table(cls: Any, values: Any, prefix: str, without: set[str]) -> Table:
     """The fields' defaults where `values` is None."""
     table = Table(box=SIMPLE, pad_edge=False)
     table.add_column("setting", no_wrap=True)
-    table.add_column("value", max_width=24)
+    table.add_column("value", max_width=30, overflow="fold")
     table.add_column("meaning")
-    meaning = meanings(cls)
+    meaning = _meanings(cls)
     for field in fields(cls):
-        if field.name not in leave:
+        if field.name not in without:
             value = field.default if values is None else getattr(values, field.name)
             table.add_row(prefix + field.name, _toml(value), meaning[field.name])
     return table

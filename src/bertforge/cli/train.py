@@ -98,10 +98,10 @@ def train(
         raise UsageError("--variant and --recipe both name a recipe; give one of them")
     chosen = load_recipe(variant, recipe)
     chosen = replace(chosen, model=model or chosen.model)
-    if settings == ["list"]:
+    chosen = chosen.with_settings([setting for setting in settings or [] if setting != "list"])
+    if "list" in (settings or []):
         show_settings(chosen)
         return
-    chosen = chosen.with_settings(settings or [])
     if data is None:
         raise UsageError("--data is missing; name the folder that `bertforge prepare` made: --data data")
     if estimate:

@@ -58,11 +58,12 @@ def _gelu(x):
     """GELU(x), x times the normal distribution function (Hendrycks & Gimpel 2016), and its slope.
 
     That function is taken as a logistic one of x P(x^2), with P fitted so that GELU is within 3e-5 of the exact one and
-    its slope within 1.2e-4: bfloat16 rounds a GELU of 1 to 4e-3. Every instruction here takes 3 us a layer of BERT-base
-    at 32,768 tokens, and a series for the error function has twice as many.
+    its slope within 1.2e-4. Below x = -3, where GELU is nearer to zero than 0.004, that is up to 4% of it at -4. With a
+    series for the error function a value takes 33 instructions and not 24 (17 without the slope), and the matrix units
+    wait for each.
     """
     square = tl.minimum(x * x, 50.0)  # beyond, P would turn back, and all is decided
-    odds = tl.exp2(x * (-2.30112047 + square * (-0.10677674 + square * 0.00101448)))  # of 0 to 1
+    odds = tl.exp2(x * (-2.30112047 + square * (-0.10677674 + square * 0.00101448)))  # (1 - share) / share
     root = tl.rsqrt(1.0 + odds)
     share = root * root  # one instruction and a product, where a division would look at its operands' size first
     value = x * share

@@ -93,13 +93,12 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, worl
     load_trainable(model, {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}, path)
     for index, parameter in enumerate(_parameters(optimizer)):
         prefix = f"optimizer.{index}."
-        optimizer.state[parameter] = {
-            name.removeprefix(prefix): tensor if name.endswith(".step") else tensor.to(parameter.device)
+        # What was made before the first step stays where nothing was saved: a recorded graph must find it made.
+        optimizer.state[parameter] |= {
+            name.removeprefix(prefix): tensor.to(parameter.device)
             for name, tensor in tensors.items()
             if name.startswith(prefix)
         }
-        if "step" in optimizer.state[parameter]:  # the fused optimizer keeps its step count beside the parameter
-            optimizer.state[parameter]["step"] = optimizer.state[parameter]["step"].to(parameter.device)
     if tensors["rng.cpu"].ndim != 2:
         raise ArtifactError(f"checkpoint {path} is of a version before this one; start the run anew without --resume")
     same_size = len(tensors["rng.cpu"]) == world.size

@@ -15,7 +15,7 @@ def record(
 ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """The graph of `function`, and its result, which every replay overwrites; the random state stays as it was.
 
-    `warm_up` stands for a `function` that is not to be run but by replays.
+    `warm_up` is run before recording instead of `function`, where that would change something.
     """
     random_state = torch.cuda.get_rng_state()
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]

@@ -39,11 +39,11 @@ class EagerStep:
 
     def __call__(self, batch: PackedBatch, labels: Tensor) -> Tensor:
         """The loss, a detached scalar on the device."""
-        loss = self.gradients(batch, labels)
+        loss = self.backward(batch, labels)
         self.optimizer.step()
         return loss
 
-    def gradients(self, batch: PackedBatch, labels: Tensor) -> Tensor:
+    def backward(self, batch: PackedBatch, labels: Tensor) -> Tensor:
         """The loss; leaves its gradients, clipped to `max_grad_norm`, in the model's parameters."""
         for parameter in self.model.parameters():
             parameter.grad = None
@@ -91,5 +91,5 @@ class GraphedStep:
         self.batch, self.labels = batch.map(Tensor.clone), labels.clone()
         self.graph, self.loss = record(
             lambda: self.eager(self.batch, self.labels),
-            warm_up=lambda: self.eager.gradients(self.batch, self.labels),  # moves no weights
+            warm_up=lambda: self.eager.backward(self.batch, self.labels),  # moves no weights
         )
