@@ -22,6 +22,7 @@ from typing import Any
 from bertforge.errors import ArtifactError, UsageError
 
 MANIFEST = "bertforge.json"
+RUNNING = "running.json"  # in its place: the recipe and data of a run that has not ended
 _LIBRARIES = ("bertforge", "torch", "numpy", "pandas", "pyarrow", "tokenizers", "safetensors")
 # What every reader of a kind relies on.
 _FIELDS = {
@@ -135,6 +136,10 @@ def read_manifest(directory: Path, *kinds: str) -> dict[str, Any]:
     hint = " or ".join(f"`{_MADE_BY[kind]}`" for kind in kinds if kind in _MADE_BY)
     path = directory / MANIFEST
     if not path.is_file():
+        if (directory / RUNNING).is_file():
+            raise ArtifactError(
+                f"{directory} holds a run that has not ended; go on with `bertforge train` and --resume"
+            )
         what = "does not exist" if not directory.exists() else f"holds no {MANIFEST}"
         raise ArtifactError(f"{directory} {what}; it should be a folder made by {hint}")
     try:

@@ -54,7 +54,11 @@ def one_line(capsys):
             2,
             "'lora-r9' does not exist; choose",
         ),
-        (("train", "--data", "{data}", "--out", "{new}", "--set", "epoch=2"), 2, "epoch is not a setting; known: "),
+        (
+            ("train", "--data", "{data}", "--out", "{new}", "--set", "epoch=2"),
+            2,
+            "epoch is not a setting; did you mean epochs? known: ",
+        ),
         (("train", "--data", "{data}", "--out", "{new}", "--variant", "a", "--recipe", "b"), 2, "give one of them"),
         (("train", "--data", "{data}"), 2, "--out is missing; name the run's folder: --out runs/first"),
         (("train", "--data", "{data}", "--resume", "--estimate"), 2, "leave --resume out"),

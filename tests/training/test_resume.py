@@ -138,6 +138,16 @@ def test_in_bf16_too_where_a_gpu_replays_a_recorded_step(tmp_path, data, base, m
     assert forgetful[0] != whole[0]
 
 
+def test_what_was_named_by_mistake_is_told_before_it_is_looked_for(tmp_path, data, base):
+    out = tmp_path / "run"
+    with pytest.raises(CrashError):
+        finetune(data, out, quick_recipe(base, checkpoint_seconds=0), show=crash_after(1))
+    with pytest.raises(ArtifactError, match=f"was started with model {base}, not nobody/knows"):
+        finetune(data, out, quick_recipe("nobody/knows", checkpoint_seconds=0), resume=True)
+    with pytest.raises(ArtifactError, match="holds a run that has not ended; go on with"):
+        Predictor.load(out)
+
+
 def test_a_crash_while_the_result_is_written_loses_nothing(tmp_path, data, base, uninterrupted, monkeypatch):
     out, recipe = tmp_path / "run", dropping_out(base, "lora", checkpoint_seconds=3600)
     with monkeypatch.context() as patch:

@@ -80,5 +80,6 @@ def examine() -> dict[str, Any]:
         "optional": [
             {"name": name, "installed": importlib.util.find_spec(name) is not None, "for": use, "extra": extra}
             for name, (use, extra) in _OPTIONAL.items()
+            if on_gpu or name != "tensorrt"
         ],
     }

@@ -128,7 +128,8 @@ def train(
 
 def run(data: Path, out: Path, recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
     """Trains and shows how far it is; an interrupt says how to go on."""
-    from bertforge.training.finetune import RUNNING, finetune
+    from bertforge.artifact import RUNNING
+    from bertforge.training.finetune import finetune
 
     console = Console(highlight=False, stderr=True, soft_wrap=True, markup=False)
     display = _Display(console)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import math
 import tomllib
@@ -15,6 +16,15 @@ from bertforge.data.tabular import TabularSpec
 from bertforge.errors import UsageError
 from bertforge.hardware import TRAINING_PRECISIONS
 from bertforge.lora.config import LoraConfig
+
+
+_KINDS = {  # type of a setting -> how a user calls it
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    tuple[str, ...]: "names with commas between them",
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,7 @@ class Recipe:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     tokens_per_step: int = 8192
-    """Tokens in a step's pack: about 45 questions of the flagship data."""
+    """Tokens in a step's pack; a question of the flagship data has 183 on average."""
     attention_dropout: float = 0.0
     """Dropout of attention weights. The packed CUDA kernel has none, so it is off everywhere by default."""
     class_weights: str = "none"
@@ -189,8 +199,11 @@ def _toml_value(text: str) -> Any:
 def _build(cls: Any, values: dict[str, Any], prefix: str) -> Any:
     hints = get_type_hints(cls)
     if unknown := set(values) - set(hints):
+        wrong = sorted(unknown)[0]
+        close = [f"did you mean {prefix}{name}? " for name in difflib.get_close_matches(wrong, hints, n=1)]
         raise UsageError(
-            f"{prefix}{sorted(unknown)[0]} is not a setting; known: {', '.join(prefix + n for n in hints)}"
+            f"{prefix}{wrong} is not a setting; {''.join(close)}known: {', '.join(prefix + n for n in hints)}; "
+            "`bertforge train --set list` tells what they mean"
         )
     return cls(**{name: _coerced(hints[name], value, prefix + name) for name, value in values.items()})
 
@@ -212,4 +225,5 @@ def _coerced(hint: Any, value: Any, name: str) -> Any:
         return float(value)
     elif isinstance(hint, type) and type(value) is hint:
         return value
-    raise UsageError(f"{name}={value!r} should be {getattr(hint, '__name__', hint)}")
+    wanted = _KINDS.get(hint, f"a section, as in --set {name}.NAME=VALUE")
+    raise UsageError(f"{name}={value!r} should be {wanted}")

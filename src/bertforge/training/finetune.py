@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bertforge.artifact import MANIFEST, hash_file, write_json, write_manifest
+from bertforge.artifact import RUNNING, MANIFEST, hash_file, write_json, write_manifest
 from bertforge.data.loader import Examples, Split
 from bertforge.data.prepared import PreparedData
 from bertforge.data.schema import CLOSED_DATE, STACK_OVERFLOW, Schema
@@ -38,8 +38,6 @@ from bertforge.training.checkpoint import Progress, trainable
 from bertforge.training.config import Recipe
 from bertforge.training.distributed import World, joined
 from bertforge.training.loop import BEST, CHECKPOINT, Trainer
-
-RUNNING = "running.json"  # the recipe and data of a run that has not ended
 
 
 @dataclass(frozen=True)
@@ -138,8 +136,10 @@ def _start(data: Path, out: Path, recipe: Recipe, resume: bool, world: World) ->
             "recipe": _json(replace(recipe, prefix_cache_gb=None)),  # where things are kept changes no result
             "data": prepared.fingerprint,
             "device": hardware.device.type,
-            "base weights": hash_file(weights_file(resolve(recipe.model))),
         }
+        if world.first and resume:
+            _read_running(out / RUNNING, identity)  # before the model is looked for: it may be another by mistake
+        identity["base weights"] = hash_file(weights_file(resolve(recipe.model)))
         precision = ""
         if world.first:
             # "auto" may measure something else on another day, so a resumed run keeps what it began with.
@@ -287,7 +287,7 @@ def _check_folder(out: Path, resume: bool) -> None:
 
 
 def _read_running(path: Path, identity: dict[str, Any]) -> str:
-    """The precision of the run to resume; raises ArtifactError naming the first thing in which `identity` differs."""
+    """The precision of the run to resume; raises ArtifactError naming the first thing of `identity` that was another."""
     try:
         before = json.loads(path.read_text())
         precision = str(before.pop("precision"))
@@ -295,7 +295,7 @@ def _read_running(path: Path, identity: dict[str, Any]) -> str:
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ArtifactError(f"{path} is damaged ({error!r}); start the run anew: rm -r {path.parent}") from error
     for name in {**given, **found}:
-        if found.get(name) != given.get(name):
+        if name.partition(".")[0] in identity and found.get(name) != given.get(name):
             raise ArtifactError(
                 f"{path.parent} was started with {name.removeprefix('recipe.')} {found.get(name)}, "
                 f"not {given.get(name)}; resume with the same, or start anew"
