@@ -17,7 +17,6 @@ from bertforge.errors import UsageError
 from bertforge.hardware import TRAINING_PRECISIONS
 from bertforge.lora.config import LoraConfig
 
-
 _KINDS = {  # type of a setting -> how a user calls it
     int: "a whole number",
     float: "a number",

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bertforge.artifact import RUNNING, MANIFEST, hash_file, write_json, write_manifest
+from bertforge.artifact import MANIFEST, RUNNING, hash_file, write_json, write_manifest
 from bertforge.data.loader import Examples, Split
 from bertforge.data.prepared import PreparedData
 from bertforge.data.schema import CLOSED_DATE, STACK_OVERFLOW, Schema
@@ -287,7 +287,7 @@ def _check_folder(out: Path, resume: bool) -> None:
 
 
 def _read_running(path: Path, identity: dict[str, Any]) -> str:
-    """The precision of the run to resume; raises ArtifactError naming the first thing of `identity` that was another."""
+    """The precision of the run to resume; raises ArtifactError naming what of `identity` was another."""
     try:
         before = json.loads(path.read_text())
         precision = str(before.pop("precision"))
