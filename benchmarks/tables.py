@@ -113,7 +113,7 @@ def _train_rates(name: str) -> str:
     found = _record(name)
     rows = [
         [
-            f"`{row['variant']}`" + (f", {row['part']}" if row["part"] else ""),
+            _run(row),
             row["system"],
             row["precision"],
             row["batch"],
@@ -130,12 +130,12 @@ def _train_rates(name: str) -> str:
     ]
     speed = ["questions/s", "112,217 questions", "TFLOP/s", f"of {found['ceiling_tflops']}"]
     header = ["variant", "system", "precision", "batch", *speed, "memory", "padding", "set-up"]
-    absent = [
-        f"\n`{row['variant']}`, {row['system']}: not measured (`{row['missing'].splitlines()[0]}`).\n"
-        for row in found["rows"]
-        if "missing" in row
-    ]
-    return _markdown(header, rows) + "".join(absent) + _source(name, found)
+    return _markdown(header, rows) + _absent(found, "variant", "system") + _source(name, found)
+
+
+def _run(row: dict[str, Any]) -> str:
+    """A variant, and which of its epochs where they differ."""
+    return f"`{row['variant']}`" + (f", {row['part']}" if row["part"] else "")
 
 
 @table
@@ -143,7 +143,7 @@ def train_time_shares() -> str:
     """Where a training step's time goes on a GPU."""
     found = _record("train_rate_gpu")
     shown = [row for row in found["rows"] if "time_shares" in row]
-    runs = {f"`{row['variant']}`" + (f", {row['part']}" if row["part"] else ""): row["time_shares"] for row in shown}
+    runs = {_run(row): row["time_shares"] for row in shown}
     largest = {name: max(each.get(name, 0.0) for each in runs.values()) for shares in runs.values() for name in shares}
     families = sorted(largest, key=lambda name: (name == "other", -largest[name]))
     rows = [[name, *(f"{shares.get(name, 0.0):.0%}" for shares in runs.values())] for name in families]
@@ -200,12 +200,8 @@ def inference_cpu() -> str:
         if "missing" not in row
     ]
     header = ["system", "framework", "precision", "questions/s", "speed-up", "p50 of one", "accuracy", "recovery"]
-    absent = [
-        f"\n{row['system']}, {row['framework']}, {row['precision']}: not measured, {row['missing']}.\n"
-        for row in found["rows"]
-        if "missing" in row
-    ]
-    return _markdown(header, rows) + "".join(absent) + _source("inference_cpu", found)
+    absent = _absent(found, "system", "framework", "precision")
+    return _markdown(header, rows) + absent + _source("inference_cpu", found)
 
 
 @table
@@ -366,6 +362,15 @@ def _interval(low: float, high: float) -> str:
 def _markdown(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _absent(found: dict[str, Any], *keys: str) -> str:
+    """A line for each row that was not measured, named by its `keys`."""
+    lines = []
+    for row in found["rows"]:
+        if "missing" in row:
+            lines.append(f"\n{', '.join(row[key] for key in keys)}: not measured, {row['missing'].splitlines()[0]}.\n")
+    return "".join(lines)
 
 
 def _source(name: str, found: dict[str, Any]) -> str:

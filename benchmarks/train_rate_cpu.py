@@ -15,9 +15,10 @@ dropout. Threads are torch's own choice and the same for all.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +103,15 @@ class Ours:
         seed_everything(SEED)
         run = assemble(prepared, self.recipe, torch.device("cpu"))
         self.model, self.examples, self.precision = run.model.train(), run.split.examples, precision
-        optimizer = make_optimizer(self.model, self.recipe)
+        self.optimizer, self.shares = make_optimizer(self.model, self.recipe), warm_up()
         weights = torch.ones(len(prepared.label_names))
-        self.step = EagerStep(self.model, optimizer, weights, 0.0, self.recipe.max_grad_norm, precision)
-        self.warm = warm_up(lambda share: set_lr(optimizer, share))
+        self.step = EagerStep(self.model, self.optimizer, weights, 0.0, self.recipe.max_grad_norm, precision)
 
     def train(self, rows: np.ndarray) -> None:
         plan = epoch_plan(self.examples, rows, self.recipe.tokens_per_step, SEED, 0)
         shape = PackShape.of([plan], self.examples)
         for batch, labels in load(self.examples, plan, torch.device("cpu"), shape):
-            self.warm()
+            set_lr(self.optimizer, next(self.shares))
             self.step(batch, labels)
 
     def logits(self, rows: np.ndarray) -> np.ndarray:
@@ -129,12 +129,12 @@ class Peer:
         self.labels = prepared.labels
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
-        self.warm = warm_up(lambda share: self.optimizer.param_groups[0].update(lr=share * recipe.lr))
+        self.lr, self.shares = recipe.lr, warm_up()
 
     def train(self, rows: np.ndarray) -> None:
         for batch in peers.batches(rows, self.tokens.lengths, np.random.default_rng(SEED)):
             inputs = peers.collate(self.tokens, batch, torch.device("cpu"))
-            self.warm()
+            self.optimizer.param_groups[0]["lr"] = self.lr * next(self.shares)
             peers.train_step(self.model, self.optimizer, inputs, torch.from_numpy(self.labels[batch]), self.precision)
 
     def logits(self, rows: np.ndarray) -> np.ndarray:
@@ -144,16 +144,9 @@ class Peer:
 System = Ours | Peer
 
 
-def warm_up(set_share: Callable[[float], object], steps: int = 10) -> Callable[[], None]:
-    """A function to call before every step: the learning rate rises to its peak in `steps` calls."""
-    taken = 0
-
-    def warm() -> None:
-        nonlocal taken
-        taken += 1
-        set_share(min(1.0, taken / steps))
-
-    return warm
+def warm_up(steps: int = 10) -> Iterator[float]:
+    """The share of the peak learning rate at each step: up to 1 in `steps`, and 1 from there."""
+    return itertools.chain((step / steps for step in range(1, steps)), itertools.repeat(1.0))
 
 
 if __name__ == "__main__":

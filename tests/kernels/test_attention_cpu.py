@@ -5,7 +5,8 @@ import torch
 
 from bertforge.kernels.attention import Bounds
 from bertforge.kernels.attention_cpu import STEP, backward, forward
-from tests.kernels.test_attention import reference
+from tests.kernels import packs
+from tests.kernels.packs import check_apart, check_reference, check_repeatable, error, exact
 
 LENGTHS = {
     "one token": (1,),
@@ -19,10 +20,7 @@ TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 
 def packed(lengths, dtype):
-    """Query, key, value and the result's gradient `[tokens, 2, 32]`, and `cu_seqlens`."""
-    torch.manual_seed(0)
-    parts = [torch.randn(sum(lengths), 2, 32).to(dtype) for _ in range(4)]
-    return parts, torch.tensor([0, *lengths]).cumsum(0).int()
+    return packs.packed(lengths, dtype, head_dim=32)
 
 
 def ours(parts, cu_seqlens, cu_seqlens_q=None):
@@ -36,26 +34,10 @@ def ours(parts, cu_seqlens, cu_seqlens_q=None):
     return [results[0], *gradients]
 
 
-def exact(parts, cu_seqlens):
-    *inputs, grad = (part.double() for part in parts)
-    inputs = [part.requires_grad_() for part in inputs]
-    values = reference(*inputs, cu_seqlens)
-    values.backward(grad)
-    return [values.detach(), *(part.grad for part in inputs)]
-
-
-def error(result, expected):
-    """||result - expected|| / ||expected||, or / 1 for one token: its softmax is constant, so there is no gradient."""
-    return float((result.double() - expected).norm() / expected.norm().clamp_min(1))
-
-
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_values_and_gradients_are_the_references(lengths, dtype):
-    parts, cu_seqlens = packed(lengths, dtype)
-    for result, expected in zip(ours(parts, cu_seqlens), exact(parts, cu_seqlens), strict=True):
-        assert result.dtype == dtype
-        assert error(result, expected) < TOLERANCES[dtype]
+    check_reference(ours, *packed(lengths, dtype), TOLERANCES[dtype])
 
 
 def test_first_tokens_alone_get_what_they_get_among_all():
@@ -79,14 +61,7 @@ def test_a_query_of_an_empty_sequence_gets_zeros_and_passes_nothing_back():
 
 
 def test_a_sequence_depends_on_its_own_tokens_even_next_to_one_that_is_not_a_number():
-    parts, cu_seqlens = packed((3, 17, 1, 70), torch.bfloat16)
-    before = ours(parts, cu_seqlens)
-    for part in parts:
-        part[3:20] = float("nan")
-    for first, then in zip(before, ours(parts, cu_seqlens), strict=True):
-        assert torch.equal(first[:3], then[:3])
-        assert torch.equal(first[20:], then[20:])
-        assert then[3:20].isnan().all()
+    check_apart(ours, *packed((3, 17, 1, 70), torch.bfloat16))
 
 
 def test_scores_far_from_zero_neither_overflow_nor_let_the_filling_in():
@@ -99,6 +74,4 @@ def test_scores_far_from_zero_neither_overflow_nor_let_the_filling_in():
 
 
 def test_two_runs_are_equal_bit_for_bit():
-    parts, cu_seqlens = packed((100, 1, 129, 0), torch.bfloat16)
-    for first, then in zip(ours(parts, cu_seqlens), ours(parts, cu_seqlens), strict=True):
-        assert torch.equal(first, then)
+    check_repeatable(ours, *packed((100, 1, 129, 0), torch.bfloat16))

@@ -20,7 +20,8 @@ import triton.language as tl
 from bertforge.kernels import attention_triton
 from bertforge.kernels.attention import Bounds
 from bertforge.kernels.attention_triton import ALIGNED, TILINGS, Tiling, Tilings, backward, forward
-from tests.kernels.test_attention import reference
+from tests.kernels import packs
+from tests.kernels.packs import check_apart, check_reference, check_repeatable, error, exact
 
 DEVICE = "cuda" if CUDA else "cpu"
 HEADS = 2
@@ -38,11 +39,8 @@ TOLERANCES = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 DTYPES = [torch.bfloat16, torch.float16] if CUDA else [torch.float32, torch.float16]
 
 
-def packed(lengths, dtype, head_dim=64, heads=HEADS):
-    """Query, key, value and the result's gradient `[tokens, heads, head_dim]`, and `cu_seqlens`."""
-    torch.manual_seed(0)
-    parts = [torch.randn(sum(lengths), heads, head_dim).to(DEVICE, dtype) for _ in range(4)]
-    return parts, torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+def packed(lengths, dtype, head_dim=64):
+    return packs.packed(lengths, dtype, head_dim, HEADS, DEVICE)
 
 
 def ours(parts, cu_seqlens, tilings=None, cu_seqlens_q=None):
@@ -55,33 +53,17 @@ def ours(parts, cu_seqlens, tilings=None, cu_seqlens_q=None):
     return [values[0], *gradients]
 
 
-def exact(parts, cu_seqlens):
-    *inputs, grad = (part.cpu().double() for part in parts)
-    inputs = [part.requires_grad_() for part in inputs]
-    values = reference(*inputs, cu_seqlens)
-    values.backward(grad)
-    return [values.detach(), *(part.grad for part in inputs)]
-
-
 def first_of(cu_seqlens, *parts):
     """The rows of `parts` with which a sequence begins, and the bounds of these queries, one a sequence."""
     starts = cu_seqlens[:-1].long()
     return [part[starts] for part in parts], torch.arange(len(cu_seqlens), device=DEVICE).int()
 
 
-def error(result, expected):
-    """||result - expected|| / ||expected||, or / 1 for one token: its softmax is constant, so there is no gradient."""
-    return float((result.cpu().double() - expected).norm() / expected.norm().clamp_min(1))
-
-
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 @pytest.mark.parametrize("head_dim", TILINGS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values_and_gradients_are_the_references(lengths, head_dim, dtype):
-    parts, cu_seqlens = packed(lengths, dtype, head_dim)
-    for result, expected in zip(ours(parts, cu_seqlens), exact(parts, cu_seqlens), strict=True):
-        assert result.dtype == dtype
-        assert error(result, expected) < TOLERANCES[dtype]
+    check_reference(ours, *packed(lengths, dtype, head_dim), TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("tiling", [Tiling(64, 32, 4, 2), Tiling(128, 64, 8, 1), Tiling(32, 16, 4, 2)], ids=str)
@@ -100,20 +82,11 @@ def test_tilings_keep_what_the_kernels_rely_on():
 
 
 def test_a_sequence_depends_on_its_own_tokens_even_next_to_one_that_is_not_a_number():
-    parts, cu_seqlens = packed((3, 17, 1, 70), DTYPES[0])
-    before = ours(parts, cu_seqlens)
-    for part in parts:
-        part[3:20] = float("nan")
-    for first, then in zip(before, ours(parts, cu_seqlens), strict=True):
-        assert torch.equal(first[:3], then[:3])
-        assert torch.equal(first[20:], then[20:])
-        assert then[3:20].isnan().all()
+    check_apart(ours, *packed((3, 17, 1, 70), DTYPES[0]))
 
 
 def test_two_runs_are_equal_bit_for_bit():
-    parts, cu_seqlens = packed((100, 1, 129, 0), DTYPES[0])
-    for first, then in zip(ours(parts, cu_seqlens), ours(parts, cu_seqlens), strict=True):
-        assert torch.equal(first, then)
+    check_repeatable(ours, *packed((100, 1, 129, 0), DTYPES[0]))
 
 
 @pytest.mark.parametrize("score", [-600.0, 600.0])

@@ -126,6 +126,11 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def count_trainable(model: nn.Module) -> int:
+    """Parameters that training changes."""
+    return sum(parameter.numel() for parameter in trainable(model).values())
+
+
 def load_trainable(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
     """Copies `tensors` into the trainable parameters; raises ArtifactError when names or shapes differ."""
     parameters = trainable(model)

@@ -27,7 +27,7 @@ from bertforge.evaluation.logits import TOKENS_PER_PACK, predict_logits
 from bertforge.hardware import choose_training_precision, detect
 from bertforge.model.config import BertConfig
 from bertforge.models import resolve
-from bertforge.training.checkpoint import Progress, trainable
+from bertforge.training.checkpoint import Progress, count_trainable
 from bertforge.training.config import LoraRecipe, Recipe, load_recipe
 from bertforge.training.finetune import assemble
 from bertforge.training.loop import Trainer
@@ -144,7 +144,7 @@ class _Rehearsal:
         self.say(f"measuring {recipe.name}: validation")
         validation = _validation_seconds(trainer, _VALIDATION_SHARE * self.seconds)
         return Estimate(
-            trainable_parameters=sum(parameter.numel() for parameter in trainable(run.model).values()),
+            trainable_parameters=count_trainable(run.model),
             set_up_seconds=max(0.0, first - step),
             steps_timed=steps,
             train_seconds=step * steps_an_epoch,

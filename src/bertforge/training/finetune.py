@@ -34,7 +34,7 @@ from bertforge.lora.inject import inject_lora
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.config import TabularConfig
 from bertforge.models import MINILM, MINILM_HUB_ID, resolve, weights_file
-from bertforge.training.checkpoint import Progress, trainable
+from bertforge.training.checkpoint import Progress, count_trainable
 from bertforge.training.config import Recipe
 from bertforge.training.distributed import World, joined
 from bertforge.training.loop import BEST, CHECKPOINT, Trainer
@@ -175,7 +175,7 @@ def _start(data: Path, out: Path, recipe: Recipe, resume: bool, world: World) ->
         hardware=hardware,
         processes=world.size,
         precision=precision,
-        trainable_parameters=sum(parameter.numel() for parameter in trainable(run.model).values()),
+        trainable_parameters=count_trainable(run.model),
         train_rows=len(run.split.train),
         validation_rows=len(run.split.validation),
         total_steps=trainer.total_steps,

@@ -169,12 +169,8 @@ class Trainer:
                 loss_value = self._read_losses(losses)
                 idle = progress.add_time(*meter.read())
             if due:
-                point = {
-                    "train/loss": loss_value,
-                    "train/lr": self.optimizer.param_groups[0]["peak"] * scale,
-                    "train/idle": idle,
-                }
-                add({"step": progress.step, **point})
+                lr = self.optimizer.param_groups[0]["peak"] * scale
+                add({"step": progress.step, "train/loss": loss_value, "train/lr": lr, "train/idle": idle})
             if save:
                 self._save()
             if stop:
