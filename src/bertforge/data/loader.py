@@ -124,10 +124,15 @@ def tabular_batch(arrays: TabularArrays) -> TabularBatch:
     return TabularBatch(*(torch.from_numpy(a) for a in (arrays.numeric, arrays.categorical, arrays.multi)))
 
 
-def epoch_plan(examples: Examples, rows: np.ndarray, budget: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The steps of one epoch: `rows` in an order set by (seed, epoch) alone, cut into packs of `budget` tokens."""
+def epoch_plan(
+    examples: Examples, rows: np.ndarray, budget: int, most_rows: int | None, seed: int, epoch: int
+) -> list[np.ndarray]:
+    """The steps of one epoch: `rows` in an order set by (seed, epoch) alone, cut into packs.
+
+    A pack holds at most `budget` tokens and, unless it is None, `most_rows` rows.
+    """
     order = generator(seed, "shuffle", epoch).permutation(rows)
-    return [order[part] for part in packs(examples.lengths(order), budget)]
+    return [order[part] for part in packs(examples.lengths(order), budget, most_rows)]
 
 
 def sorted_plan(lengths: np.ndarray, budget: int) -> list[np.ndarray]:

@@ -1,7 +1,7 @@
-"""Which rows go into which pack: every row once, in the order given, under a budget of tokens.
+"""Which rows go into which pack: every row once, in the order given, under a budget of tokens and, in training, of rows.
 
-With a budget of 8 and lengths 3, 4, 2, 8, 1 the packs are (3, 4), (2), (8), (1): a row that would not fit opens the
-next pack, and the last pack may be small. Training packs a shuffled order; evaluation packs by length, so that the rows
+With a budget of 8 tokens and lengths 3, 4, 2, 8, 1 the packs are (3, 4), (2), (8), (1): a row that would not fit opens
+the next pack, and the last pack may be small. Training packs a shuffled order; evaluation packs by length, so that the rows
 of a pack cost the same. Where several processes share a pack, each gets about the same number of tokens.
 """
 
@@ -12,8 +12,8 @@ import numpy as np
 from bertforge.errors import UsageError
 
 
-def packs(lengths: np.ndarray, budget: int) -> list[slice]:
-    """Consecutive runs of `lengths` (tokens a row) whose sum stays within `budget` tokens.
+def packs(lengths: np.ndarray, budget: int, most_rows: int | None = None) -> list[slice]:
+    """Consecutive runs of at most `most_rows` of `lengths` (tokens a row) whose sum stays within `budget` tokens.
 
     Raises UsageError when a single row is longer than the budget.
     """
@@ -27,6 +27,8 @@ def packs(lengths: np.ndarray, budget: int) -> list[slice]:
     found, start, used = [], 0, 0
     while start < len(lengths):
         stop = int(np.searchsorted(ends, used + budget, side="right"))
+        if most_rows is not None:
+            stop = min(stop, start + most_rows)
         found.append(slice(start, stop))
         start, used = stop, int(ends[stop - 1])
     return found

@@ -75,8 +75,10 @@ class Recipe:
     """Share of all steps in which the learning rate rises; it then falls linearly to 0."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
+    rows_per_step: int | None = None
+    """Most rows in a step's pack."""
     tokens_per_step: int = 8192
-    """Tokens in a step's pack; a question of the flagship data has 183 on average."""
+    """Most tokens in a step's pack."""
     attention_dropout: float = 0.0
     """Dropout of attention weights. The packed CUDA kernel has none, so it is off everywhere by default."""
     class_weights: str = "none"

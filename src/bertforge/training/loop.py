@@ -72,7 +72,7 @@ class Trainer:
         self.optimizer = make_optimizer(model, recipe)
         self.progress = Progress()
         self.plans = [
-            epoch_plan(split.examples, split.train, recipe.tokens_per_step, recipe.seed, epoch)
+            epoch_plan(split.examples, split.train, recipe.tokens_per_step, recipe.rows_per_step, recipe.seed, epoch)
             for epoch in range(recipe.epochs)
         ]
         self.total_steps = sum(map(len, self.plans))
