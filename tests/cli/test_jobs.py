@@ -138,6 +138,15 @@ def test_doctor_says_what_there_is_and_writes_json(tmp_path, capsys):
         assert hinted or library["installed"]
 
 
+def test_doctor_names_the_folder_that_minilm_is_taken_from(base, capsys, monkeypatch):
+    monkeypatch.delenv("BERTFORGE_MINILM", raising=False)
+    assert run_command("doctor") == 0
+    assert "BERTFORGE_MINILM" not in capsys.readouterr().out
+    monkeypatch.setenv("BERTFORGE_MINILM", str(base))
+    assert run_command("doctor") == 0
+    assert f"minilm      {base}, which BERTFORGE_MINILM names" in capsys.readouterr().out
+
+
 def test_estimate_prints_its_figures_and_writes_json(tmp_path, data, base, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("bertforge.training.estimate.SECONDS", 0.1)

@@ -157,9 +157,9 @@ def test_calibration_interval_is_mirrored_and_never_negative():
 
 def test_ten_thousand_rows_take_at_most_a_few_seconds():
     logits, true = made_rows(10_000, 2)
-    start = time.perf_counter()
+    start = time.thread_time()  # of work: on a busy machine more time passes
     classification_metrics(logits, true, ["a", "b"])
-    assert time.perf_counter() - start < 6  # 0.25 s on one idle core
+    assert time.thread_time() - start < 3  # 0.25 s on one idle core
 
 
 def test_with_many_labels_the_confusion_matrix_is_not_resampled():

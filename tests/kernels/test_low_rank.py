@@ -65,6 +65,7 @@ def test_the_function_keeps_the_weights_type_and_sums_in_a_wider_one():
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         result = adapted_weight(weight.to(dtype), a, b, 0.5)
         assert result.dtype == dtype
-        assert torch.equal(result.double(), exact(weight.to(dtype), a, b, grad)[0].to(dtype).double()) or (
-            dtype is not torch.bfloat16 and torch.allclose(result.double(), exact(weight, a, b, grad)[0], atol=1e-5)
-        )
+        expected = exact(weight.to(dtype), a, b, grad)[0].detach()
+        # Entries reach 10, of which float32 rounds 6e-7 off in each of its 7 operations; then one rounding to bfloat16.
+        rounding = torch.finfo(dtype).eps / 2 if dtype is torch.bfloat16 else 0.0
+        assert torch.all((result.double() - expected).abs() <= 5e-6 + rounding * expected.abs())

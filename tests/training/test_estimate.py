@@ -1,7 +1,6 @@
 """An estimate is what a run takes, for every variant that fits; it changes nothing on disk."""
 
 import tempfile
-import time
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from bertforge.training.row_cache import Room
 from bertforge.training.step import EagerStep
 from tests.model.tiny import tiny_bert
 from tests.runs import STEPS, quick_recipe
+from tests.training.clock import Clock, slowed
 
 BRIEF = 0.2  # seconds of timed steps; one of the tiny model takes some 5 ms
 
@@ -63,43 +63,46 @@ def test_the_three_variants_are_measured_and_nothing_is_written(tmp_path, data, 
     assert {path: path.stat().st_mtime_ns for path in data.rglob("*")} == before
 
 
+PACK, STEP, LOWER = 0.1, 0.01, 0.5  # seconds by the clock that the tests move
+
+
+def moved_by_the_tests(monkeypatch):
+    """The clock that estimates and runs read; steps take `STEP` of it."""
+    clock = Clock()
+    for name in ("estimate", "loop"):
+        monkeypatch.setattr(f"bertforge.training.{name}.time", clock)
+    monkeypatch.setattr(EagerStep, "__call__", slowed(EagerStep.__call__, clock, STEP))
+    return clock
+
+
 def test_it_foretells_what_a_run_takes(tmp_path, data, base, monkeypatch):
-    """The loader sleeps, so that a busy machine hardly matters; an estimate that skipped it would be far below."""
-    pack, pause = loader.Examples.pack, 0.1
-
-    def slow_pack(*arguments):
-        time.sleep(pause)
-        return pack(*arguments)
-
-    monkeypatch.setattr(loader.Examples, "pack", slow_pack)
-    row = estimate(data, quick_recipe(base), seconds=6 * pause)["rows"][0]
+    """Packs take longest; they are made in another thread, but an epoch waits for all of them."""
+    clock = moved_by_the_tests(monkeypatch)
+    monkeypatch.setattr(loader.Examples, "pack", slowed(loader.Examples.pack, clock, PACK))
+    row = estimate(data, quick_recipe(base), seconds=4 * PACK)["rows"][0]
     progress = finetune(data, tmp_path / "run", quick_recipe(base))["metrics"]
-    assert row["train_seconds"] >= STEPS * pause
-    assert row["seconds_per_epoch"] * 2 == pytest.approx(progress["seconds"], rel=0.5)
-    assert row["idle"] > 0.2
+    assert row["steps_timed"] == 4
+    assert row["train_seconds"] == pytest.approx(STEPS * (PACK + STEP))
+    assert row["validation_seconds"] == pytest.approx(PACK)
+    assert row["seconds_per_epoch"] * 2 == pytest.approx(progress["seconds"])
 
 
 def test_later_epochs_are_measured_with_what_frozen_layers_gave(tmp_path, data, deep, monkeypatch):
-    """Frozen layers sleep, so that a busy machine hardly matters; what they give goes to the disk, and leaves it."""
-    lower_layers, pause = BertModel.lower_layers, 0.1
-
-    def slow_lower_layers(*arguments):
-        time.sleep(pause)
-        return lower_layers(*arguments)
-
-    monkeypatch.setattr(BertModel, "lower_layers", slow_lower_layers)
+    """What frozen layers give goes to the disk here, and leaves it."""
+    clock = moved_by_the_tests(monkeypatch)
+    monkeypatch.setattr(BertModel, "lower_layers", slowed(BertModel.lower_layers, clock, LOWER))
     monkeypatch.setattr(Room, "free", lambda device, folder: Room(0, 0, 1 << 23))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    rows = estimate(data, quick_recipe(deep, epochs=3, prefix_cache_gb=1.0), seconds=3 * pause)["rows"]
+    rows = estimate(data, quick_recipe(deep, epochs=3, prefix_cache_gb=1.0), seconds=3 * LOWER)["rows"]
     for row in rows[:2]:
-        assert row["later_seconds"] == row["train_seconds"], "nothing is frozen from below"
+        assert row["later_seconds"] == row["train_seconds"] == pytest.approx(STEPS * STEP), "no layer is frozen below"
     first, later = rows[2]["train_seconds"], rows[2]["later_seconds"]
-    assert first > STEPS * pause
-    assert later < first - 0.8 * STEPS * pause
+    assert first == pytest.approx(STEPS * (LOWER + STEP))
+    assert later == pytest.approx(STEPS * STEP)
     run = first + 2 * later + 3 * rows[2]["validation_seconds"]
     assert rows[2]["device_hours"] == pytest.approx(run / 3600)
     assert not list(tmp_path.iterdir())
-    once = estimate(data, quick_recipe(deep, epochs=1), seconds=3 * pause)["rows"][2]
+    once = estimate(data, quick_recipe(deep, epochs=1), seconds=3 * LOWER)["rows"][2]
     assert once["later_seconds"] == once["train_seconds"], "one epoch keeps nothing"
 
 

@@ -9,16 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bertforge.artifact import hash_file
 from bertforge.data.prepare import PrepareOptions
 from bertforge.data.prepared import PreparedData
 from bertforge.determinism import seed_everything
-from bertforge.errors import DataError, MachineError, UsageError
+from bertforge.errors import ArtifactError, DataError, MachineError, UsageError
 from bertforge.hardware import detect
 from bertforge.inference.predictor import Predictor
 from bertforge.models import MINILM_HUB_ID
 from bertforge.training.finetune import assemble, finetune
 from bertforge.training.loop import Trainer
-from tests.runs import STEPS, made_up, make_base, prepare_frame, quick_recipe
+from tests.runs import STEPS, made_up, make_base, needs_the_minilm_package, prepare_frame, quick_recipe
 
 
 def test_a_loss_that_is_no_number_is_a_line_that_says_what_to_change(tmp_path, data, base):
@@ -132,11 +133,24 @@ def test_a_run_on_a_relative_folder_loads_from_elsewhere(tmp_path, data, base, m
         assert json.loads(Path("run/adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
 
 
-def test_peft_is_told_minilms_name_on_the_hub(tmp_path, data):
+@needs_the_minilm_package
+def test_peft_is_told_minilms_name_on_the_hub(tmp_path, data, monkeypatch):
+    monkeypatch.delenv("BERTFORGE_MINILM", raising=False)
     finetune(data, tmp_path / "run", quick_recipe("minilm", "lora", epochs=1, max_length=8, tokens_per_step=4096))
     described = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
     assert described["base_model_name_or_path"] == MINILM_HUB_ID
     assert json.loads((tmp_path / "run" / "bertforge.json").read_text())["base"]["model"] == "minilm"
+
+
+def test_a_run_on_another_folders_minilm_says_which_weights_it_was_trained_on(tmp_path, data, base, monkeypatch):
+    monkeypatch.setenv("BERTFORGE_MINILM", str(base))
+    manifest = finetune(data, tmp_path / "run", quick_recipe("minilm", "lora", epochs=1))
+    assert manifest["base"] == {"model": "minilm", "weights": hash_file(base / "model.safetensors")}
+    described = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert described["base_model_name_or_path"] == str(base), "PEFT is not sent to other weights"
+    monkeypatch.setenv("BERTFORGE_MINILM", str(make_base(tmp_path / "other", seed=1)))
+    with pytest.raises(ArtifactError, match=r"was trained on minilm with weights sha256:.* but .*/other holds sha256:"):
+        Predictor.load(tmp_path / "run")
 
 
 def test_a_text_recipe_on_a_model_with_columns_is_refused(tmp_path, data, runs):

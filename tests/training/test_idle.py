@@ -1,72 +1,100 @@
-"""The idle share says how long training waits: a loader that sleeps raises it, a step that takes longer lowers it."""
+"""The idle share says how long training waits: for a loader that is late, but not for a step that is at work."""
 
 import json
+import threading
 import time
 
 import pytest
 import torch
 
 from bertforge.data import loader
+from bertforge.data.prepared import PreparedData
 from bertforge.model.bert import BertModel
 from bertforge.training.checkpoint import Progress
-from bertforge.training.finetune import finetune
+from bertforge.training.finetune import assemble, finetune
 from bertforge.training.idle import IdleMeter
+from bertforge.training.loop import Trainer
 from bertforge.training.step import EagerStep
 from tests.runs import STEPS, quick_recipe
+from tests.training.clock import Clock, slowed
 
-PAUSE = 0.1  # seconds; a step of the tiny model takes some 5 ms, more where the machine is busy
-
-
-def idle_of(manifest):
-    """The run's share, after a look at whether its curve and its summary tell the same."""
-    shares = [point["train/idle"] for point in manifest["history"] if "train/idle" in point]
-    assert len(shares) == 2, "one an epoch of seven steps"
-    assert min(shares) - 1e-9 <= manifest["metrics"]["idle"] <= max(shares) + 1e-9
-    return manifest["metrics"]["idle"]
+PACK, STEP = 3, 1  # seconds by the clock that the tests move; both exact in binary
 
 
-def test_a_loader_that_sleeps_is_seen_and_one_that_is_ready_in_time_is_not(tmp_path, data, base, monkeypatch):
-    pack, step = loader.Examples.pack, EagerStep.__call__
+@pytest.fixture
+def clock(monkeypatch):
+    """The clock that idle time is read from."""
+    clock = Clock()
+    monkeypatch.setattr("bertforge.training.idle.time", clock)
+    return clock
 
-    def slow_pack(*arguments):
-        time.sleep(PAUSE)
+
+def idle_of_an_epoch(folder, data, base, show=lambda progress, sequences, loss: None, **changes):
+    """The share in the curve of one epoch on the CPU, whose idle time is read from Python's clock."""
+    recipe = quick_recipe(base, **changes)
+    run = assemble(PreparedData.open(data), recipe, torch.device("cpu"))
+    points = []
+    Trainer(run.model, run.split, recipe, folder, "fp32").train_epoch(points.append, threading.Event(), show)
+    (point,) = points
+    assert point["step"] == STEPS
+    return point["train/idle"]
+
+
+def test_waiting_for_the_loader_is_idle(tmp_path, data, base, monkeypatch, clock):
+    """Each pack is made once the step before it has ended."""
+    asked, pack = threading.Semaphore(1), loader.Examples.pack
+
+    def late(*arguments):
+        assert asked.acquire(timeout=60)
+        clock.pass_by(PACK)
         return pack(*arguments)
 
-    def slow_step(*arguments):
-        time.sleep(1.5 * PAUSE)
+    monkeypatch.setattr(loader.Examples, "pack", late)
+    monkeypatch.setattr(EagerStep, "__call__", slowed(EagerStep.__call__, clock, STEP))
+    found = idle_of_an_epoch(tmp_path, data, base, show=lambda *after_a_step: asked.release())
+    assert found == PACK / (PACK + STEP)
+
+
+def test_a_pack_made_while_a_step_is_at_work_is_not_waited_for(tmp_path, data, base, monkeypatch, clock):
+    """Each pack is made while the step before it runs."""
+    asked, made, pack, step = threading.Semaphore(1), threading.Semaphore(0), loader.Examples.pack, EagerStep.__call__
+    later = iter(range(1, STEPS))  # packs that are made during a step
+
+    def in_time(*arguments):
+        assert asked.acquire(timeout=60)
+        clock.pass_by(PACK)
+        made.release()
+        return pack(*arguments)
+
+    def step_that_lasts(*arguments):
+        assert made.acquire(timeout=60)  # its own pack
+        if next(later, None):
+            asked.release()
+            assert made.acquire(timeout=60), "the next pack is made ahead"
+            made.release()
+        clock.pass_by(STEP)
         return step(*arguments)
 
-    monkeypatch.setattr(loader.Examples, "pack", slow_pack)
-    starved = idle_of(finetune(data, tmp_path / "starved", quick_recipe(base)))
-    monkeypatch.setattr(EagerStep, "__call__", slow_step)
-    hidden = idle_of(finetune(data, tmp_path / "hidden", quick_recipe(base)))
-    assert starved > 0.4, "the loader takes several times as long as a step"
-    assert hidden < 0.3, "the next pack is made while a step runs: only an epoch's first is waited for"
+    monkeypatch.setattr(loader.Examples, "pack", in_time)
+    monkeypatch.setattr(EagerStep, "__call__", step_that_lasts)
+    assert idle_of_an_epoch(tmp_path, data, base) == PACK / (STEPS * (PACK + STEP)), "only the first is waited for"
 
 
-def test_computing_frozen_layers_is_work(tmp_path, data, base, monkeypatch):
-    lower_layers = BertModel.lower_layers
-
-    def slow_lower_layers(*arguments):
-        time.sleep(PAUSE)
-        return lower_layers(*arguments)
-
-    monkeypatch.setattr(BertModel, "lower_layers", slow_lower_layers)
-    recipe = quick_recipe(base, "lora", lora={"r": 2, "last_layers": 1}, prefix_cache_gb=0.0)
-    assert idle_of(finetune(data, tmp_path / "run", recipe)) < 0.3
+def test_computing_frozen_layers_is_work(tmp_path, data, base, monkeypatch, clock):
+    monkeypatch.setattr(BertModel, "lower_layers", slowed(BertModel.lower_layers, clock, STEP))
+    lora = {"r": 2, "last_layers": 1}
+    assert idle_of_an_epoch(tmp_path, data, base, lora=lora, prefix_cache_gb=0.0) == 0
+    assert clock.now == (1 + STEPS) * STEP, "one row to learn the type, then each pack"
 
 
-def test_the_meter_by_hand():
+def test_the_meter_by_hand(clock):
     meter = IdleMeter(torch.device("cpu"))
     with meter.work():
-        time.sleep(0.05)
-    time.sleep(0.15)
-    idle, whole = meter.read()
-    assert 0.15 <= idle < whole
-    assert whole - idle == pytest.approx(0.05, abs=0.02)
-    time.sleep(0.02)
-    again, whole = meter.read()
-    assert again == whole, "each reading begins where the last one ended"
+        clock.pass_by(1)
+    clock.pass_by(3)
+    assert meter.read() == (3, 4)
+    clock.pass_by(2)
+    assert meter.read() == (2, 2), "each reading begins where the last one ended"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -108,5 +136,7 @@ def test_it_goes_on_with_a_resumed_run(tmp_path, data, base):
         finetune(data, tmp_path / "run", recipe, show=crash)
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["train/idle"]
     manifest = finetune(data, tmp_path / "run", recipe, resume=True)
-    assert manifest["history"][0]["train/idle"] == first
-    idle_of(manifest)
+    shares = [point["train/idle"] for point in manifest["history"] if "train/idle" in point]
+    assert shares[0] == first
+    assert len(shares) == 2, "one an epoch of seven steps"
+    assert 0 <= min(shares) - 1e-9 <= manifest["metrics"]["idle"] <= max(shares) + 1e-9 <= 1 + 1e-9

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from bertforge.training import finetune as module
 from bertforge.training.config import LoraRecipe, load_recipe
 from bertforge.training.finetune import finetune
 from tests.runs import KINDS, STEPS, WEIGHTS, made_up, make_base, prepare_frame, quick_recipe, run_command
+from tests.training.processes import HANGS, Alone, ended, held
 
 TEMPORARY = {"checkpoint.safetensors", "best.safetensors", "running.json"}
 
@@ -38,6 +37,15 @@ def crash_after(step):
             raise CrashError
 
     return show
+
+
+def interrupt(number):
+    """Sends a signal to this process; returns once it is handled, which may be later where another thread meets it."""
+    handler = signal.getsignal(number)
+    os.kill(os.getpid(), number)
+    until = time.monotonic() + HANGS
+    while signal.getsignal(number) is handler and time.monotonic() < until:
+        time.sleep(0.001)
 
 
 def outcome(run, kind):
@@ -166,15 +174,15 @@ def test_an_interrupt_saves_a_checkpoint_and_loses_no_step(tmp_path, data, base,
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     steps = []
 
-    def interrupt(progress, sequences, loss):
+    def show(progress, sequences, loss):
         steps.append(progress.step)
         if progress.step == STEPS + 3:
-            os.kill(os.getpid(), number)
+            interrupt(number)
 
     with pytest.raises(KeyboardInterrupt):
-        finetune(data, out, recipe, show=interrupt)
+        finetune(data, out, recipe, show=show)
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
-    finetune(data, out, recipe, resume=True, show=interrupt)
+    finetune(data, out, recipe, resume=True, show=show)
     # The step under way when the signal came was finished and saved, so it is neither shown nor done again.
     assert steps == [step for step in range(1, 2 * STEPS + 1) if step != STEPS + 4]
     assert outcome(out, "lora") == uninterrupted["lora"]
@@ -182,16 +190,13 @@ def test_an_interrupt_saves_a_checkpoint_and_loses_no_step(tmp_path, data, base,
 
 def test_ctrl_c_on_the_command_line(tmp_path, data, base):
     recipe, out, whole = tmp_path / "long.toml", tmp_path / "run", tmp_path / "whole"
-    recipe.write_text(f"model = '{base}'\nepochs = 8\npatience = 8\nmax_length = 48\ntokens_per_step = 512\n")
+    recipe.write_text(f"model = '{base}'\nepochs = 3\npatience = 3\nmax_length = 48\ntokens_per_step = 256\n")
     command = ["train", "--data", data, "--recipe", recipe, "--out", out, "--set", "precision=fp32", "lr=1e-3"]
-    process = subprocess.Popen([sys.executable, "-m", "bertforge", *command], stderr=subprocess.PIPE, text=True)
-    curve = out / "metrics.jsonl"
-    while not (curve.is_file() and curve.stat().st_size):  # the first point is written after an epoch
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 130, said
+    process = Alone(tmp_path / "said", *command, hold=0)
+    held(process)
+    os.kill(process.pid, signal.SIGINT)
+    code, _, said = ended(process)
+    assert code == 130, said
     assert f"stopped at a checkpoint in {out}; the same command with --resume goes on" in said
     assert "Traceback" not in said
     assert (out / "checkpoint.safetensors").is_file()
@@ -299,7 +304,7 @@ def test_an_interrupt_in_validation_stops_after_it(tmp_path, data, base, uninter
     predict_logits = loop.predict_logits
 
     def interrupted(*arguments):
-        os.kill(os.getpid(), number)
+        interrupt(number)
         return predict_logits(*arguments)
 
     def show(progress, sequences, loss):
@@ -317,8 +322,9 @@ def test_an_interrupt_in_validation_stops_after_it(tmp_path, data, base, uninter
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_interrupt_is_raised_at_once(tmp_path, data, base, number):
     def interrupt_twice(progress, sequences, loss):
+        interrupt(number)
         os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)
+        time.sleep(HANGS)
         pytest.fail("the second one was swallowed")
 
     with pytest.raises(KeyboardInterrupt):

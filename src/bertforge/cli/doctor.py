@@ -46,6 +46,8 @@ def doctor(
     console.print(f"device      {machine['name']} ({machine['device']}), {size}")
     console.print(f"precision   {machine['precision']} is what `precision=auto` chooses here")
     console.print(f"attention   {machine['attention']}")
+    if found["minilm_folder"]:
+        console.print(f"minilm      {found['minilm_folder']}, which BERTFORGE_MINILM names")
     console.print("versions    " + ", ".join(f"{name} {version}" for name, version in found["versions"].items()))
     for library in found["optional"]:
         mark = "[green]there[/]  " if library["installed"] else "[yellow]missing[/]"
@@ -61,8 +63,9 @@ def examine() -> dict[str, Any]:
 
     from bertforge.artifact import versions
     from bertforge.hardware import choose_precision, detect
+    from bertforge.models import minilm_folder
 
-    hardware = detect()
+    hardware, folder = detect(), minilm_folder()
     on_gpu = hardware.device.type == "cuda"
     return {
         "machine": {
@@ -76,6 +79,7 @@ def examine() -> dict[str, Any]:
             if on_gpu
             else "packed, one sequence after another (SDPA)",
         },
+        "minilm_folder": folder and str(folder),
         "versions": versions(),
         "optional": [
             {"name": name, "installed": importlib.util.find_spec(name) is not None, "for": use, "extra": extra}

@@ -33,7 +33,7 @@ from bertforge.lora.config import LoraConfig
 from bertforge.lora.inject import inject_lora
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.config import TabularConfig
-from bertforge.models import MINILM, MINILM_HUB_ID, resolve, weights_file
+from bertforge.models import MINILM, MINILM_HUB_ID, minilm_folder, resolve, weights_file
 from bertforge.training.checkpoint import Progress, count_trainable
 from bertforge.training.config import Recipe
 from bertforge.training.distributed import World, joined
@@ -322,7 +322,8 @@ def _save(run: Run, recipe: Recipe, out: Path) -> None:
     if run.lora is None:
         run.model.save_pretrained(out)
     else:
-        base = MINILM_HUB_ID if recipe.model == MINILM else _found_anywhere(recipe.model)  # PEFT knows no `minilm`
+        own = str(minilm_folder() or MINILM_HUB_ID)  # PEFT knows no `minilm`
+        base = own if recipe.model == MINILM else _found_anywhere(recipe.model)
         save_adapter(run.model, run.lora, out, base)
 
 
