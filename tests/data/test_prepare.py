@@ -156,6 +156,44 @@ def test_a_table_of_ones_own_with_many_classes(tmp_path: Path, tokenizer: Tokeni
         data.columns(["sizes"])
 
 
+def label_tables(folder: Path, labels: list[object]) -> list[Path]:
+    """The same rows as CSV and as Parquet."""
+    frame = pd.DataFrame({"text": [f"text {i}" for i in range(len(labels))], "y": labels})
+    frame.to_parquet(folder / "t.parquet")
+    return [write_csv(folder / "t.csv", frame), folder / "t.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "original"),
+    [
+        ([True, False], "boolean", (False, True)),
+        ([1, 0], "integer", (0, 1)),
+        ([1.0, 0.0, float("nan")], "integer", (0, 1)),  # whole numbers with a gap are floats to pandas
+        (["b", "a"], "text", ("a", "b")),
+    ],
+)
+def test_labels_are_the_same_from_csv_and_parquet(
+    tmp_path: Path, tokenizer: Tokenizer, labels: list[object], kind: str, original: tuple[object, ...]
+) -> None:
+    options = PrepareOptions(text_columns=("text",), label_column="y")
+    made = [prepare(path, tmp_path / path.suffix, tokenizer, options) for path in label_tables(tmp_path, labels * 30)]
+    for data in made:
+        assert data.schema.label_kind == kind
+        assert data.schema.original_labels() == original
+        assert data.label_names == made[0].label_names
+        assert data.labels.tolist() == made[0].labels.tolist()
+
+
+def test_digits_that_a_source_calls_text_stay_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    options = PrepareOptions(text_columns=("text",), label_column="y")
+    table, parquet = label_tables(tmp_path, ["1", "0"] * 30)
+    assert prepare(parquet, tmp_path / "typed", tokenizer, options).schema.original_labels() == ("0", "1")
+    lines = pd.read_parquet(parquet)
+    lines.to_json(tmp_path / "t.jsonl", orient="records", lines=True)
+    assert prepare(tmp_path / "t.jsonl", tmp_path / "lines", tokenizer, options).schema.original_labels() == ("0", "1")
+    assert prepare(table, tmp_path / "csv", tokenizer, options).schema.original_labels() == (0, 1)
+
+
 def test_dates_with_the_day_first_are_refused_and_not_read_month_first(tmp_path: Path, tokenizer: Tokenizer) -> None:
     days = pd.date_range("2012-01-01", periods=60)
     frame = pd.DataFrame({"text": map(str, range(60)), "label": ["a", "b"] * 30, "on": days.strftime("%d/%m/%Y")})
@@ -233,6 +271,12 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path, tokenizer:
             {"text_columns": ("a",), "label_column": "b"},
             DataError,
             "more than 1,000 different values",
+        ),
+        (
+            pd.DataFrame({"a": map(str, range(300)), "b": [f"id {i}" for i in range(300)]}),
+            {"text_columns": ("a",), "label_column": "b"},
+            DataError,
+            "column b holds 300 different values in 300 rows, so it is no column of classes",
         ),
     ],
 )

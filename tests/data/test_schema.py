@@ -4,7 +4,7 @@ import pyarrow as pa
 import pytest
 
 from bertforge.data.rows import Rows
-from bertforge.data.schema import QUESTIONS, STATUSES, Schema, choose_schema, sort_labels
+from bertforge.data.schema import QUESTIONS, STATUSES, Schema, choose_schema, kind_of_labels, look_alikes, sort_labels
 from bertforge.errors import DataError, UsageError
 
 from .tables import COLUMNS
@@ -60,3 +60,55 @@ def test_numbers_sort_as_numbers() -> None:
 def test_saved_and_read_back() -> None:
     for schema in (QUESTIONS, Schema("table", ("a", "b"), "y", ("0", "1"), "d")):
         assert Schema.from_dict(schema.to_dict()) == schema
+
+
+def test_a_schema_saved_before_labels_had_a_kind_is_read() -> None:
+    saved = Schema("table", ("a",), "y", ("0", "1")).to_dict()
+    del saved["label_kind"]
+    assert Schema.from_dict(saved).original_labels() == ("0", "1")
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (["0", "-1", "10"], "integer"),
+        (["0.0", "1.0", "2"], "integer"),
+        (["True", "false"], "boolean"),
+        (["007", "8"], "text"),  # as a number it would not come back as it was
+        (["1.5", "2"], "text"),
+        (["true", "maybe"], "text"),
+        ([], "text"),
+    ],
+)
+def test_labels_tell_their_kind_by_how_they_are_spelled(values: list[str], kind: str) -> None:
+    assert kind_of_labels(values) == kind
+
+
+def test_labels_are_given_back_as_they_were() -> None:
+    assert Schema("table", ("t",), "y", ("0", "1"), label_kind="integer").original_labels() == (0, 1)
+    flags = Schema("table", ("t",), "y", ("false", "true"), label_kind="boolean").original_labels()
+    assert flags == (False, True)
+    assert all(isinstance(flag, bool) for flag in flags)
+
+
+@pytest.mark.parametrize(
+    ("names", "values", "codes"),
+    [
+        (("false", "true"), ["True", "FALSE", "true", "yes"], [1, 0, 1, -1]),
+        (("False", "True"), ["true", "False"], [1, 0]),  # of a model made before there was one spelling
+        (("0", "1"), ["1.0", "0", "1.5"], [1, 0, -1]),
+        (("no", "true"), ["True", "true"], [-1, 1]),
+    ],
+)
+def test_booleans_and_numbers_match_in_every_spelling(
+    names: tuple[str, ...], values: list[str], codes: list[int]
+) -> None:
+    rows = Rows(pa.table({"y": pa.array(values, pa.large_string())}))
+    assert Schema("table", ("t",), "y", names).encode_labels(rows).tolist() == codes
+
+
+def test_labels_that_differ_by_case_or_spaces_are_found() -> None:
+    assert look_alikes(["Spam", "spam", "ham", "not spam", "Not  spam"]) == [
+        ["Spam", "spam"],
+        ["not spam", "Not  spam"],
+    ]

@@ -35,7 +35,7 @@ from bertforge.data.tables import Chunk, read_chunks
 from bertforge.data.tokens import Tokenizer, TokenWriter
 from bertforge.errors import DataError, UsageError
 
-FORMAT_VERSION = 1  # raise it when the meaning of a prepared file changes: older folders are then made again
+FORMAT_VERSION = 2  # raise it when the meaning of a prepared file changes: older folders are then made again
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,12 @@ from bertforge.data.features import derive, named_as_derived
 from bertforge.data.prepared import SET_ASIDE_FILE, TABLE_FILE, join_texts
 from bertforge.data.rows import DATE_FORMATS, Rows
 from bertforge.data.sample import is_made_up
-from bertforge.data.schema import MAX_LABELS, QUESTIONS, Schema, sort_labels
+from bertforge.data.schema import MAX_LABELS, QUESTIONS, TEXT, Schema, kind_of_labels, sort_labels, spell_labels
 from bertforge.data.splits import hash_texts
-from bertforge.data.tables import BadRow, Chunk
+from bertforge.data.tables import STRING, BadRow, Chunk
 from bertforge.errors import DataError
 
+_FEW_LABELS = 10  # a tiny table may have half as many labels as rows
 _LINES_SHOWN = 5  # line numbers kept per reason in the manifest; set_aside.jsonl has them all
 
 
@@ -46,6 +47,7 @@ class RowWriter:
         self._set_aside = (folder / SET_ASIDE_FILE).open("w", encoding="utf-8")
         self._reasons: dict[str, dict[str, Any]] = {}
         self._codes = {name: code for code, name in enumerate(schema.label_names)}  # in order of appearance
+        self._labels_are_text = bool(schema.label_names)  # those of Stack Overflow
         self._made_up = False
         self._lines: list[NDArray[np.int64]] = []
         self._labels: list[NDArray[np.int64]] = []
@@ -74,6 +76,7 @@ class RowWriter:
         if set(QUESTIONS.required_columns) <= set(rows.names):  # in any other table a PostId is something else
             self._made_up |= is_made_up(chunk.table.select(["PostId"] if "PostId" in rows.names else []).to_pandas())
         texts = join_texts(table, self.schema)
+        self._labels_are_text |= self.schema.label_column in chunk.declared_text
         self._lines.append(chunk.line[good])
         self._labels.append(self._encode(self.schema.label_values(rows).filter(keep)))
         self._hashes.append(hash_texts(texts))
@@ -92,9 +95,15 @@ class RowWriter:
         labels = np.concatenate(self._labels)
         if not len(labels):
             raise DataError("no row of the table is good: " + (self._describe_reasons() or "it holds only a header"))
-        names = self.schema.label_names or sort_labels(self._codes)
-        rank = np.array([names.index(name) for name in self._codes])
-        labels = rank[labels]
+        kind = TEXT if self._labels_are_text else kind_of_labels(self._codes)
+        spelled = spell_labels(pa.array(self._codes, STRING), kind).to_pylist()
+        names = self.schema.label_names or sort_labels(set(spelled))
+        if 2 * len(names) > len(labels) and len(names) > _FEW_LABELS:
+            raise DataError(
+                f"column {self.schema.label_column} holds {len(names):,} different values in {len(labels):,} rows, "
+                "so it is no column of classes; name another with --label-column"
+            )
+        labels = np.array([names.index(name) for name in spelled])[labels]
         counts = np.bincount(labels, minlength=len(names))
         if np.count_nonzero(counts) < 2:
             only = names[int(labels[0])]
@@ -107,7 +116,7 @@ class RowWriter:
         if self._dates:
             np.save(self._folder / "dates.npy", dates)
         facts = {
-            "schema": replace(self.schema, label_names=names).to_dict(),
+            "schema": replace(self.schema, label_names=names, label_kind=kind).to_dict(),
             "rows": len(labels),
             "label_counts": dict(zip(names, counts.tolist(), strict=True)),
             "set_aside": self._reasons,

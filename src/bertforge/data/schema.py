@@ -21,6 +21,7 @@ from bertforge.errors import DataError, UsageError
 
 STACK_OVERFLOW = "stackoverflow"
 TABLE = "table"
+TEXT, INTEGER, BOOLEAN = "text", "integer", "boolean"  # kinds of labels
 STATUSES = ("open", "not a real question", "off topic", "not constructive", "too localized")
 OWNER_DATE, CLOSED_DATE = "OwnerCreationDate", "PostClosedDate"
 NUMBERS = ("ReputationAtPostCreation", "OwnerUndeletedAnswerCountAtPostTime")
@@ -42,6 +43,16 @@ class Schema:
     """Class 0, 1, ...; of a "table" they are known once all its rows were read."""
     date_column: str | None = None
     """Orders the rows for the split by time."""
+    label_kind: str = "text"
+    """What the labels were in the table: "text", "integer" or "boolean"."""
+
+    def original_labels(self) -> tuple[str | int | bool, ...]:
+        """`label_names` as values of the type they had in the table: 0 rather than "0", True rather than "true"."""
+        if self.label_kind == INTEGER:
+            return tuple(int(name) for name in self.label_names)
+        if self.label_kind == BOOLEAN:
+            return tuple(name == "true" for name in self.label_names)
+        return self.label_names
 
     @property
     def required_columns(self) -> tuple[str, ...]:
@@ -59,9 +70,15 @@ class Schema:
         return pc.if_else(known, name, "").cast(text.type)
 
     def encode_labels(self, rows: Rows) -> NDArray[np.int64]:
-        """[rows] index into `label_names`, -1 where the value is none of them."""
-        values = self.label_values(rows)
-        found = pc.index_in(values, value_set=pa.array(self.label_names, values.type))
+        """[rows] index into `label_names`, -1 where the value is none of them.
+
+        Where all names are whole numbers or booleans, 1.0 is 1 and True is true, so that a model of a Parquet table
+        reads the CSV that pandas writes of it.
+        """
+        kind = kind_of_labels(self.label_names)
+        values = spell_labels(self.label_values(rows), kind)
+        names = spell_labels(pa.array(self.label_names, values.type), kind)
+        found = pc.index_in(values, value_set=names)
         codes: NDArray[np.int64] = pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64)
         return codes
 
@@ -72,6 +89,7 @@ class Schema:
             "label_column": self.label_column,
             "label_names": list(self.label_names),
             "date_column": self.date_column,
+            "label_kind": self.label_kind,
         }
 
     @classmethod
@@ -82,6 +100,7 @@ class Schema:
             label_column=saved["label_column"],
             label_names=tuple(saved["label_names"]),
             date_column=saved["date_column"],
+            label_kind=saved.get("label_kind", TEXT),  # models made before there was the field
         )
 
 
@@ -122,6 +141,31 @@ def require_columns(needed: Iterable[str], found: Sequence[str], why: str, hint:
             hint = f"; columns are separated by commas, not by {separator!r}: convert the table"
         plural = "columns" if len(missing) > 1 else "column"
         raise DataError(f"missing {plural} {', '.join(missing)} ({why} it); columns found: {', '.join(found)}{hint}")
+
+
+def kind_of_labels(values: Iterable[str]) -> str:
+    """What labels are by their spelling: all of them whole numbers, all of them true or false, or text."""
+    names = list(values)
+    if names and all(re.fullmatch(r"(0|-?[1-9]\d*)(\.0+)?", name) for name in names):  # 007 is no number: it is a name
+        return INTEGER
+    if names and all(name.lower() in ("true", "false") for name in names):
+        return BOOLEAN
+    return TEXT
+
+
+def spell_labels(values: pa.Array, kind: str) -> pa.Array:
+    """Labels of a kind in the one spelling that `label_names` have: 1 for 1.0, true for True."""
+    if kind == INTEGER:
+        return pc.replace_substring_regex(values, r"\.0+$", "")
+    return pc.utf8_lower(values) if kind == BOOLEAN else values
+
+
+def look_alikes(names: Iterable[str]) -> list[list[str]]:
+    """Groups of labels that differ only by case or by white space."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(" ".join(name.casefold().split()), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def sort_labels(values: Iterable[str]) -> tuple[str, ...]:

@@ -61,6 +61,8 @@ class Chunk:
     """Rows between these that could not be read."""
     done: float
     """Share of the source read so far, 0 to 1, for progress bars."""
+    declared_text: frozenset[str] = frozenset()
+    """Columns that the source says are text, so that a "1" in them is no number. A CSV says nothing of the kind."""
 
 
 def read_chunks(
@@ -185,6 +187,9 @@ def _json_lines(path: Path, chunk_rows: int) -> Iterator[Chunk]:
             lines: list[int] = []
             bad: list[BadRow] = []
             known = set(columns)
+            declared = frozenset(
+                name for *_, row in parsed if isinstance(row, dict) for name in row if isinstance(row[name], str)
+            )
             for line, raw, row in parsed:
                 if isinstance(row, str):
                     bad.append(BadRow(line, row, raw.decode(errors="surrogateescape").rstrip("\r\n")))
@@ -192,7 +197,8 @@ def _json_lines(path: Path, chunk_rows: int) -> Iterator[Chunk]:
                 late.update(row.keys() - known)
                 rows.append([_json_value(row.get(column)) for column in columns])
                 lines.append(line)
-            yield _chunk(columns, rows, lines, bad, min(1.0, file.tell() / size))
+            chunk = _chunk(columns, rows, lines, bad, min(1.0, file.tell() / size))
+            yield replace(chunk, declared_text=declared)
     for key, count in sorted(late.items()):
         log.warning("%s: key %a of %d rows is left out: it is not in the first %d lines", path, key, count, chunk_rows)
 
@@ -247,8 +253,9 @@ def _numbered(batches: Iterator[pa.RecordBatch], schema: pa.Schema | None = None
     start = 1
     for batch in batches:
         table, line, bad = _typed_to_strings(batch, start)
+        declared_text = frozenset(field.name for field in batch.schema if _is_text(_value_type(field.type)))
         start += batch.num_rows
-        yield Chunk(table, line, bad, 1.0)
+        yield Chunk(table, line, bad, 1.0, declared_text)
     if start == 1 and schema is not None:
         yield Chunk(_to_table(schema.names, []), np.array([], dtype=np.int64), [], 1.0)
 
@@ -274,9 +281,9 @@ def _typed_to_strings(batch: pa.RecordBatch, start: int) -> tuple[pa.Table, NDAr
 
 def _strings(column: pa.Array) -> pa.Array:
     """One column of any type -> strings, "" for null; raises ArrowInvalid where text is no UTF-8."""
-    kind = column.type
-    if pa.types.is_dictionary(kind):
-        column, kind = column.dictionary_decode(), kind.value_type
+    kind = _value_type(column.type)
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
     if _is_text(kind):  # Parquet does not promise that its strings are UTF-8, and only a cast from binary looks
         column = column.cast(pa.large_binary()).cast(STRING)
     elif pa.types.is_floating(kind):
@@ -289,6 +296,10 @@ def _strings(column: pa.Array) -> pa.Array:
     else:
         column = column.cast(STRING)
     return pc.fill_null(column, "")
+
+
+def _value_type(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
