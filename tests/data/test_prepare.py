@@ -72,7 +72,7 @@ def test_chunks_leave_no_trace(tmp_path: Path, tokenizer: Tokenizer, monkeypatch
     table = write_csv(tmp_path / "t.csv", frame)
     whole = prepare(table, tmp_path / "whole", tokenizer)
     read = prepare_module.read_chunks
-    monkeypatch.setattr(prepare_module, "read_chunks", lambda path, named: read(path, 7, named=named))
+    monkeypatch.setattr(prepare_module, "read_chunks", lambda path, **options: read(path, 7, **options))
     pieces = prepare(table, tmp_path / "pieces", tokenizer)
     assert pq.ParquetFile(pieces.directory / "table.parquet").num_row_groups > 10
     for name in ("labels.npy", "lines.npy", "dates.npy", "splits/random.npy", "splits/time.npy", "set_aside.jsonl"):
@@ -82,7 +82,7 @@ def test_chunks_leave_no_trace(tmp_path: Path, tokenizer: Tokenizer, monkeypatch
 
 
 def test_bad_rows_are_counted_with_their_lines_and_kept_in_a_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    rows = [question(i, BodyMarkdown=f"one line {i}") for i in range(100)]
+    rows = [question(i, BodyMarkdown=f"one line {i}, naïve") for i in range(100)]
     rows[10]["Title"] = ""
     rows[20]["PostCreationDate"] = "99/99/2010 00:00:00"
     rows[30]["OpenStatus"] = "deleted"

@@ -28,7 +28,7 @@ def test_good_rows_are_read_as_prepare_reads_them(tmp_path: Path, tokenizer: Tok
 
 
 def test_no_row_is_dropped_and_the_order_is_the_files(tmp_path: Path) -> None:
-    table = write_csv(tmp_path / "t.csv", pd.DataFrame([question(i, BodyMarkdown=f"b {i}") for i in range(5)]))
+    table = write_csv(tmp_path / "t.csv", pd.DataFrame([question(i, BodyMarkdown=f"b {i} é") for i in range(5)]))
     lines = table.read_bytes().split(b"\n")
     lines[2] = b'1,"torn "row"'
     lines[4] = lines[4].replace(b"b 3", b"\xff")

@@ -25,13 +25,15 @@ from typing import Any
 import numpy as np
 
 from bertforge.artifact import MANIFEST, fresh_directory, hash_file, read_manifest, write_manifest
+from bertforge.data.chunks import Chunk
+from bertforge.data.dialect import Dialect
 from bertforge.data.features import FEATURES
 from bertforge.data.prepared import SPLITS, PreparedData, tokens_key
 from bertforge.data.row_writer import KeptRows, RowWriter
 from bertforge.data.schema import QUESTIONS, choose_schema
 from bertforge.data.splits import PARTS, Groups, split_at_random, split_by_time
 from bertforge.data.streaming import ahead, progress
-from bertforge.data.tables import Chunk, read_chunks
+from bertforge.data.tables import read_chunks
 from bertforge.data.tokens import Tokenizer, TokenWriter
 from bertforge.errors import DataError, UsageError
 
@@ -50,6 +52,10 @@ class PrepareOptions:
     date_column: str | None = None
     seed: int = 42
     """Of the random split."""
+    encoding: str = ""
+    """Of a text table; "": detected."""
+    separator: str = ""
+    """Between its columns; "": detected."""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.splits if name not in SPLITS]
@@ -57,6 +63,10 @@ class PrepareOptions:
             raise UsageError(f"unknown split {unknown[0]!r} in --split; known: {', '.join(SPLITS)}")
         if self.seed < 0:
             raise UsageError(f"--seed {self.seed} is negative; name 0 or more")
+
+    @property
+    def dialect(self) -> Dialect:
+        return Dialect(self.encoding, self.separator)
 
 
 def prepare(table: Path, out: Path, tokenizer: Tokenizer, options: PrepareOptions | None = None) -> PreparedData:
@@ -67,7 +77,7 @@ def prepare(table: Path, out: Path, tokenizer: Tokenizer, options: PrepareOption
     options = options or PrepareOptions()
     named = [*options.text_columns, *filter(None, (options.label_column, options.date_column))]
     # Refuses a missing or unknown file before anything is hashed.
-    chunks = read_chunks(table, named=named or QUESTIONS.required_columns)
+    chunks = read_chunks(table, named=named or QUESTIONS.required_columns, dialect=options.dialect)
     source_hash = hash_file(table)
     settled = json.dumps([FORMAT_VERSION, list(FEATURES), source_hash, asdict(options)], sort_keys=True)
     fingerprint = "sha256:" + hashlib.sha256(settled.encode()).hexdigest()

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from bertforge.data.chunks import STRING, BadRow, Chunk
 from bertforge.data.clean import UNPARSABLE_DATE, find_problems
 from bertforge.data.features import derive, named_as_derived
 from bertforge.data.prepared import SET_ASIDE_FILE, TABLE_FILE, join_texts
@@ -20,7 +21,6 @@ from bertforge.data.rows import DATE_FORMATS, Rows
 from bertforge.data.sample import is_made_up
 from bertforge.data.schema import MAX_LABELS, QUESTIONS, TEXT, Schema, kind_of_labels, sort_labels, spell_labels
 from bertforge.data.splits import hash_texts
-from bertforge.data.tables import STRING, BadRow, Chunk
 from bertforge.errors import DataError
 
 _FEW_LABELS = 10  # a tiny table may have half as many labels as rows
