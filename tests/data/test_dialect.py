@@ -13,7 +13,11 @@ LANGUAGES = {
     "German": ("Die Größe der Tür wäre schön gewesen, aber der Käufer möchte zurücktreten.", "cp1252"),
     "French": ("Le café était fermé à cause des élections, où êtes-vous allés déjeuner?", "latin-1"),
     "Polish": ("Zażółć gęślą jaźń. Proszę o zwrot pieniędzy, ponieważ przesyłka nie dotarła na czas.", "cp1250"),
-    "Turkish": ("Şu an müşteri hizmetlerine ulaşamıyorum, ödeme işlemi başarısız oldu. Teşekkürler.", "cp1254"),
+    "Turkish": (
+        "Dün aldığım ürün bozuk çıktı, geri iade etmek istiyorum. Kargo şirketi çok geç getirdi; harika bir uygulama, "
+        "herkese tavsiye ederim, çok beğendim.",
+        "cp1254",
+    ),
     "Russian": ("Здравствуйте, хочу вернуть товар, потому что он не работает.", "cp1251"),
     "Russian, Unix": ("Здравствуйте, хочу вернуть товар, потому что он не работает.", "koi8-r"),
     "Greek": ("Καλημέρα σας, θα ήθελα να επιστρέψω το προϊόν γιατί δεν λειτουργεί.", "cp1253"),
