@@ -144,7 +144,7 @@ def test_another_suffix_is_refused_before_anything_is_read(tmp_path, predictor):
 
 def test_a_missing_text_column_is_named(tmp_path, predictor):
     made_up(3).drop(columns="Title").to_csv(tmp_path / "t.csv", index=False)
-    with pytest.raises(DataError, match="missing column Title"):
+    with pytest.raises(DataError, match="the table has no column Title, which the model needs"):
         predict_table(predictor, tmp_path / "t.csv", tmp_path / "p.csv")
 
 
