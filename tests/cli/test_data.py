@@ -110,7 +110,7 @@ def test_prepare_warns_of_what_would_spoil_the_model(tmp_path: Path) -> None:
     assert (
         "WARNING: the rows set aside are not like the others: 100.0% of them are 'spam', but 70.3% of the rows" in said
     )
-    assert "WARNING: labels 'Spam' (1 rows) and 'spam' (239 rows) differ only by case or spaces" in said
+    assert "WARNING: labels 'Spam' (1 row) and 'spam' (239 rows) differ only by case or spaces" in said
 
 
 def test_prepare_takes_test_rows_of_a_file_and_says_which_rows_repeat(tmp_path: Path) -> None:

@@ -111,3 +111,15 @@ def test_the_questions_table() -> None:
     assert "Tag1" in found.categorical
     assert "PostCreationDate" in found.dates
     assert found.left_out["PostId"] == "numbers that its name calls an id"
+
+
+@pytest.mark.parametrize("name", ["id", "ID", "user_id", "Clothing ID", "userId", "PostID", "row key"])
+def test_ids_are_told_by_their_names(name: str) -> None:
+    numbers = RNG.integers(0, 10**6, ROWS)
+    assert list(guess(table(**{name: numbers})).left_out) == [name]
+
+
+@pytest.mark.parametrize("name", ["amount_paid", "Bid", "turkey", "ideas"])
+def test_words_that_end_like_an_id_are_none(name: str) -> None:
+    numbers = RNG.integers(0, 10**6, ROWS)
+    assert guess(table(**{name: numbers})).numeric == (name,)

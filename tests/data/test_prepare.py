@@ -403,7 +403,7 @@ def test_folds_are_splits_besides_the_others(tmp_path: Path, tokenizer: Tokenize
     assert data.split_name() == "random"
     tested = np.concatenate([data.rows(f"fold-{i}", "test") for i in range(1, 6)])
     assert sorted(tested.tolist()) == list(range(100))
-    with pytest.raises(UsageError, match=r"no split 'fold-6', but random, .*; prepare with --folds 6"):
+    with pytest.raises(UsageError, match=r"no split 'fold-6', but random, .*; prepare with --folds for others"):
         data.split("fold-6")
     lonely = write_csv(
         tmp_path / "t.csv", pd.concat([own_table(range(100)), own_table(range(1)).assign(y="c", text="one")])

@@ -100,7 +100,7 @@ def test_chunks_leave_no_trace(tmp_path, predictor, table, monkeypatch, name):
 
 def test_rows_that_cannot_be_read_keep_their_line(tmp_path, predictor):
     frame = made_up(6, seed=3)
-    frame["BodyMarkdown"] = "one line"
+    frame["BodyMarkdown"] = "a naïve text of one line"  # which shows that the table is UTF-8
     path = tmp_path / "t.csv"
     frame.to_csv(path, index=False)
     lines = path.read_bytes().split(b"\n")

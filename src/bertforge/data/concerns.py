@@ -37,7 +37,7 @@ def concerns(data: PreparedData) -> list[str]:
             f"but {kept[most] / sum(kept):.1%} of the rows kept; the model would learn wrong shares: see {where}"
         )
     for group in look_alikes(counts):
-        spelled = " and ".join(f"{name!r} ({counts[name]:,} rows)" for name in group)
+        spelled = " and ".join(f"{name!r} ({counts[name]:,} row{'s' * (counts[name] > 1)})" for name in group)
         found.append(
             f"labels {spelled} differ only by case or spaces; they are different classes: fix the table if that is not "
             "meant"

@@ -83,7 +83,7 @@ def detect_encoding(stream: IO[bytes]) -> str:
     for number, block in enumerate(_blocks(stream)):
         if number == 0 and (found := [name for mark, name in _MARKS.items() if block.startswith(mark)]):
             return found[0]
-        lines += block.count(b"\n")
+        lines += block.count(b"\n") or block.count(b"\r")
         if block.isascii():
             continue
         among = [block] if _is_utf8(block) else block.splitlines(keepends=True)
@@ -92,10 +92,10 @@ def detect_encoding(stream: IO[bytes]) -> str:
                 valid += sum(1 for _ in _NOT_ASCII_LINE.finditer(piece))
             else:
                 broken += 1
-                sample += piece if len(sample) < _SAMPLE else b""
+                sample += piece if len(sample) < _SAMPLE else b""  # whole lines: no letter of two bytes is cut
     if not broken or (valid and (broken < _BROKEN * lines or broken <= valid)):
         return UTF8
-    return _encoding_of(sample[: 2 * _SAMPLE])
+    return _encoding_of(sample)
 
 
 def _blocks(stream: IO[bytes]) -> Iterator[bytes]:

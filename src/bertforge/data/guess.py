@@ -43,9 +43,7 @@ _MOST_CLASSES = 1000  # more than this and a given label is none: what gives it 
 
 _WORD = r"\S+"
 _UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}]"
-_ID_NAME = re.compile(
-    r"(?:^|[^a-zA-Z])(?:id|ids|uuid|guid|key|index)$|[a-z](?:Id|ID|Uuid|UUID|Key|Index)$", re.IGNORECASE
-)
+_ID_NAME = re.compile(r"(?i:(?:^|[^a-z])(?:id|ids|uuid|guid|key|index))$|[a-z](?:Id|ID|Uuid|UUID|Key|Index)$")
 _LABEL_NAME = re.compile(
     r"label|class|categor|target|sentiment|intent|topic|status|spam|rating|emotion|outcome|(?:^|_)y$", re.IGNORECASE
 )
@@ -80,8 +78,8 @@ class GuessedColumns:
 def guess_columns(table: pa.Table, label: str | None = None) -> GuessedColumns:
     """Guesses from the first `SAMPLE_ROWS` rows of a table of strings, such as `Chunk.table`.
 
-    Without `label` the likeliest column is taken for it. A table sorted by its label shows too few classes at its
-    start: hand in rows drawn at random where they can be had.
+    `label` is a column of the table; without it the likeliest one is taken. A table sorted by its label shows too few
+    classes at its start: hand in rows drawn at random where they can be had.
     """
     rows = Rows(table.slice(0, SAMPLE_ROWS))
     columns = {name: _Column.of(rows, name) for name in rows.names}

@@ -103,8 +103,11 @@ class PreparedData:
         """
         made = list(self.manifest["splits"])
         if name and name not in made:
-            how = f"--folds {max(2, int(name[5:]))}" if name.removeprefix("fold-").isdecimal() else f"--split {name}"
-            raise UsageError(f"{self.directory} has no split {name!r}, but {', '.join(made)}; prepare with {how}")
+            options = {GIVEN: "--split-column, or --test", **{known: f"--split {known}" for known in SPLITS}}
+            raise UsageError(
+                f"{self.directory} has no split {name!r}, but {', '.join(made)}; "
+                f"prepare with {options.get(name, '--folds')} for others"
+            )
         return name or made[0]
 
     def split(self, name: str = "") -> NDArray[np.int8]:
