@@ -43,6 +43,10 @@ def test_the_encoding_found_reads_what_was_written(text: str, encoding: str) -> 
         assert content.decode(detect(content)) == table
 
 
+def test_a_single_sign_is_western_though_a_detector_takes_it_for_japanese() -> None:
+    assert detect(b"label,text\nspam,Free entry to win \xa31000 cash. Reply YES now\n") == "cp1252"
+
+
 def test_one_letter_at_the_very_end_decides() -> None:
     plain = b"label,text\n" + b"a,words\n" * 300_000
     assert detect(plain) == UTF8
@@ -68,6 +72,7 @@ def test_blocks_end_with_lines_and_long_lines_are_cut(monkeypatch: pytest.Monkey
     monkeypatch.setattr(module, "_BLOCK", 8)
     monkeypatch.setattr(module, "_LONGEST_LINE", 40)
     table = "a,café now and again\n" * 30
+    assert all(block.endswith(b"\n") for block in module._blocks(io.BytesIO(table.encode())))
     assert detect(table.encode()) == UTF8, "a letter of two bytes on the edge of a block is no broken one"
     assert detect(table.encode("cp1252")) == "cp1252"
     assert detect(table.replace("\n", "\r").encode()) == UTF8
@@ -85,6 +90,7 @@ def test_blocks_end_with_lines_and_long_lines_are_cut(monkeypatch: pytest.Monkey
         ("text,label\na;b;c,x\nd;e;f,y\n", ","),
         ("text\nwords, and words\n", ","),
         ("name, first;age\nAda;1\nBob;2\n", ";"),
+        ("a, b, c;d\n1;2\n3;4\n", ";"),
         ('a;b\n"one\ntwo";x\n"three";y\n', ";"),
         ("v1,v2,,,\nham,text,,,\n", ","),
         ("", ","),

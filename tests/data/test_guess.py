@@ -77,6 +77,11 @@ def test_a_column_that_only_helps_is_no_leak_and_neither_is_a_rare_class() -> No
     assert guess(rare).leaks == {}, "always saying no is right in 98% of the rows, whatever the column"
 
 
+def test_values_that_hardly_repeat_give_nothing_away() -> None:
+    twice = table(code=[f"c{i // 2}" for i in range(ROWS)], thrice=[f"d{i // 3}" for i in RNG.permutation(ROWS)])
+    assert guess(twice).leaks == {}
+
+
 def test_a_repeated_text_is_no_leak() -> None:
     frame = table()
     twice = pd.concat([frame, frame, frame])
@@ -93,6 +98,7 @@ def test_the_label_is_guessed_by_name_then_by_fewest_values() -> None:
 def test_text_without_spaces_and_single_words_are_found() -> None:
     characters = [chr(code) for code in range(0x4E00, 0x5E00)]
     chinese = table().assign(message=["".join(RNG.choice(characters, 12)) for _ in range(ROWS)])
+    chinese["email"] = [f"{i}@long.example.org" for i in range(ROWS)]
     assert guess(chinese).text == ("message",)
     names = table().assign(message=[f"Name{i}" for i in RNG.permutation(ROWS)], code=[f"c{i}" for i in range(ROWS)])
     found = guess(names)

@@ -75,6 +75,12 @@ def test_a_broken_csv_row_costs_itself_only(tmp_path: Path, broken: str, kept: l
     assert lines == [2, 3 + broken.count("\n")]
 
 
+def test_broken_rows_are_told_apart_whatever_separates(tmp_path: Path) -> None:
+    frame, _, bad = read_csv(tmp_path, 'id;text;tag\n1;good;x\n2;"a"b;c\n4;"a"b;c\n3;fine;y\n')
+    assert frame["id"].tolist() == ["1", "3"]
+    assert [row.line for row in bad] == [3, 4]
+
+
 def test_an_unclosed_quote_at_the_end_of_the_file_costs_one_row(tmp_path: Path) -> None:
     rows = "".join(f"{i},text {i},x\n" for i in range(2000))
     frame, _, bad = read_csv(tmp_path, f'id,text,tag\n-1,"open,x\n{rows}')
