@@ -39,6 +39,11 @@ def test_every_format_gives_the_same_strings(tmp_path: Path) -> None:
         assert lines == sorted(lines)
 
 
+def test_chunks_of_a_frame_are_full_however_it_was_made() -> None:
+    frame = questions(3).astype("string[pyarrow]")
+    assert [len(chunk.line) for chunk in read_chunks(pd.concat([frame] * 3), 8)] == [8, 1]
+
+
 def test_lines_are_those_of_an_editor(tmp_path: Path) -> None:
     _, lines, _ = read_csv(tmp_path, 'a,b\n1,"x\ny\r\nz"\n\n2,w\n')
     assert lines == [2, 6]

@@ -75,7 +75,7 @@ def _parquet(path: Path, chunk_rows: int, *, named: Sequence[str]) -> Iterator[C
 
 def _frame_batches(frame: pd.DataFrame, chunk_rows: int) -> Iterator[pa.RecordBatch]:
     try:
-        table = pa.Table.from_pandas(frame, preserve_index=False)
+        table = pa.Table.from_pandas(frame, preserve_index=False).combine_chunks()  # of frames that were concatenated
     except (pa.ArrowException, TypeError) as error:
         raise DataError(f"a column of the frame mixes types ({str(error).splitlines()[0]})") from error
     return iter(table.to_batches(max_chunksize=chunk_rows) or [pa.RecordBatch.from_pylist([], schema=table.schema)])
