@@ -8,8 +8,8 @@ they are English, or another Western language, with a sign or an accent here and
 is a part. On such lines charset-normalizer errs; it is asked about all others, and Windows-1252 wins a tie.
 
 **Separator.** Of those that stand in the header, the one that cuts most of the first rows into as many fields as the
-header, and then the one that makes most columns. Commas win a tie. `csv.Sniffer` was tried first: it guesses from the
-frequency of characters, and takes letters for separators in tables of one text column.
+header, and then the one that makes most columns. Commas win a tie. `csv.Sniffer` finds the same in tables of several
+columns, but says "?" of one column of questions, and fails there when it may choose among these four only.
 
 **Line ends.** A file with carriage returns and no line feed (old Macintosh) is cut at those.
 """
