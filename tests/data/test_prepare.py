@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,7 @@ def test_chunks_leave_no_trace(tmp_path: Path, tokenizer: Tokenizer, monkeypatch
     table = write_csv(tmp_path / "t.csv", frame)
     whole = prepare(table, tmp_path / "whole", tokenizer)
     read = prepare_module.read_chunks
-    monkeypatch.setattr(prepare_module, "read_chunks", lambda path, named: read(path, 7, named=named))
+    monkeypatch.setattr(prepare_module, "read_chunks", lambda path, **options: read(path, 7, **options))
     pieces = prepare(table, tmp_path / "pieces", tokenizer)
     assert pq.ParquetFile(pieces.directory / "table.parquet").num_row_groups > 10
     for name in ("labels.npy", "lines.npy", "dates.npy", "splits/random.npy", "splits/time.npy", "set_aside.jsonl"):
@@ -82,7 +83,7 @@ def test_chunks_leave_no_trace(tmp_path: Path, tokenizer: Tokenizer, monkeypatch
 
 
 def test_bad_rows_are_counted_with_their_lines_and_kept_in_a_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    rows = [question(i, BodyMarkdown=f"one line {i}") for i in range(100)]
+    rows = [question(i, BodyMarkdown=f"one line {i}, naïve") for i in range(100)]
     rows[10]["Title"] = ""
     rows[20]["PostCreationDate"] = "99/99/2010 00:00:00"
     rows[30]["OpenStatus"] = "deleted"
@@ -156,6 +157,44 @@ def test_a_table_of_ones_own_with_many_classes(tmp_path: Path, tokenizer: Tokeni
         data.columns(["sizes"])
 
 
+def label_tables(folder: Path, labels: list[object]) -> list[Path]:
+    """The same rows as CSV and as Parquet."""
+    frame = pd.DataFrame({"text": [f"text {i}" for i in range(len(labels))], "y": labels})
+    frame.to_parquet(folder / "t.parquet")
+    return [write_csv(folder / "t.csv", frame), folder / "t.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "original"),
+    [
+        ([True, False], "boolean", (False, True)),
+        ([1, 0], "integer", (0, 1)),
+        ([1.0, 0.0, float("nan")], "integer", (0, 1)),  # whole numbers with a gap are floats to pandas
+        (["b", "a"], "text", ("a", "b")),
+    ],
+)
+def test_labels_are_the_same_from_csv_and_parquet(
+    tmp_path: Path, tokenizer: Tokenizer, labels: list[object], kind: str, original: tuple[object, ...]
+) -> None:
+    options = PrepareOptions(text_columns=("text",), label_column="y")
+    made = [prepare(path, tmp_path / path.suffix, tokenizer, options) for path in label_tables(tmp_path, labels * 30)]
+    for data in made:
+        assert data.schema.label_kind == kind
+        assert data.schema.original_labels() == original
+        assert data.label_names == made[0].label_names
+        assert data.labels.tolist() == made[0].labels.tolist()
+
+
+def test_digits_that_a_source_calls_text_stay_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    options = PrepareOptions(text_columns=("text",), label_column="y")
+    table, parquet = label_tables(tmp_path, ["1", "0"] * 30)
+    assert prepare(parquet, tmp_path / "typed", tokenizer, options).schema.original_labels() == ("0", "1")
+    lines = pd.read_parquet(parquet)
+    lines.to_json(tmp_path / "t.jsonl", orient="records", lines=True)
+    assert prepare(tmp_path / "t.jsonl", tmp_path / "lines", tokenizer, options).schema.original_labels() == ("0", "1")
+    assert prepare(table, tmp_path / "csv", tokenizer, options).schema.original_labels() == (0, 1)
+
+
 def test_dates_with_the_day_first_are_refused_and_not_read_month_first(tmp_path: Path, tokenizer: Tokenizer) -> None:
     days = pd.date_range("2012-01-01", periods=60)
     frame = pd.DataFrame({"text": map(str, range(60)), "label": ["a", "b"] * 30, "on": days.strftime("%d/%m/%Y")})
@@ -214,7 +253,7 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path, tokenizer:
 @pytest.mark.parametrize(
     ("frame", "options", "error", "message"),
     [
-        (questions(60).drop(columns="Title"), {}, DataError, "missing column Title"),
+        (questions(60).drop(columns="Title"), {}, DataError, "the table has no column Title"),
         (questions(60).iloc[:0], {}, DataError, "only a header"),
         (questions(60).assign(Title=""), {}, DataError, "no row of the table is good: missing Title: 60 rows"),
         (questions(60).assign(OpenStatus="open"), {}, DataError, "all 60 good rows have the label 'open'"),
@@ -233,6 +272,12 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path, tokenizer:
             {"text_columns": ("a",), "label_column": "b"},
             DataError,
             "more than 1,000 different values",
+        ),
+        (
+            pd.DataFrame({"a": map(str, range(300)), "b": [f"id {i}" for i in range(300)]}),
+            {"text_columns": ("a",), "label_column": "b"},
+            DataError,
+            "column b holds 300 different values in 300 rows, so it is no column of classes",
         ),
     ],
 )
@@ -297,3 +342,75 @@ def test_a_damaged_folder_is_noticed(tmp_path: Path, tokenizer: Tokenizer) -> No
         PreparedData.open(data.directory)
     with pytest.raises(ArtifactError, match="bertforge prepare"):
         PreparedData.open(tmp_path / "nowhere")
+
+
+OWN = PrepareOptions(text_columns=("text",), label_column="y")
+
+
+def own_table(rows: range) -> pd.DataFrame:
+    return pd.DataFrame({"text": [f"text {i}" for i in rows], "y": ["ab"[i % 2] for i in rows], "more": "x"})
+
+
+def texts_of(data: PreparedData, split: str, part: str) -> list[str]:
+    return data.texts(data.rows(split, part))
+
+
+def test_files_of_validation_and_test_rows_are_those_parts(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    frames = {
+        "train": own_table(range(100)),
+        "validation": own_table(range(98, 120)),
+        "test": own_table(range(115, 150)),
+    }
+    frames["test"] = frames["test"][["more", "y", "text"]].assign(extra="z")
+    frames["test"].loc[3, "text"] = " "
+    paths = {name: write_csv(tmp_path / f"{name}.csv", frame) for name, frame in frames.items()}
+    both = {"validation": paths["validation"], "test": paths["test"]}
+    data = prepare(paths["train"], tmp_path / "out", tokenizer, OWN, **both)
+    assert list(data.manifest["splits"]) == ["given"]
+    assert data.split_name() == "given"
+    assert texts_of(data, "given", "train") == [f"text {i}" for i in range(98)]
+    assert texts_of(data, "given", "validation") == [f"text {i}" for i in range(98, 120) if i < 115 or i == 118]
+    assert texts_of(data, "given", "test") == [f"text {i}" for i in range(115, 150) if i != 118]
+    assert data.manifest["given"] == {"repeated": {"train": 2, "validation": 4, "test": 0}, "drawn": []}
+    assert data.manifest["set_aside"] == {"missing text (text) in test.csv": {"rows": 1, "lines": [5]}}
+    assert json.loads((data.directory / "set_aside.jsonl").read_text())["file"] == "test.csv"
+    assert prepare(paths["train"], tmp_path / "out", tokenizer, OWN, **both).reused
+    assert not prepare(paths["train"], tmp_path / "out", tokenizer, OWN, test=paths["test"]).reused
+    lacks = write_csv(tmp_path / "lacks.csv", own_table(range(10)).drop(columns="more"))
+    with pytest.raises(DataError, match=r"lacks.csv has no column more, which the table of train rows has"):
+        prepare(paths["train"], tmp_path / "other", tokenizer, OWN, test=lacks)
+
+
+def test_a_column_can_say_the_split(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    frame = own_table(range(90)).assign(part=["Train", "dev", "TEST"] * 30)
+    options = replace(OWN, split_column="part", splits=("random",))
+    data = prepare(write_csv(tmp_path / "t.csv", frame), tmp_path / "out", tokenizer, options)
+    assert list(data.manifest["splits"]) == ["given", "random"]
+    assert data.split().tolist() == [0, 1, 2] * 30
+    with pytest.raises(UsageError, match="both give a split"):
+        prepare(tmp_path / "t.csv", tmp_path / "x", tokenizer, options, test=tmp_path / "t.csv")
+    frame.loc[4, "part"] = "holdout"
+    with pytest.raises(DataError, match="split column part holds 'holdout'; it may hold train, validation"):
+        prepare(write_csv(tmp_path / "t.csv", frame), tmp_path / "x", tokenizer, options)
+    with pytest.raises(DataError, match="the table has no column prt; did you mean part"):
+        prepare(tmp_path / "t.csv", tmp_path / "x", tokenizer, replace(options, split_column="prt"))
+
+
+def test_folds_are_splits_besides_the_others(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    table = write_csv(tmp_path / "t.csv", own_table(range(100)))
+    data = prepare(table, tmp_path / "out", tokenizer, replace(OWN, folds=5))
+    assert list(data.manifest["splits"]) == ["random", *(f"fold-{i}" for i in range(1, 6))]
+    assert data.split_name() == "random"
+    tested = np.concatenate([data.rows(f"fold-{i}", "test") for i in range(1, 6)])
+    assert sorted(tested.tolist()) == list(range(100))
+    with pytest.raises(UsageError, match=r"no split 'fold-6', but random, .*; prepare with --folds for others"):
+        data.split("fold-6")
+    lonely = write_csv(
+        tmp_path / "t.csv", pd.concat([own_table(range(100)), own_table(range(1)).assign(y="c", text="one")])
+    )
+    with pytest.raises(
+        DataError, match="label 'c' has no two different texts, so one of the 5 folds could not learn it"
+    ):
+        prepare(lonely, tmp_path / "x", tokenizer, replace(OWN, folds=5))
+    with pytest.raises(UsageError, match="--folds 1 cannot be"):
+        replace(OWN, folds=1)

@@ -5,7 +5,16 @@ import hashlib
 import numpy as np
 import pytest
 
-from bertforge.data.splits import Groups, hash_texts, split_at_random, split_by_time
+from bertforge.data.splits import (
+    Groups,
+    complete_given,
+    hash_texts,
+    parts_named,
+    split_at_random,
+    split_by_time,
+    split_into_folds,
+)
+from bertforge.errors import DataError
 
 RNG = np.random.default_rng(0)
 TEXTS = [f"Text  {RNG.integers(600)}" for _ in range(1000)]  # about 480 different ones
@@ -84,3 +93,49 @@ def test_a_repeated_text_goes_by_its_earliest_date() -> None:
     dates = np.datetime64("2010-01-01", "s") + np.arange(10).astype("timedelta64[D]")
     part = split_by_time(Groups.from_hashes(hash_texts(texts)), dates)
     assert part[-1] == part[0] == 0
+
+
+def test_each_row_is_tested_in_one_fold_and_texts_stay_together() -> None:
+    groups = Groups.from_hashes(hash_texts(TEXTS))
+    splits = np.array(split_into_folds(groups, LABELS, 5, 42))  # [folds, rows]
+    assert ((splits == 2).sum(axis=0) == 1).all()
+    for part in splits:
+        assert np.bincount(part) == pytest.approx([720, 80, 200], abs=35)
+        together = [set(part[groups.of_row == group].tolist()) for group in range(len(groups.size))]
+        assert {len(parts) for parts in together} == {1}
+    assert (splits == np.array(split_into_folds(groups, LABELS, 5, 42))).all()
+    assert (splits != np.array(split_into_folds(groups, LABELS, 5, 43))).any()
+
+
+def test_folds_hold_every_label_alike() -> None:
+    groups = Groups.from_hashes(np.arange(1000, dtype=np.uint64))
+    labels = np.repeat([0, 1, 2, 3], [500, 300, 198, 2])
+    for part in split_into_folds(groups, labels, 4, 42):
+        shares = [np.bincount(part[labels == label], minlength=3).tolist() for label in range(4)]
+        assert shares[0] == pytest.approx([337.5, 37.5, 125], abs=1)
+        assert shares[1] == pytest.approx([202.5, 22.5, 75], abs=1)
+        assert shares[3][0] >= 1, "of two rows one is left to train"
+
+
+def test_a_given_split_is_completed_from_the_train_rows() -> None:
+    groups = Groups.from_hashes(np.arange(1000, dtype=np.uint64))
+    given = np.where(np.arange(1000) < 900, 0, 2).astype(np.int8)
+    part = complete_given(groups, LABELS, given, 42)
+    assert (part[900:] == 2).all()
+    assert np.bincount(part[:900]) == pytest.approx([810, 90], abs=2)
+    only_train = complete_given(groups, LABELS, np.zeros(1000, dtype=np.int8), 42)
+    assert np.bincount(only_train) == pytest.approx([800, 100, 100], abs=3)
+    whole = np.array([0, 1, 2] * 300, dtype=np.int8)
+    assert (complete_given(Groups.from_hashes(np.arange(900, dtype=np.uint64)), LABELS[:900], whole, 42) == whole).all()
+
+
+def test_a_text_given_to_two_parts_stays_in_the_later_one() -> None:
+    groups = Groups.from_hashes(hash_texts(["a", "b", "c", "d", "e", "A", "b", "C"]))
+    given = np.array([0, 0, 1, 0, 0, 1, 2, 2], dtype=np.int8)
+    assert complete_given(groups, np.zeros(8, dtype=np.int64), given, 42).tolist() == [-1, -1, -1, 0, 0, 1, 2, 2]
+
+
+def test_parts_are_named_in_any_case_and_nothing_else_is_one() -> None:
+    assert parts_named(["Train", "VALID", "val", "dev", "validation", "test"], "s").tolist() == [0, 1, 1, 1, 1, 2]
+    with pytest.raises(DataError, match="split column s holds '', 'tst'; it may hold train"):
+        parts_named(["tst", "", "train"], "s")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 import zipfile
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bertforge.data.tables import BadRow, Chunk, read_chunks
-from bertforge.errors import DataError
+from bertforge.data.chunks import BadRow, Chunk
+from bertforge.data.dialect import Dialect
+from bertforge.data.tables import read_chunks
+from bertforge.errors import DataError, MachineError
 
 from .tables import questions, write_every_format
 
@@ -34,6 +37,11 @@ def test_every_format_gives_the_same_strings(tmp_path: Path) -> None:
         assert frame.astype(object).values.tolist() == expected.values.tolist(), source
         assert not bad
         assert lines == sorted(lines)
+
+
+def test_chunks_of_a_frame_are_full_however_it_was_made() -> None:
+    frame = questions(3).astype("string[pyarrow]")
+    assert [len(chunk.line) for chunk in read_chunks(pd.concat([frame] * 3), 8)] == [8, 1]
 
 
 def test_lines_are_those_of_an_editor(tmp_path: Path) -> None:
@@ -70,6 +78,12 @@ def test_a_broken_csv_row_costs_itself_only(tmp_path: Path, broken: str, kept: l
     assert bad[0].line == 3
     assert "".join(str(row.raw) for row in bad) == broken
     assert lines == [2, 3 + broken.count("\n")]
+
+
+def test_broken_rows_are_told_apart_whatever_separates(tmp_path: Path) -> None:
+    frame, _, bad = read_csv(tmp_path, 'id;text;tag\n1;good;x\n2;"a"b;c\n4;"a"b;c\n3;fine;y\n')
+    assert frame["id"].tolist() == ["1", "3"]
+    assert [row.line for row in bad] == [3, 4]
 
 
 def test_an_unclosed_quote_at_the_end_of_the_file_costs_one_row(tmp_path: Path) -> None:
@@ -191,11 +205,14 @@ def _zip_of(path: Path, *names: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.xlsx", b"x", "unknown format '.xlsx'"),
+        ("t.xls", b"x", "unknown format '.xls'"),
+        ("t.xlsx", b"x", "not a readable Excel"),
         ("t.csv", b"", "is empty"),
         ("t.csv", b"\na,b\n", "no header"),
         ("t.csv", b"a,a\n1,2\n", "names a column twice"),
-        ("t.csv", "a,b\n1,2\n".encode("utf-16"), "not UTF-8"),
+        ("t.csv", "a,b\n1,2\n".encode("utf-16-le"), "header that is no text in its encoding; .*--encoding"),
+        ("t.gz", b"x", r"does not say what it holds; name it like t.csv.gz"),
+        ("t.csv.gz", b"x", "not a readable gz"),
         ("t.zip", b"PK", "not a readable zip"),
         ("t.parquet", b"PAR1", "not a readable Parquet"),
         ("t.json", b'[{"a": 1}]', "one JSON array"),
@@ -230,3 +247,109 @@ def test_missing_file_folder_and_ambiguous_zip_are_errors(tmp_path: Path) -> Non
     with pytest.raises(DataError, match="exactly one"):
         read_all(tmp_path / "two.zip")
     assert len(read_all(tmp_path / "mac.zip")[0]) == 1
+
+
+TABLE = pd.DataFrame({"text": ["one; two", "naïve, “quoted”", "a\tb"], "label": ["x", "y", "x"]})
+
+
+@pytest.mark.parametrize(
+    ("name", "separator", "encoding", "said"),
+    [
+        ("t.csv", ";", "utf-8", ["columns separated by semicolons"]),
+        ("t.tsv", "\t", "utf-8", []),
+        ("t.txt", "|", "utf-8", ["columns separated by vertical bars"]),
+        ("t.txt", "\t", "cp1252", ["Windows-1252, columns separated by tabs"]),
+        ("t.csv", ",", "cp1252", ["Windows-1252"]),
+        ("t.csv", ",", "utf-16", ["UTF-16"]),
+        ("t.csv", ",", "utf-8-sig", []),
+        ("t.csv.gz", ";", "utf-8", ["columns separated by semicolons"]),
+        ("t.tsv.gz", "\t", "utf-8", []),
+    ],
+)
+def test_separators_and_encodings_are_found_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, separator: str, encoding: str, said: list[str]
+) -> None:
+    path = tmp_path / name
+    TABLE.to_csv(path, sep=separator, encoding=encoding, index=False)
+    frame, lines, bad = read_all(path)
+    assert (frame.values.tolist(), lines, bad) == (TABLE.values.tolist(), [2, 3, 4], [])
+    assert caplog.messages == [f"{path} is read as {what}" for what in said]
+
+
+def test_what_is_told_is_not_detected(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "t.csv"
+    path.write_bytes("a,b;c\né,1;2\n".encode("cp1250"))
+    (chunk,) = read_chunks(path, dialect=Dialect("cp1250", ";"))
+    assert chunk.table.to_pylist() == [{"a,b": "é,1", "c": "2"}]
+    assert not caplog.messages
+
+
+def test_gzipped_json_lines(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl.gz"
+    TABLE.to_json(path, orient="records", lines=True)
+    assert read_all(path)[0].values.tolist() == TABLE.values.tolist()
+
+
+def test_a_cut_gzip_file_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv.gz"
+    questions(2000).to_csv(path, index=False)
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(DataError, match="not a readable gz file"):
+        read_all(path)
+
+
+def test_lone_carriage_returns_end_lines(tmp_path: Path) -> None:
+    frame, lines, bad = read_csv(tmp_path, "a,b\r1,x\r2,y\r")
+    assert (frame.values.tolist(), lines, bad) == ([["1", "x"], ["2", "y"]], [2, 3], [])
+
+
+def test_columns_without_a_name_are_called_by_their_place(tmp_path: Path) -> None:
+    frame, _, bad = read_csv(tmp_path, "v1,v2,,,\nham,hello,,,\nspam,win, now,,\n")
+    assert list(frame.columns) == ["v1", "v2", "column 3", "column 4", "column 5"]
+    assert frame["column 3"].tolist() == ["", " now"]
+    assert not bad
+
+
+def test_an_excel_workbook(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "t.xlsx"
+    frame = pd.DataFrame(
+        {
+            "text": ["naïve", "7", None, "end"],
+            "whole": [1, 2.0, None, 3],
+            "flag": [True, False, None, True],
+            "when": [pd.Timestamp("2020-01-02 03:04"), None, None, None],
+        }
+    )
+    with pd.ExcelWriter(path) as writer:
+        frame.to_excel(writer, sheet_name="mails", index=False)
+        frame.to_excel(writer, sheet_name="more", index=False)
+    chunks = list(read_chunks(path, 2))
+    assert [chunk.table.to_pylist() for chunk in chunks] == [
+        [
+            {"text": "naïve", "whole": "1", "flag": "true", "when": "2020-01-02 03:04:00"},
+            {"text": "7", "whole": "2", "flag": "false", "when": ""},
+        ],
+        [{"text": "end", "whole": "3", "flag": "true", "when": ""}],
+    ]
+    assert [chunk.line.tolist() for chunk in chunks] == [[2, 3], [5]]
+    assert chunks[-1].done == 1.0
+    assert chunks[0].declared_text == {"text"}
+    assert caplog.messages == [f"{path}: the first of 2 sheets is read, 'mails'"]
+
+
+def test_an_excel_workbook_without_openpyxl_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "t.xlsx"
+    TABLE.to_excel(path, index=False)
+    monkeypatch.setitem(sys.modules, "openpyxl", None)  # importing it now fails
+    with pytest.raises(MachineError, match=r"pip install 'bertforge\[excel\]'"):
+        read_all(path)
+
+
+def test_an_excel_sheet_needs_a_header_of_different_names(tmp_path: Path) -> None:
+    path = tmp_path / "t.xlsx"
+    pd.DataFrame([["a", "a"], ["1", "2"]]).to_excel(path, index=False, header=False)
+    with pytest.raises(DataError, match="names a column twice in its header: a"):
+        read_all(path)
+    pd.DataFrame().to_excel(path)
+    with pytest.raises(DataError, match="no header"):
+        read_all(path)

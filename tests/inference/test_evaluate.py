@@ -145,3 +145,16 @@ def test_a_report_is_written_with_the_runs_curves(tmp_path, data, runs):
     for said in ("columns on", "Made-up data.", found.scored.fingerprint, "the test part of the random split"):
         assert said in html, said
     assert found.comparison.verdict in html
+
+
+def test_a_run_reads_the_split_it_was_told_and_records_the_one_it_took(tmp_path, base):
+    frame = pd.DataFrame({"text": [f"text {i}" for i in range(60)], "label": ["a", "b"] * 30})
+    options = PrepareOptions(text_columns=("text",), label_column="label", folds=3)
+    data = prepare_frame(frame, tmp_path / "data", base, options)
+    prepared = PreparedData.open(data)
+    first = finetune(data, tmp_path / "first", quick_recipe(base, epochs=1))
+    assert first["recipe"]["split"] == "random"
+    finetune(data, tmp_path / "fold", quick_recipe(base, epochs=1, split="fold-2"))
+    evaluation = evaluate_run(tmp_path / "fold", data)
+    assert evaluation.scored.lines.tolist() == prepared.lines[prepared.rows("fold-2", "test")].tolist()
+    assert "the test part of the fold-2 split" in evaluation.scored.source

@@ -100,7 +100,7 @@ def test_chunks_leave_no_trace(tmp_path, predictor, table, monkeypatch, name):
 
 def test_rows_that_cannot_be_read_keep_their_line(tmp_path, predictor):
     frame = made_up(6, seed=3)
-    frame["BodyMarkdown"] = "one line"
+    frame["BodyMarkdown"] = "a naïve text of one line"  # which shows that the table is UTF-8
     path = tmp_path / "t.csv"
     frame.to_csv(path, index=False)
     lines = path.read_bytes().split(b"\n")
@@ -144,7 +144,7 @@ def test_another_suffix_is_refused_before_anything_is_read(tmp_path, predictor):
 
 def test_a_missing_text_column_is_named(tmp_path, predictor):
     made_up(3).drop(columns="Title").to_csv(tmp_path / "t.csv", index=False)
-    with pytest.raises(DataError, match="missing column Title"):
+    with pytest.raises(DataError, match="the table has no column Title, which the model needs"):
         predict_table(predictor, tmp_path / "t.csv", tmp_path / "p.csv")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 def prepare(
-    table: Annotated[Path, typer.Argument(help="CSV, zipped CSV, Parquet or JSON lines.", show_default=False)],
+    table: Annotated[
+        Path,
+        typer.Argument(help="CSV, TSV, JSON lines (each in .gz or .zip too), Parquet or Excel.", show_default=False),
+    ],
     out: Annotated[
         Path, typer.Option("--out", help="Folder to write; an older prepared one is replaced.", show_default=False)
     ],
@@ -26,6 +29,20 @@ def prepare(
     split: Annotated[
         str, typer.Option(help="random, time or random,time.", show_default="random, and time if there are dates")
     ] = "",
+    validation: Annotated[
+        Path | None,
+        typer.Option(help="A file of validation rows; TABLE then holds the train rows.", show_default=False),
+    ] = None,
+    test: Annotated[
+        Path | None, typer.Option(help="A file of test rows; TABLE then holds the train rows.", show_default=False)
+    ] = None,
+    split_column: Annotated[
+        str, typer.Option(help="A column that says train, validation or test of each row.", show_default=False)
+    ] = "",
+    folds: Annotated[
+        int,
+        typer.Option(help="Also make this many splits, fold-1 and so on, for cross-validation.", show_default=False),
+    ] = 0,
     text_columns: Annotated[
         str,
         typer.Option(
@@ -38,7 +55,13 @@ def prepare(
     date_column: Annotated[
         str, typer.Option(help="Of a table of your own: dates, for a split by time.", show_default=False)
     ] = "",
-    seed: Annotated[int, typer.Option(help="Of the random split.")] = 42,
+    separator: Annotated[
+        str, typer.Option(help="Between the columns of a text table, e.g. ';' or tab.", show_default="detected")
+    ] = "",
+    encoding: Annotated[
+        str, typer.Option(help="Of a text table, e.g. cp1252 or utf-16.", show_default="detected")
+    ] = "",
+    seed: Annotated[int, typer.Option(help="Of the random split and the folds.")] = 42,
 ) -> None:
     """Check a table, derive its columns, split it 80/10/10 and tokenize it.
 
@@ -53,7 +76,12 @@ def prepare(
 
     Rows that can't be used are counted and written to set_aside.jsonl,
     each with its line and the reason. Rows with the same text never stand
-    in two splits. Preparing the same table again returns at once.
+    in two parts of a split. Preparing the same table again returns at once.
+
+    Train and test rows of your own are kept as they are:
+
+        bertforge prepare train.csv --test test.csv --out data \\
+            --text-columns message --label-column folder
     """
     from bertforge.data.prepare import PrepareOptions
     from bertforge.data.prepare import prepare as run
@@ -66,17 +94,22 @@ def prepare(
         label_column=label_column or None,
         date_column=date_column or None,
         seed=seed,
+        encoding=encoding,
+        separator=_SEPARATORS.get(separator.lower(), separator),
+        split_column=split_column or None,
+        folds=folds,
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does, so that nothing half-made stays
     tokenizer = Tokenizer.load(resolve(model))
-    data = run(table, out, tokenizer, options)
+    data = run(table, out, tokenizer, options, validation=validation, test=test)
     console = Console(highlight=False, soft_wrap=True, markup=False)
     _print_summary(console, data, data.tokens(tokenizer).lengths)
     train = ["bertforge", "train", "--data", str(out), "--out", "run", "--model", model]
-    if "random" not in data.manifest["splits"]:  # which train takes unless told otherwise
-        train += ["--set", "split=time"]
     done = f"{out} held this table prepared already: nothing to do" if data.reused else f"wrote {out}"
     console.print(f"\n{done}\nnext: {shlex.join(train)}")
+
+
+_SEPARATORS = {"tab": "\t", "\\t": "\t"}  # what can be typed
 
 
 def _names(joined: str) -> list[str]:
@@ -85,9 +118,11 @@ def _names(joined: str) -> list[str]:
 
 def _print_summary(console: Console, data: PreparedData, lengths: NDArray[np.int64]) -> None:
     import numpy as np
+    from rich.text import Text
 
     from bertforge.data.clean import UNPARSABLE_DATE
-    from bertforge.data.prepared import SET_ASIDE_FILE
+    from bertforge.data.concerns import concerns
+    from bertforge.data.prepared import GIVEN, SET_ASIDE_FILE
     from bertforge.data.rows import DATE_FORMATS
     from bertforge.data.tokens import MAX_TOKENS
 
@@ -112,9 +147,25 @@ def _print_summary(console: Console, data: PreparedData, lengths: NDArray[np.int
         f"{duplicates['conflicting_texts']:,} texts carry more than one label"
     )
     for name, sizes in facts["splits"].items():
+        if name == GIVEN:
+            _print_given(console, facts["given"])
         console.print(f"split {name}: " + ", ".join(f"{part} {count:,}" for part, count in sizes.items()))
     at_limit = float(np.mean(lengths == MAX_TOKENS))
     console.print(
         f"tokens: median {np.median(lengths):.0f} a row, mean {lengths.mean():.0f}, "
         f"{at_limit:.1%} of the rows at the limit of {MAX_TOKENS}"
     )
+    for concern in concerns(data):
+        console.print(Text(f"WARNING: {concern}", style="bold yellow"))
+
+
+def _print_given(console: Console, given: dict[str, Any]) -> None:
+    repeated = {part: rows for part, rows in given["repeated"].items() if rows}
+    if repeated:
+        rows = " and ".join(f"{count:,} {part}" for part, count in repeated.items())
+        console.print(
+            f"{rows} rows repeat a text of a later part (validation or test); the split given leaves them out, so that "
+            "the later part stays whole"
+        )
+    for part in given["drawn"]:
+        console.print(f"no {part} rows were given: a tenth of the train rows were drawn for them")

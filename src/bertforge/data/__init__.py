@@ -1,3 +1,4 @@
-"""From a table to packed batches: reading and checking (`tables`, `schema`, `clean`), derived columns (`features`),
-splits, tokens, and what training reads (`tabular`, `packing`, `loader`). `prepare` wires it, `sample` makes a table up.
+"""From a table to packed batches: reading (`tables`, `dialect`), what its columns are (`schema`, `guess`), checking
+(`clean`, `concerns`), derived columns (`features`), splits, tokens, and what training reads (`tabular`, `packing`,
+`loader`). `prepare` wires it, `sample` makes a table up.
 """

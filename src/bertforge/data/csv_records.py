@@ -11,11 +11,9 @@ A field longer than `_LONGEST_FIELD` is set aside too, which bounds what is read
 from __future__ import annotations
 
 import csv
-import io
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import IO
 
 from bertforge.errors import DataError
 
@@ -40,10 +38,8 @@ class Record:
 class _Lines:
     """The file's lines, with those of the record at hand kept in `taken`."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
-        # surrogateescape keeps bytes that are no UTF-8 as lone surrogates, so a row can be set aside with its content;
-        # newline="\n" counts lines as editors do and leaves the \r of \r\n to the csv module.
-        self._text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
+    def __init__(self, text: Iterable[str]) -> None:
+        self._text = iter(text)
         self._given_back: deque[str] = deque()
         self.taken: list[str] = []
 
@@ -62,35 +58,39 @@ class _Lines:
 
 
 class CsvRecords:
-    """Iterates over the records below the header; blank lines are no records.
+    """Iterates over the records below the header, of lines that keep their ends; blank lines are no records.
 
-    Raises DataError when there is no header, or a header that is no UTF-8 or names a column twice.
+    A column without a name is called by its place, `column 3`: tables that were saved with an index or with commas at
+    the ends of lines have such. Raises DataError when there is no header, or a header that is no text or names a column
+    twice.
     """
 
-    def __init__(self, stream: IO[bytes], name: str) -> None:
+    def __init__(self, text: Iterable[str], name: str, separator: str = ",") -> None:
         csv.field_size_limit(_LONGEST_FIELD)
-        self._lines = _Lines(stream)
-        self._reader = csv.reader(self._lines, strict=True)
+        self._separator = separator
+        self._lines = _Lines(text)
+        self._reader = csv.reader(self._lines, strict=True, delimiter=separator)
         try:
-            self.header = [column.strip() for column in next(self._reader, [])]
+            named = [column.strip() for column in next(self._reader, [])]
         except csv.Error as error:
             raise DataError(f"{name} has a header line that is no CSV ({error})") from error
-        if not self.header:
+        if not any(named):
             raise DataError(f"{name} has no header: its first line is empty, but must name the columns")
-        if any("\udc80" <= character <= "\udcff" or character == "\0" for character in "".join(self.header)):
-            raise DataError(f"{name} is not UTF-8 text; convert it: iconv -f ENCODING -t UTF-8 {name}")
+        if any("\udc80" <= character <= "\udcff" or character == "\0" for character in "".join(named)):
+            raise DataError(f"{name} has a header that is no text in its encoding; name another with --encoding")
+        self.header = [column or f"column {place}" for place, column in enumerate(named, start=1)]
         repeated = sorted({column for column in self.header if self.header.count(column) > 1})
         if repeated:
             raise DataError(f"{name} names a column twice in its header: {', '.join(repeated)}")
 
     def __iter__(self) -> Iterator[Record]:
         """A broken record and the pieces of it that follow are one set-aside record: the lines after a broken quote
-        join it until a record can be read again, unless a line has commas enough to be a row of its own.
+        join it until a record can be read again, unless a line has separators enough to be a row of its own.
         """
         width = len(self.header)
         pending: list[Record] = []  # a set-aside record and what may be the rest of it
         for record in self._attempts():
-            whole_row = record.raw.count(",") >= width - 1 and record.problem != _UNPAIRED
+            whole_row = record.raw.count(self._separator) >= width - 1 and record.problem != _UNPAIRED
             if pending and record.problem and not whole_row and len(pending) < _LONGEST:
                 pending.append(record)
                 continue

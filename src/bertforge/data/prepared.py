@@ -5,9 +5,9 @@ table.parquet           the good rows: the source's columns as strings, then the
 labels.npy              int64 [rows], index into the schema's label names
 lines.npy               int64 [rows], where each row stands in the source
 dates.npy               datetime64[s] [rows], when the schema has a date column
-splits/random.npy       int8 [rows], 0 train, 1 validation, 2 test; splits/time.npy alike
+splits/random.npy       int8 [rows], 0 train, 1 validation, 2 test, -1 none of them; time, given and fold-N.npy alike
 tokens/<tokenizer>/     ids.npy, offsets.npy, tokenizer.json (tokens.py), one folder per tokenizer
-set_aside.jsonl         the other rows: line, reason, raw
+set_aside.jsonl         the other rows: line, reason, raw; the file, of those that came with --validation or --test
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from bertforge.data.tokens import Tokenizer, TokenStore, TokenWriter
 from bertforge.errors import ArtifactError, DataError, UsageError
 
 TABLE_FILE, SET_ASIDE_FILE = "table.parquet", "set_aside.jsonl"
-SPLITS = ("random", "time")
+SPLITS = ("random", "time")  # those that can be asked for by name
+GIVEN = "given"
 _STREAM_ROWS = 8192
 
 
@@ -95,14 +96,23 @@ class PreparedData:
         """Whether any row comes from `bertforge sample-data`: whatever shows this data has to say so."""
         return bool(self.manifest["made_up"])
 
-    def split(self, name: str = "random") -> NDArray[np.int8]:
-        """[rows] 0 train, 1 validation, 2 test."""
+    def split_name(self, name: str = "") -> str:
+        """`name`, or for "" the split that was made first: the given one, else the random one, else that by time.
+
+        Raises UsageError for a split that was not made.
+        """
         made = list(self.manifest["splits"])
-        if name not in made:
+        if name and name not in made:
+            options = {GIVEN: "--split-column, or --test", **{known: f"--split {known}" for known in SPLITS}}
             raise UsageError(
-                f"{self.directory} has no split {name!r}, but {', '.join(made)}; prepare with --split {name}"
+                f"{self.directory} has no split {name!r}, but {', '.join(made)}; "
+                f"prepare with {options.get(name, '--folds')} for others"
             )
-        return self._array(f"splits/{name}.npy")
+        return name or made[0]
+
+    def split(self, name: str = "") -> NDArray[np.int8]:
+        """[rows] 0 train, 1 validation, 2 test, -1 in none of them; "" is the split that was made first."""
+        return self._array(f"splits/{self.split_name(name)}.npy")
 
     def rows(self, split: str, part: str) -> NDArray[np.int64]:
         """Row numbers of a part ("train", "validation" or "test") of a split, ascending."""

@@ -11,12 +11,13 @@ import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from bertforge.data.chunks import STRING, Chunk
 from bertforge.data.clean import find_problems
 from bertforge.data.features import derive, named_as_derived
 from bertforge.data.prepared import join_texts
 from bertforge.data.rows import Rows
 from bertforge.data.schema import Schema, require_columns
-from bertforge.data.tables import STRING, Chunk, read_chunks
+from bertforge.data.tables import read_chunks
 
 
 @dataclass(frozen=True)

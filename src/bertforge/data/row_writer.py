@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -13,16 +14,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from bertforge.data.chunks import STRING, BadRow, Chunk, is_text
 from bertforge.data.clean import UNPARSABLE_DATE, find_problems
 from bertforge.data.features import derive, named_as_derived
 from bertforge.data.prepared import SET_ASIDE_FILE, TABLE_FILE, join_texts
 from bertforge.data.rows import DATE_FORMATS, Rows
 from bertforge.data.sample import is_made_up
-from bertforge.data.schema import MAX_LABELS, QUESTIONS, Schema, sort_labels
-from bertforge.data.splits import hash_texts
-from bertforge.data.tables import BadRow, Chunk
+from bertforge.data.schema import MAX_LABELS, QUESTIONS, TEXT, Schema, kind_of_labels, sort_labels, spell_labels
+from bertforge.data.splits import hash_texts, parts_named
 from bertforge.errors import DataError
 
+_FEW_LABELS = 10  # a tiny table may have half as many labels as rows
 _LINES_SHOWN = 5  # line numbers kept per reason in the manifest; set_aside.jsonl has them all
 
 
@@ -34,28 +36,35 @@ class KeptRows:
     hashes: NDArray[np.uint64]
     dates: NDArray[np.datetime64]
     """Empty when there is no date column."""
+    given: NDArray[np.int8]
+    """The part of a split that the user put the row into; 0, train, where he said nothing."""
 
 
 class RowWriter:
     """Takes chunks one by one; memory holds a line, a label, a date and a hash per row."""
 
-    def __init__(self, folder: Path, schema: Schema) -> None:
+    def __init__(self, folder: Path, schema: Schema, split_column: str | None = None) -> None:
         self.schema = schema
+        self._split_column = split_column
         self._folder = folder
         self._parquet: pq.ParquetWriter | None = None
         self._set_aside = (folder / SET_ASIDE_FILE).open("w", encoding="utf-8")
         self._reasons: dict[str, dict[str, Any]] = {}
         self._codes = {name: code for code, name in enumerate(schema.label_names)}  # in order of appearance
+        self._labels_are_text = bool(schema.label_names)  # those of Stack Overflow
         self._made_up = False
         self._lines: list[NDArray[np.int64]] = []
         self._labels: list[NDArray[np.int64]] = []
         self._hashes: list[NDArray[np.uint64]] = []
         self._dates: list[NDArray[np.datetime64]] = []
+        self._given: list[NDArray[np.int8]] = []
+        self._aside: Counter[str] = Counter()  # labels of rows set aside, as far as they can be read
 
-    def take(self, chunk: Chunk) -> list[str]:
+    def take(self, chunk: Chunk, part: int = 0, file: str = "") -> list[str]:
         """Writes a chunk and returns the texts of its good rows.
 
-        Raises DataError when a column of the table has the name of a derived one.
+        `part` is that of a split, and `file` the name, of rows that came in a file of their own. Raises DataError when
+        a column of the table has the name of a derived one, or the split column holds no part's name.
         """
         rows = Rows(chunk.table)
         if clash := named_as_derived(rows.names, self.schema):
@@ -70,13 +79,22 @@ class RowWriter:
         table = table.filter(keep)
         self._write(table)
         for bad in sorted([*chunk.bad, *_problem_rows(chunk, problems)], key=lambda row: row.line):
-            self._put_aside(bad)
+            self._put_aside(bad, file)
+        self._aside.update(label for label in self._labels_of_bad(chunk.bad) if label)
+        self._aside.update(
+            label for label in self.schema.label_values(rows).filter(pa.array(~good)).to_pylist() if label
+        )
         if set(QUESTIONS.required_columns) <= set(rows.names):  # in any other table a PostId is something else
             self._made_up |= is_made_up(chunk.table.select(["PostId"] if "PostId" in rows.names else []).to_pandas())
         texts = join_texts(table, self.schema)
+        self._labels_are_text |= self.schema.label_column in chunk.declared_text
         self._lines.append(chunk.line[good])
         self._labels.append(self._encode(self.schema.label_values(rows).filter(keep)))
         self._hashes.append(hash_texts(texts))
+        if self._split_column:
+            self._given.append(parts_named(rows.text(self._split_column).filter(keep).to_pylist(), self._split_column))
+        else:
+            self._given.append(np.full(len(texts), part, dtype=np.int8))
         if self.schema.date_column:
             self._dates.append(rows.date(self.schema.date_column)[good])
         return texts
@@ -92,29 +110,38 @@ class RowWriter:
         labels = np.concatenate(self._labels)
         if not len(labels):
             raise DataError("no row of the table is good: " + (self._describe_reasons() or "it holds only a header"))
-        names = self.schema.label_names or sort_labels(self._codes)
-        rank = np.array([names.index(name) for name in self._codes])
-        labels = rank[labels]
+        kind = TEXT if self._labels_are_text else kind_of_labels(self._codes)
+        spelled = spell_labels(pa.array(self._codes, STRING), kind).to_pylist()
+        names = self.schema.label_names or sort_labels(set(spelled))
+        if 2 * len(names) > len(labels) and len(names) > _FEW_LABELS:
+            raise DataError(
+                f"column {self.schema.label_column} holds {len(names):,} different values in {len(labels):,} rows, "
+                "so it is no column of classes; name another with --label-column"
+            )
+        labels = np.array([names.index(name) for name in spelled])[labels]
         counts = np.bincount(labels, minlength=len(names))
         if np.count_nonzero(counts) < 2:
             only = names[int(labels[0])]
             raise DataError(
                 f"all {len(labels)} good rows have the label {only!r}; a classifier needs two labels or more"
             )
+        seen = spell_labels(pa.array(self._aside, STRING), kind).to_pylist()
+        aside = [sum(self._aside[raw] for raw, name in zip(self._aside, seen, strict=True) if name == n) for n in names]
         np.save(self._folder / "labels.npy", labels)
         np.save(self._folder / "lines.npy", np.concatenate(self._lines))
         dates = np.concatenate(self._dates) if self._dates else np.array([], dtype="datetime64[s]")
         if self._dates:
             np.save(self._folder / "dates.npy", dates)
         facts = {
-            "schema": replace(self.schema, label_names=names).to_dict(),
+            "schema": replace(self.schema, label_names=names, label_kind=kind).to_dict(),
             "rows": len(labels),
             "label_counts": dict(zip(names, counts.tolist(), strict=True)),
             "set_aside": self._reasons,
+            "set_aside_labels": {name: count for name, count in zip(names, aside, strict=True) if count},
             "made_up": self._made_up,
             "columns": columns,
         }
-        return KeptRows(labels, np.concatenate(self._hashes), dates), facts
+        return KeptRows(labels, np.concatenate(self._hashes), dates, np.concatenate(self._given)), facts
 
     def __enter__(self) -> RowWriter:
         return self
@@ -136,13 +163,21 @@ class RowWriter:
         if len(table):
             self._parquet.write_table(table)
 
-    def _put_aside(self, bad: BadRow) -> None:
-        self._set_aside.write(json.dumps({"line": bad.line, "reason": bad.reason, "raw": bad.raw}) + "\n")
+    def _put_aside(self, bad: BadRow, file: str) -> None:
+        where = {"file": file} if file else {}
+        self._set_aside.write(json.dumps({**where, "line": bad.line, "reason": bad.reason, "raw": bad.raw}) + "\n")
         kind = bad.reason.split(":")[0]  # "broken quoting: <detail>" counts under "broken quoting"
-        seen = self._reasons.setdefault(kind, {"rows": 0, "lines": []})
+        seen = self._reasons.setdefault(f"{kind} in {file}" if file else kind, {"rows": 0, "lines": []})
         seen["rows"] += 1
         if len(seen["lines"]) < _LINES_SHOWN:
             seen["lines"].append(bad.line)
+
+    def _labels_of_bad(self, bad: list[BadRow]) -> list[str]:
+        """The labels of rows that could be cut into columns though not read."""
+        labels = [row.raw.get(self.schema.label_column, "") for row in bad if isinstance(row.raw, dict)]
+        readable = pa.table({self.schema.label_column: pa.array([x for x in labels if is_text([x])], STRING)})
+        found: list[str] = self.schema.label_values(Rows(readable)).to_pylist()
+        return found
 
     def _encode(self, values: pa.Array) -> NDArray[np.int64]:
         """[rows] codes in order of appearance."""

@@ -1,7 +1,8 @@
-"""Which rows train, validate and test: 80/10/10, at random or by time, never with duplicates in two splits.
+"""Which rows train, validate and test: 80/10/10 at random or by time, in folds, or as the user says.
 
 Two rows are duplicates when their texts are equal after lower-casing and collapsing white space; a group of duplicates
-moves as one row. A split is an int8 array, one entry per row: 0 train, 1 validation, 2 test.
+moves as one row, and never stands in two parts. A split is an int8 array, one entry per row: 0 train, 1 validation,
+2 test, -1 in none of them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from bertforge.errors import DataError
+
 PARTS = ("train", "validation", "test")
+NO_PART = -1
+_PART_NAMES = {"train": 0, "validation": 1, "valid": 1, "val": 1, "dev": 1, "test": 2}
 _SHARES = (0.8, 0.9)  # where validation and test begin
 _SMALL = 8  # texts of a label below which rounding could leave a part without a tenth
 
@@ -59,20 +64,53 @@ def split_at_random(groups: Groups, labels: Ints, seed: int) -> NDArray[np.int8]
     A label of fewer than `_SMALL` groups has no whole tenth to give. Such labels stand in one line, of which every ten
     give one to validation and one to test; a label of one or two groups only trains.
     """
+    return _draw(labels[groups.first_row], groups.size, seed)[groups.of_row]
+
+
+def split_into_folds(groups: Groups, labels: Ints, folds: int, seed: int) -> list[NDArray[np.int8]]:
+    """One split a fold, whose test part the fold is; a tenth of the other rows validates.
+
+    Each row is in the test part of one fold, and each label is spread over the folds as evenly as its groups allow.
+    """
     label = labels[groups.first_row]  # [groups]
     shuffled = np.random.default_rng(seed).permutation(len(label))
-    part = np.zeros(len(label), dtype=np.int8)
-    line: list[Ints] = []
-    for value in np.unique(label):
-        members = shuffled[label[shuffled] == value]
-        if len(members) >= _SMALL:
-            part[members] = _cut(groups.size[members])
-        elif len(members) > 2:  # two neighbours are held out, so each label keeps a group that trains
-            line.append(members)
-    if line:
-        in_line = np.concatenate(line)
-        part[in_line[3::10]], part[in_line[4::10]] = 1, 2
-    return part[groups.of_row]
+    fold = np.empty(len(label), dtype=np.int64)
+    fold[shuffled[np.argsort(label[shuffled], kind="stable")]] = np.arange(len(label)) % folds
+    splits = []
+    for number in range(folds):
+        rest = np.flatnonzero(fold != number)
+        part = np.full(len(label), 2, dtype=np.int8)
+        part[rest] = _draw(label[rest], groups.size[rest], seed) == 1
+        splits.append(part[groups.of_row])
+    return splits
+
+
+def complete_given(groups: Groups, labels: Ints, given: NDArray[np.int8], seed: int) -> NDArray[np.int8]:
+    """A split that the user made, made whole.
+
+    A text that stands in several parts stays in the last of them only, test before validation before train: its other
+    rows are in no part (`NO_PART`), for the test rows a user chose are what figures are compared on. A validation or
+    test part that is missing is drawn from the train rows, a tenth of them.
+    """
+    part = np.zeros(len(groups.size), dtype=np.int8)  # [groups]
+    np.maximum.at(part, groups.of_row, given)
+    repeated = given < part[groups.of_row]
+    train = np.flatnonzero(part == 0)
+    drawn = _draw(labels[groups.first_row][train], groups.size[train], seed)
+    for missing in {1, 2} - set(part.tolist()):
+        part[train[drawn == missing]] = missing
+    return np.where(repeated, NO_PART, part[groups.of_row]).astype(np.int8)
+
+
+def parts_named(values: Iterable[str], column: str) -> NDArray[np.int8]:
+    """[rows] the parts that a column of a table names; raises DataError for a value that is none."""
+    found = list(values)
+    if unknown := sorted({value for value in found if value.lower() not in _PART_NAMES}):
+        shown = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
+        raise DataError(
+            f"split column {column} holds {shown}; it may hold train, validation (valid, val, dev) and test"
+        )
+    return np.array([_PART_NAMES[value.lower()] for value in found], dtype=np.int8)
 
 
 def split_by_time(groups: Groups, dates: NDArray[np.datetime64]) -> NDArray[np.int8]:
@@ -83,6 +121,23 @@ def split_by_time(groups: Groups, dates: NDArray[np.datetime64]) -> NDArray[np.i
     part = np.empty(len(order), dtype=np.int8)
     part[order] = _cut(groups.size[order])
     return part[groups.of_row]
+
+
+def _draw(label: Ints, size: Ints, seed: int) -> NDArray[np.int8]:
+    """[groups] a part for each group of `label` and `size` rows, see `split_at_random`."""
+    shuffled = np.random.default_rng(seed).permutation(len(label))
+    part = np.zeros(len(label), dtype=np.int8)
+    line: list[Ints] = []
+    for value in np.unique(label):
+        members = shuffled[label[shuffled] == value]
+        if len(members) >= _SMALL:
+            part[members] = _cut(size[members])
+        elif len(members) > 2:  # two neighbours are held out, so each label keeps a group that trains
+            line.append(members)
+    if line:
+        in_line = np.concatenate(line)
+        part[in_line[3::10]], part[in_line[4::10]] = 1, 2
+    return part
 
 
 def _cut(sizes: Ints) -> NDArray[np.int8]:

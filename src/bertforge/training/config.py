@@ -57,8 +57,9 @@ class Recipe:
     """What the run is called in reports."""
     model: str = "minilm"
     """Pretrained checkpoint: `minilm`, a folder or a Hugging Face id."""
-    split: str = "random"
-    """Which of the prepared splits to train and validate on: random or time."""
+    split: str = ""
+    """Which of the prepared splits to train and validate on: given, random, time or fold-1; none named: the one that
+    `prepare` made first."""
     max_length: int = 512
     """Tokens a text is cut to, [CLS] and [SEP] included."""
     epochs: int = 5
@@ -104,7 +105,6 @@ class Recipe:
         choices = {
             "class_weights": ("none", "balanced"),
             "precision": TRAINING_PRECISIONS,
-            "split": ("random", "time"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -94,6 +94,7 @@ def finetune(
     `resume` is false, or when the run to resume was started with another recipe, other data, another base model or on
     another kind of device.
     """
+    recipe = replace(recipe, split=PreparedData.open(data).split_name(recipe.split))
     with joined() as world:
         start = _start(data, out, recipe, resume, world)
         run, trainer, plan = start.run, start.trainer, start.plan

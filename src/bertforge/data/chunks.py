@@ -1,0 +1,93 @@
+"""What every reader of tables yields: consecutive rows as columns of strings, with the rows that could not be read.
+
+Chunks are pyarrow tables: their string columns cost one allocation each, and counting words or matching a pattern in
+them runs in C++ without the interpreter lock, beside the tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+CHUNK_ROWS = 8192
+STRING = pa.large_string()  # 64-bit offsets: a chunk of long documents may pass 2 GiB
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row set aside: where it starts, why, and what stood there (text, or the row's columns)."""
+
+    line: int
+    reason: str
+    raw: str | dict[str, str]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive rows of a source."""
+
+    table: pa.Table
+    """Columns of `large_string`, no nulls."""
+    line: NDArray[np.int64]
+    """[rows] where each row starts."""
+    bad: list[BadRow]
+    """Rows between these that could not be read."""
+    done: float
+    """Share of the source read so far, 0 to 1, for progress bars."""
+    declared_text: frozenset[str] = frozenset()
+    """Columns that the source says are text, so that a "1" in them is no number. A CSV says nothing of the kind."""
+
+
+def make_chunk(
+    columns: list[str],
+    rows: list[list[str]],
+    lines: list[int],
+    bad: list[BadRow],
+    done: float,
+    *,
+    encoding: str = "UTF-8",
+    declared_text: frozenset[str] = frozenset(),
+) -> Chunk:
+    """Rows of strings -> a chunk; rows with a lone surrogate, a byte that is not of the encoding, go to `bad`."""
+    try:
+        table = make_table(columns, rows)
+    except UnicodeEncodeError:
+        encodable = [is_text(row) for row in rows]
+        broken = [
+            BadRow(line, f"not {encoding}", dict(zip(columns, row, strict=True)))
+            for line, row, good in zip(lines, rows, encodable, strict=True)
+            if not good
+        ]
+        bad = sorted(bad + broken, key=lambda row: row.line)
+        lines = [line for line, good in zip(lines, encodable, strict=True) if good]
+        table = make_table(columns, [row for row, good in zip(rows, encodable, strict=True) if good])
+    return Chunk(table, np.array(lines, dtype=np.int64), bad, done, declared_text)
+
+
+def make_table(columns: list[str], rows: list[list[str]]) -> pa.Table:
+    """Rows of strings -> columns of `large_string`; raises UnicodeEncodeError for a lone surrogate."""
+    values = list(zip(*rows, strict=True)) if rows else [()] * len(columns)
+    return pa.table([pa.array(column, STRING) for column in values], names=columns)
+
+
+def is_text(row: list[str]) -> bool:
+    """Whether no string of the row has a lone surrogate."""
+    try:
+        "".join(row).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def cell_text(value: Any) -> str:
+    """A value of JSON or of a spreadsheet as the string that a CSV would hold."""
+    if value is None or value != value:  # null or NaN
+        return ""
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False, default=str).removesuffix(".0")
