@@ -57,11 +57,7 @@ def predict_table(predictor: Predictor, table: Path, out: Path) -> Predicted:
 
 
 def _predict_chunk(predictor: Predictor, chunk: RawRows) -> pd.DataFrame:
-    readable = [bool(text.strip()) for text in chunk.texts]
-    texts = [text for text, good in zip(chunk.texts, readable, strict=True) if good]
-    predicted = predictor.predict(texts, chunk.frame[readable])
-    predicted.index = pd.Index([row for row, good in enumerate(readable) if good])
-    predicted = predicted.reindex(range(len(readable)))  # rows without text become missing values
+    predicted = predictor.predict(chunk.texts, chunk.frame)
     predicted.insert(0, "line", chunk.lines)
     predicted["problem"] = chunk.problems
     return predicted
