@@ -97,7 +97,7 @@ def compile_(
 def _comparison(tried: list[Candidate]) -> Table:
     """Every candidate, and why all but the first were not kept."""
     table = Table(box=SIMPLE, pad_edge=False)
-    for title in ("engine", "questions/s", "accuracy"):
+    for title in ("engine", "rows/s", "accuracy"):
         table.add_column(title, no_wrap=True)
     table.add_column("")
     for place, candidate in enumerate(tried):

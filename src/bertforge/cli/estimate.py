@@ -21,7 +21,7 @@ _SPEED: Columns = {
     "trainable": lambda row: f"{row['trainable_parameters']:,}",
     "epoch": lambda row: _time(row["seconds_per_epoch"]),
     "validation": lambda row: _time(row["validation_seconds"]),
-    "questions/s": lambda row: f"{row['questions_per_s']:,.1f}",
+    "rows/s": lambda row: f"{row['questions_per_s']:,.1f}",
     "memory GB": lambda row: "-" if row["peak_memory_gb"] is None else f"{row['peak_memory_gb']:.2f}",
 }
 _COST: Columns = {

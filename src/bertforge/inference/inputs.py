@@ -59,13 +59,16 @@ def read_inputs(
         raise UsageError(f"{_WANTED}, not a dict; write predict(pd.DataFrame([row])) for one row of columns")
     if isinstance(given, bytes | Set) or not isinstance(given, Iterable):
         raise UsageError(f"{_WANTED}, not {type(given).__name__}; write predict([text, ...])")
-    is_series = isinstance(given, pd.Series)
-    texts = _checked(given.tolist() if is_series else given, missing_is_blank=is_series)
-    index = given.index if is_series else pd.RangeIndex(len(texts))
+    index: pd.Index
+    if isinstance(given, pd.Series):
+        texts, index = _checked(given.tolist(), missing_is_blank=True), given.index
+        if columns is not None and not columns.index.equals(index):
+            raise UsageError("the index of columns= is not that of the texts; pass both from one frame, in one order")
+    else:
+        texts = _checked(given, missing_is_blank=False)
+        index = pd.RangeIndex(len(texts))
     if columns is not None and len(columns) != len(texts):
         raise UsageError(f"{len(texts)} texts, but columns of {len(columns)} rows; pass one row a text")
-    if is_series and columns is not None and not columns.index.equals(index):
-        raise UsageError("the index of columns= is not that of the texts; pass both from one frame, in one order")
     return Inputs(texts, columns, index)
 
 

@@ -69,13 +69,13 @@ def _writer(out: Path) -> Iterator[Callable[[pd.DataFrame], None]]:
     if out.suffix not in FORMATS:
         raise UsageError(f"--out {out} should end in {', '.join(FORMATS)}")
     check_output(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f".{out.name}.{os.getpid()}.partial")
     beside.unlink(missing_ok=True)  # of a process that was killed; rows are appended
     parquet: pq.ParquetWriter | None = None
 
     def write(frame: pd.DataFrame) -> None:
         nonlocal parquet
+        out.parent.mkdir(parents=True, exist_ok=True)
         if out.suffix == ".parquet":
             table = pa.Table.from_pandas(frame, preserve_index=False, schema=_parquet_schema(frame))
             parquet = parquet or pq.ParquetWriter(beside, table.schema)
