@@ -151,6 +151,8 @@ def test_estimate_prints_its_figures_and_writes_json(tmp_path, data, base, capsy
         assert row["cost"] == row["device_hours"] * 2.5
     assert all(title in said.out for title in ("hours/epoch", "cost/epoch", "cost/run"))
     assert "lora-r8-last-4: the model has 2 layers, fewer than 4" in said.out
+    assert "run: the epochs of its recipe (full 1, lora-r8 1)" in said.out
+    assert ("the machine is busy" in said.out) == any(row["busy"] for row in found["rows"][:2])
     assert said.err.splitlines() == ["measuring full", "measuring lora-r8"]
     assert "…" not in said.out, "every column fits"
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]

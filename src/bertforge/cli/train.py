@@ -63,7 +63,7 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in OUT.")] = False,
     estimate: Annotated[
-        bool, typer.Option("--estimate", help="Measure for a minute what a run would cost here; trains nothing.")
+        bool, typer.Option("--estimate", help="Measure for a minute what a run would cost here; train nothing.")
     ] = False,
     price_per_hour: Annotated[
         float | None, typer.Option(min=0.0, help="With --estimate: what an hour of this machine costs.")
