@@ -91,7 +91,7 @@ def test_what_no_gpu_here_runs_is_not_even_built(model, data):
     rows = measured(model, data, "tensorrt,tensorrt-rtx")[1:]
     assert len(rows) == 10
     for row in rows:
-        assert row["missing"] == f"{row['framework']} cannot run here, for this machine has no NVIDIA GPU"
+        assert row["missing"] == f"{row['framework']} cannot run here: this machine has no NVIDIA GPU"
     assert not (model / "engines").exists()
 
 

@@ -139,7 +139,7 @@ def _folder(bench: _Bench, framework: str, precision: str) -> Path:
     if framework in _OURS:
         return bench.model
     if framework in MODULES and (why := unfit(framework, bench.hardware)):
-        raise MachineError(f"{framework} cannot run here, for {why}")
+        raise MachineError(f"{framework} cannot run here: {why}")
     return engine(bench.sources.get(precision, bench.model), framework, precision, bench.data, bench.say)
 
 
