@@ -53,7 +53,7 @@ def make_base(folder: Path, seed: int = 0) -> Path:
     weights = folder / "model.safetensors"
     kept = {name: tensor for name, tensor in load_file(weights).items() if not name.startswith("classifier")}
     save_file(kept, weights)
-    Tokenizer.load(resolve("minilm")).save(folder)
+    Tokenizer.load(resolve("minilm")).save(folder, model.config.max_position_embeddings)
     return folder
 
 

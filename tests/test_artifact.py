@@ -49,7 +49,7 @@ def test_a_path_no_file_can_be_written_at_is_refused(tmp_path):
         check_output(path)
     with pytest.raises(UsageError, match="is a folder; name a file, such as"):
         check_output(tmp_path)
-    with pytest.raises(UsageError, match=r"cannot be written, for .*file is a file; name another path"):
+    with pytest.raises(UsageError, match=r"cannot be written: .*file is a file; name another path"):
         check_output(tmp_path / "file" / "a" / "b")
     assert names(tmp_path) == ["file"]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bertforge.models import resolve
 from bertforge.training.config import variants
 
 ROOT = Path(__file__).parent.parent
@@ -33,3 +34,15 @@ def test_paths_and_variants_in_backticks_exist(document):
         assert (ROOT / path).exists(), path
     for name in re.findall(r"--variant ([\w-]+)", text):
         assert name in variants(), name
+
+
+def test_the_readmes_python_runs(runs, capsys):
+    """With a model that is here for the Hub's, and a run of the tests for the reader's."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for name, here in {"bert-base-uncased": resolve("minilm"), "runs/first": runs["full"]}.items():
+        assert f'"{name}"' in code
+        code = code.replace(f'"{name}"', repr(str(here)))
+    names = {}
+    exec(code, names)
+    assert names["logits"].shape == (1, 2)
+    assert "p_closed" in capsys.readouterr().out

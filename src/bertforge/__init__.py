@@ -1,4 +1,4 @@
-"""bertforge: labelled text and columns -> a fine-tuned BERT classifier -> fast inference.
+"""bertforge: fine-tune BERT on text and optional columns, then compile it for fast inference.
 
 The names below load on first use, so that importing the package costs nothing.
 """
@@ -53,3 +53,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -64,9 +64,9 @@ def check_output(path: Path) -> None:
         raise UsageError(f"{path} is a folder; name a file, such as {path / 'NAME'}")
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if not above.is_dir():
-        raise UsageError(f"{path} cannot be written, for {above} is a file; name another path")
+        raise UsageError(f"{path} cannot be written: {above} is a file; name another path")
     if not os.access(above, os.W_OK):
-        raise UsageError(f"{path} cannot be written, for you may not write into {above}; name another path")
+        raise UsageError(f"{path} cannot be written: no write permission for {above}; name another path")
 
 
 def write_atomic(path: Path, content: str | bytes) -> Path:

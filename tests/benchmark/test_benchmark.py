@@ -1,12 +1,16 @@
 """Engines side by side: each row a claim that can be checked against the model itself."""
 
+import io
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from rich.console import Console
 
 import bertforge
 from bertforge.artifact import MANIFEST, hash_file, read_manifest
@@ -14,12 +18,13 @@ from bertforge.backends.onnxruntime import OnnxRuntimeBackend
 from bertforge.backends.registry import TARGETS, Target
 from bertforge.benchmark.measure import latencies_ms, rate
 from bertforge.benchmark.memory import peak_memory_gb
-from bertforge.benchmark.roofline import ceiling, needed_flops
+from bertforge.benchmark.roofline import add_shares, needed_flops, product_rate
 from bertforge.benchmark.run import _accuracy, _changed, chosen, run_benchmark
-from bertforge.benchmark.table import markdown
+from bertforge.benchmark.table import markdown, summary
 from bertforge.benchmark.workload import Workload
 from bertforge.data.prepared import PreparedData
 from bertforge.errors import ArtifactError, UsageError
+from bertforge.hardware import detect
 from bertforge.inference.predictor import Predictor
 from bertforge.inference.quantize import QuantizeOptions, quantize_model
 from tests.model.tiny import tiny_bert
@@ -86,7 +91,7 @@ def test_what_no_gpu_here_runs_is_not_even_built(model, data):
     rows = measured(model, data, "tensorrt,tensorrt-rtx")[1:]
     assert len(rows) == 10
     for row in rows:
-        assert row["missing"] == f"{row['framework']} cannot run here, for this machine has no NVIDIA GPU"
+        assert row["missing"] == f"{row['framework']} cannot run here: this machine has no NVIDIA GPU"
     assert not (model / "engines").exists()
 
 
@@ -178,8 +183,39 @@ def test_needed_work_by_hand():
 
 
 def test_the_ceiling_is_measured_where_torch_has_the_product():
-    assert all(ceiling("cpu", precision) > 1e9 for precision in ("fp32", "bf16", "int8"))
-    assert ceiling("cpu", "fp8") is None
+    here = detect()
+    assert all(product_rate(here, precision) > 1e9 for precision in ("fp32", "bf16", "int8"))
+    assert product_rate(here, "fp8") is None
+
+
+def test_the_ceiling_is_measured_on_as_many_cores_as_the_engines_have(monkeypatch):
+    used, threads, mm = [], torch.get_num_threads(), torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *matrices: used.append(torch.get_num_threads()) or mm(*matrices))
+    product_rate(replace(detect(), device=torch.device("cpu"), cores=threads + 1), "fp32")
+    assert set(used) == {threads + 1}
+    assert torch.get_num_threads() == threads
+
+
+def test_a_share_of_the_ceiling_is_never_above_it():
+    def row(precision, rate, product_rate):
+        return {"precision": precision, "questions_per_s": rate, "product_rate": product_rate}
+
+    rows = [row("bf16", 4, 10.0), row("bf16", 16, 40.0), row("int8", 9, 10.0), row("fp8", 9, None), {"missing": "it"}]
+    add_shares(rows, 2.0)
+    assert [each.get("share_of_ceiling") for each in rows] == [0.2, 0.8, None, None, None]
+
+
+def test_a_share_that_is_left_out_is_explained(model, data):
+    found = run_benchmark(model, data, "pytorch-fp32", split="validation", rows=32, repeats=1, say=lambda text: None)
+    assert "no ceiling" not in shown(summary(found))
+    found["rows"][0]["share_of_ceiling"] = None
+    assert "no ceiling for an engine that was faster than the matrix product" in shown(summary(found))
+
+
+def shown(group):
+    console = Console(file=io.StringIO(), width=200)
+    console.print(group)
+    return console.file.getvalue()
 
 
 def test_a_rate_is_warmed_up_and_repeated():

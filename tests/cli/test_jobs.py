@@ -1,6 +1,7 @@
 """The commands that do the work: what they say, what they write, and what they name to type next."""
 
 import json
+import re
 import shutil
 
 import pandas as pd
@@ -72,7 +73,7 @@ def test_without_a_terminal_training_tells_each_epoch_and_how_far_it_is(tmp_path
     assert any(line.startswith(f"epoch 1, step 2 of {2 * STEPS}: ") for line in said)
     assert sum(line.startswith("epoch 1: train loss ") for line in said) == 1
     assert not any("nan" in line for line in said)
-    assert any("questions/s" in line and "loss" not in line for line in said), "before the first loss is read"
+    assert any("rows/s" in line and "loss" not in line for line in said), "before the first loss is read"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -109,7 +110,7 @@ def test_predict_and_merge_go_together(tmp_path, data, runs, capsys):
     table, model = data.with_suffix(".csv"), tmp_path / "model"
     assert run_command("merge", runs["lora"], "--out", model) == 0
     said = capsys.readouterr().out
-    assert "0 of 16 labels changed on the run's golden rows" in said
+    assert re.search(r"on 16 validation rows the merge changed logits by \S+ at most, and 0 labels", said)
     assert f"next: bertforge predict {model} TABLE --out predictions.csv" in said
     for folder, out in ((runs["lora"], tmp_path / "run.parquet"), (model, tmp_path / "model.parquet")):
         assert run_command("predict", folder, table, "--out", out) == 0
@@ -160,8 +161,49 @@ def test_estimate_prints_its_figures_and_writes_json(tmp_path, data, base, capsy
         assert row["cost"] == row["device_hours"] * 2.5
     assert all(title in said.out for title in ("hours/epoch", "cost/epoch", "cost/run"))
     assert "lora-r8-last-4: the model has 2 layers, fewer than 4" in said.out
+    assert "run: the epochs of its recipe (full 1, lora-r8 1)" in said.out
+    assert ("the machine is busy" in said.out) == any(row["busy"] for row in found["rows"][:2])
     assert said.err.splitlines() == ["measuring full", "measuring lora-r8"]
     assert "…" not in said.out, "every column fits"
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
     assert run_command(*arguments) == 0
     assert "cost" not in capsys.readouterr().out, "none without a price"
+
+
+READ = [
+    ("compile", "MODEL"),
+    ("compile", "MODEL", "--data", "DATA"),
+    ("compile", "MODEL", "--data", "DATA", "--out", "models/engine"),
+    ("compile", "MODEL", "--target", "onnxruntime", "--precision", "fp32", "--verify"),
+    ("evaluate", "MODEL", "--data", "DATA", "--report", "reports/r.html", "--json", "json/m.json"),
+    ("predict", "MODEL", "DATA", "--out", "predictions/p.csv"),
+    ("quantize", "MODEL", "--data", "DATA", "--out", "models/q", "--json", "json/q.json"),
+    ("benchmark", "MODEL", "--data", "DATA", "--out", "benchmarks"),
+    ("merge", "MODEL", "--out", "models/merged"),
+]
+
+
+@pytest.mark.parametrize(
+    ("absent", "command"),
+    [(absent, command) for absent in ("MODEL", "DATA") for command in READ if absent in command],
+    ids=lambda words: words if isinstance(words, str) else " ".join(words),
+)
+def test_a_folder_that_is_not_there_is_told_in_one_line_and_nothing_is_made(
+    tmp_path, data, runs, capsys, monkeypatch, absent, command
+):
+    there = {"MODEL": shutil.copytree(runs["full"], tmp_path / "model"), "DATA": data} | {absent: f"{absent}/nope"}
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert run_command(*(there.get(word, word) for word in command)) in (3, 4)
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1), said.err
+    assert said.err.startswith(f"error: {absent}/nope")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_is_wrong_with_a_model_is_told_once_for_all_engines(tmp_path, data, runs, capsys):
+    assert run_command("compile", runs["lora"], "--data", data, "--out", tmp_path / "engine") == 4
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"merge first: bertforge merge {runs['lora']} --out DIR" in said
+    assert not list(tmp_path.iterdir())

@@ -3,18 +3,21 @@
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bertforge.data.prepare import PrepareOptions
 from bertforge.data.prepared import PreparedData
 from bertforge.determinism import seed_everything
 from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.evaluation.logits import predict_logits
+from bertforge.inference.predict import predict_table
 from bertforge.inference.predictor import Predictor
 from bertforge.training.finetune import assemble, finetune
 from bertforge.training.loop import Trainer
-from tests.runs import KINDS, WEIGHTS, make_base, quick_recipe
+from tests.runs import KINDS, WEIGHTS, made_up, make_base, prepare_frame, quick_recipe
 
 
 @pytest.fixture
@@ -160,3 +163,155 @@ def test_a_missing_file_is_named(copied, kind, name, said):
 def test_prepared_data_is_no_run(data):
     with pytest.raises(ArtifactError, match="is of kind 'data', but run or model or quantized or engine is needed"):
         Predictor.load(data)
+
+
+# ------------------------------------------------------------------------------------------ what is given
+
+
+def test_a_frame_is_read_as_bertforge_predict_reads_the_table(tmp_path, runs):
+    frame = made_up(30, seed=3).assign(more=[object()] * 30)  # what the model does not read may be anything
+    frame["ReputationAtPostCreation"] = pd.to_numeric(frame["ReputationAtPostCreation"]).astype("Int64")
+    frame["Tag2"] = frame["Tag2"].replace("", None)
+    frame.index = pd.Index([f"q{row // 2}" for row in range(30)], name="question")  # each twice
+    frame.drop(columns="more").to_csv(tmp_path / "t.csv", index=False)
+    for kind in ("columns", "full"):
+        predictor = Predictor.load(runs[kind], "fp32")
+        predict_table(predictor, tmp_path / "t.csv", tmp_path / "p.parquet")
+        expected = pd.read_parquet(tmp_path / "p.parquet").drop(columns=["line", "problem"])
+        found = predictor.predict(frame)
+        assert found.index.equals(frame.index)
+        pd.testing.assert_frame_equal(found.reset_index(drop=True), expected, check_dtype=False, atol=1e-6)
+        assert expected["probability"].nunique() > 20
+    mixed = predictor.predict_proba(frame.iloc[::-1]).iloc[::-1]
+    pd.testing.assert_frame_equal(mixed, predictor.predict_proba(frame), atol=1e-5)
+
+
+def test_a_frame_of_another_table_is_read_by_the_names_given_to_prepare(tmp_path, base):
+    rows = made_up(160)
+    table = pd.DataFrame({"head": rows["Title"], "rest": rows["BodyMarkdown"], "kind": rows["OpenStatus"] == "open"})
+    table["count"] = pd.Series(range(160)).astype("float").where(rows.index % 7 > 0)
+    table["size"] = rows.index % 3
+    options = PrepareOptions(text_columns=("head", "rest"), label_column="kind")
+    data = prepare_frame(table, tmp_path / "data", base, options)
+    tabular = {"numeric": ["count"], "categorical": ["size"], "hidden_size": 8}
+    finetune(data, tmp_path / "run", quick_recipe(base, epochs=1, tabular=tabular))
+    predictor, prepared = Predictor.load(tmp_path / "run", "fp32"), PreparedData.open(data)
+    columns = prepared.columns(["count", "size"])
+    expected = predictor.predict(prepared.texts(np.arange(160)), columns)
+    pd.testing.assert_frame_equal(predictor.predict(table.drop(columns="kind")), expected, atol=1e-6)
+    with_gaps = table.assign(size=table["size"].where(rows.index > 1))  # 1 becomes 1.0 in a column with gaps
+    pd.testing.assert_frame_equal(predictor.predict(with_gaps).iloc[2:], expected.iloc[2:], atol=1e-6)
+    with pytest.raises(DataError, match=r"missing column size .*head, rest, kind, count"):
+        predictor.predict(table.drop(columns="size"))
+    with pytest.raises(DataError, match=r"missing column rest .*head, kind, count, size"):
+        predictor.predict(table.drop(columns="rest"))
+
+
+def test_a_series_keeps_its_index_and_a_list_has_none(runs):
+    predictor = Predictor.load(runs["full"], "fp32")
+    texts = ["How do I sort a list?", "Which laptop is best?"]
+    plain = predictor.predict(texts)
+    assert plain.index.tolist() == [0, 1]
+    series = predictor.predict(pd.Series(texts, index=["b", "b"]))
+    assert series.index.tolist() == ["b", "b"]
+    pd.testing.assert_frame_equal(series.reset_index(drop=True), plain)
+    for other in (tuple(texts), np.array(texts), (text for text in texts), pd.Series(texts, dtype="category")):
+        pd.testing.assert_frame_equal(predictor.predict(other), plain)
+
+
+def test_probabilities_are_a_column_a_label(runs):
+    predictor = Predictor.load(runs["full"], "fp32")
+    texts = pd.Series(["How do I sort a list?", "", "why " * 40], index=[7, 8, 9])
+    chances, found = predictor.predict_proba(texts), predictor.predict(texts)
+    assert list(chances.columns) == list(predictor.label_names)
+    assert chances.index.tolist() == found.index.tolist() == [7, 8, 9]
+    assert np.array_equal(chances, found[["p_open", "p_closed"]], equal_nan=True)
+    assert chances.loc[[7, 9]].sum(axis=1).to_numpy() == pytest.approx(np.ones(2))
+
+
+def test_a_row_without_text_has_no_label_however_it_is_passed(tmp_path, runs):
+    predictor = Predictor.load(runs["full"], "fp32")
+    texts = ["How do I sort a list?", "", " \n", "Which laptop is best?"]
+    frame = pd.DataFrame({"Title": texts, "BodyMarkdown": ["", None, float("nan"), pd.NA]})
+    given = [texts, pd.Series(["How do I sort a list?", None, float("nan"), "Which laptop is best?"]), frame]
+    for rows in given:
+        found = predictor.predict(rows)
+        assert found["label"].isna().tolist() == [False, True, True, False]
+        assert found.loc[1:2, ["probability", "p_open", "p_closed"]].isna().all(axis=None)
+        assert found.loc[[0, 3], "probability"].between(0.5, 1).all()
+    assert predictor.predict(["", " "])["label"].isna().all()
+    for nothing in ([], pd.Series([], dtype=object), frame.iloc[:0]):
+        assert predictor.predict(nothing).shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"Title": ["a"]}, r"not a dict; write predict\(pd\.DataFrame\(\[row\]\)\)"),
+        ({"a", "b"}, r"takes a list of texts, .*, not set; write predict\(\[text, \.\.\.\]\)"),
+        (b"How?", r"not bytes; write predict\(\[text, "),
+        (None, "not NoneType; write"),
+        (7, "not int; write"),
+    ],
+)
+def test_what_holds_no_rows_is_refused(runs, given, said):
+    with pytest.raises(UsageError, match=said):
+        Predictor.load(runs["full"], "fp32").predict(given)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, 'row 1 is None, not a text; pass "" for a row without text'),
+        (float("nan"), 'row 1 is nan, not a text; pass "" for a row without text'),
+        (pd.NA, 'row 1 is <NA>, not a text; pass "" for a row without text'),
+        (b"How?", r"row 1 is b'How\?' \(bytes\), not a text; decode it: value\.decode\(\)"),
+        (3.5, r"row 1 is 3\.5 \(float\), not a text; pass texts, such as str\(value\)"),
+        ({"Title": "a"}, r"row 1 is \{'Title': 'a'\} \(dict\), not a text; pass .*: predict\(pd\.DataFrame\(rows\)\)"),
+        (["a", "b"], r"row 1 is \['a', 'b'\] \(list\), not a text"),
+        ("a\ud800", r"row 1 holds half a character, '\\ud800'; replace such halves: text\.encode"),
+    ],
+)
+def test_a_row_that_is_no_text_is_named(runs, value, said):
+    predictor = Predictor.load(runs["full"], "fp32")
+    with pytest.raises(DataError, match=said) as error:
+        predictor.predict(["How?", value])
+    assert "\n" not in str(error.value)
+    if not (value is None or value is pd.NA or value != value):  # missing values are blank in pandas
+        for rows in (
+            pd.Series(["How?", value], dtype=object),
+            pd.DataFrame({"Title": "t", "BodyMarkdown": ["", value]}, dtype=object),
+        ):
+            with pytest.raises(DataError, match=r"row 1 (of column BodyMarkdown )?(is|holds)"):
+                predictor.predict(rows)
+
+
+def test_columns_belong_to_texts_in_the_same_order(data, runs):
+    predictor, prepared = Predictor.load(runs["columns"], "fp32"), PreparedData.open(data)
+    columns = prepared.columns(predictor.transform.spec.columns).iloc[:5]
+    texts = pd.Series(prepared.texts(np.arange(5)))
+    expected = predictor.predict(list(texts), columns)
+    pd.testing.assert_frame_equal(predictor.predict(texts, columns), expected)
+    with pytest.raises(UsageError, match=r"the index of columns= is not that of the texts"):
+        predictor.predict(texts, columns.iloc[::-1])
+    with pytest.raises(UsageError, match=r"a DataFrame brings its own columns: leave it out"):
+        predictor.predict(made_up(5), columns)
+
+
+def test_a_value_that_cannot_be_read_is_said(runs, caplog):
+    frame = made_up(6, seed=3)
+    predictor = Predictor.load(runs["columns"], "fp32")
+    predictor.predict(frame)
+    assert not caplog.messages
+    frame.loc[[2, 4], "ReputationAtPostCreation"] = "many"
+    assert predictor.predict(frame)["label"].notna().all()
+    assert caplog.messages == [
+        "2 of 6 rows have a value that cannot be read and counts as missing; the first is row 2: "
+        "unparsable number in ReputationAtPostCreation"
+    ]
+
+
+def test_a_column_named_twice_is_refused(runs):
+    frame = made_up(3)
+    with pytest.raises(DataError, match="two columns named Title; rename one"):
+        Predictor.load(runs["full"], "fp32").predict(pd.concat([frame, frame["Title"]], axis=1))

@@ -220,7 +220,8 @@ def test_a_crash_leaves_nothing_half_written(tmp_path, data, base):
 def test_a_finished_run_holds_what_it_takes_to_predict_and_no_more(runs, kind):
     files = {path.name for path in runs[kind].iterdir()} - {"tensorboard"}
     adapter = {"adapter_config.json"} if kind == "lora" else set()
-    assert files == {"bertforge.json", "config.json", "metrics.jsonl", "tokenizer.json", WEIGHTS[kind]} | adapter
+    tokenizer = {"tokenizer.json", "tokenizer_config.json"}
+    assert files == {"bertforge.json", "config.json", "metrics.jsonl", WEIGHTS[kind]} | tokenizer | adapter
 
 
 def test_a_folder_in_use_is_refused(tmp_path, data, base, runs):

@@ -3,7 +3,7 @@
 Alone is a row that comes while no other call is running.
 
 Measured on a 2-core Xeon with AMX (2026-11-23, all-MiniLM-L6-v2, 240 questions of real lengths, one core, bfloat16):
-batches of one row 92 questions/s, of one row with lengths rounded to 16 tokens 106, of 2,048 tokens 128, of 4,096
+batches of one row 92 rows/s, of one row with lengths rounded to 16 tokens 106, of 2,048 tokens 128, of 4,096
 tokens 111. A new shape costs some milliseconds of kernel generation, which rounding saves; beyond 2,048 tokens the
 activations leave the cache. A single row waits 5.2 ms in INT8 where both cores work on it, 9.0 ms on one core's stream
 (medians of 60 rows); batches gain nothing from it: 1.2 times slower.

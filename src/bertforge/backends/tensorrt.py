@@ -52,7 +52,7 @@ class TensorRtBackend:
         else:
             trt = load_library(target)
         if reason := unfit(target, hardware):
-            raise MachineError(f"{path.parent} cannot run here, for {reason}")
+            raise MachineError(f"{path.parent} cannot run here: {reason}")
         self.name, self.precision, self.device = target, precision, hardware.name
         again = compile_command(path.parent, target, precision)
         _check(path.parent, target, hardware, again)

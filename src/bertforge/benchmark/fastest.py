@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bertforge.artifact import fresh_directory
+import numpy as np
+
+from bertforge.artifact import fresh_directory, read_manifest
 from bertforge.backends.registry import TARGETS
 from bertforge.benchmark.measure import throughput
 from bertforge.benchmark.workload import Workload
@@ -16,7 +18,7 @@ from bertforge.data.prepared import PreparedData
 from bertforge.errors import MachineError, UsageError, reason
 from bertforge.hardware import Hardware
 from bertforge.inference.compile import compile_model
-from bertforge.inference.predictor import Predictor
+from bertforge.inference.predictor import Predictor, check_merged
 from bertforge.scales import SCALES, Scales
 from bertforge.tensorrt_library import MODULES, unfit
 
@@ -90,8 +92,9 @@ def compile_fastest(
 ) -> list[Candidate]:
     """Builds and times `wanted`, keeps the fastest that proved itself as `out`; returns all, the kept one first.
 
-    Raises the first candidate's error when none proved itself.
+    Raises what is wrong with the model or the data, and the first candidate's error when none proved itself.
     """
+    _check(model, data)
     with fresh_directory(out) as folder:
         tried = [_try(model, candidate, data, folder / candidate.name, say) for candidate in wanted]
         tried.sort(key=lambda candidate: -candidate.questions_per_s)  # those that are out stay in order, at the end
@@ -103,6 +106,13 @@ def compile_fastest(
         for candidate in tried:
             shutil.rmtree(folder / candidate.name, ignore_errors=True)
     return tried
+
+
+def _check(model: Path, data: Path) -> None:
+    """Raises here, once and before anything is written, what each candidate would raise."""
+    read_manifest(model, "run", "model", "quantized")
+    check_merged(model)
+    Predictor.load(model, "fp32").examples(PreparedData.open(data), np.zeros(0, np.int64))
 
 
 def _try(model: Path, candidate: Candidate, data: Path, folder: Path, say: Callable[[str], object]) -> Candidate:

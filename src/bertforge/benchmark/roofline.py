@@ -6,16 +6,19 @@ token, which is the one the head reads. So an engine that computes such things s
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
+from bertforge.hardware import Hardware
 from bertforge.model.config import BertConfig
 
-_SECONDS = 1.0  # of measuring a size, so that a moment's other work does not count
+_SECONDS = 0.5  # of measuring a size, so that a moment's other work does not count
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -30,13 +33,31 @@ def needed_flops(config: BertConfig, lengths: np.ndarray) -> float:
     return 2 * (below + last + head)
 
 
-@cache
-def ceiling(device: str, precision: str) -> float | None:
-    """FLOP/s of a large matrix product in `precision` on `device` (cpu, cuda), measured; None for fp8 on a CPU."""
+def product_rate(hardware: Hardware, precision: str) -> float | None:
+    """FLOP/s of the fastest matrix product in `precision` here and now; None for fp8 on a CPU."""
+    device = hardware.device.type
     if device == "cpu" and precision == "fp8":  # a loop in plain C++, a thousand times slower
         return None
-    sizes = (8192,) if device == "cuda" else (1024, 2048)
-    return max(2.0 * size**3 / _product_seconds(device, precision, size) for size in sizes)
+    sizes = (8192,) if device == "cuda" else (512, 1024, 2048)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(hardware.cores)  # as the engines do; OMP_NUM_THREADS may say less
+    try:
+        return max(2.0 * size**3 / _product_seconds(device, precision, size) for size in sizes)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def add_shares(rows: list[dict[str, Any]], flops: float) -> None:
+    """Adds `share_of_ceiling` to each row that was measured; a text needs `flops`.
+
+    The ceiling is the highest `product_rate` of the rows of one precision. Without one, and where the engine was
+    faster, the share is None.
+    """
+    measured = [row for row in rows if "missing" not in row]
+    for row in measured:
+        rates = [each["product_rate"] for each in measured if each["precision"] == row["precision"]]
+        share = flops * row["questions_per_s"] / max(rates) if None not in rates else math.inf
+        row["share_of_ceiling"] = share if share <= 1 else None
 
 
 def _product_seconds(device: str, precision: str, size: int) -> float:

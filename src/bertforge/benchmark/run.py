@@ -1,4 +1,4 @@
-"""Targets x precisions -> rows, the reference first, each on the same questions.
+"""Targets x precisions -> rows, the reference first, each on the same rows.
 
 The reference is PyTorch in float32 on packed tokens. An engine that was not compiled yet is compiled; a target that is
 not installed becomes a row that says how to install it, and whatever goes wrong with one engine a row that says what.
@@ -19,7 +19,7 @@ from bertforge.backends.registry import TARGETS
 from bertforge.backends.run import padding_waste, run
 from bertforge.benchmark.measure import latencies_ms, rate, throughput
 from bertforge.benchmark.memory import peak_memory_gb
-from bertforge.benchmark.roofline import ceiling, needed_flops
+from bertforge.benchmark.roofline import add_shares, needed_flops, product_rate
 from bertforge.benchmark.workload import PADDED, Workload, load
 from bertforge.data.prepared import PreparedData
 from bertforge.errors import MachineError, UsageError, reason
@@ -51,8 +51,6 @@ class _Bench:
     work: Workload
     baseline: np.ndarray
     """The reference's logits of `work.rows`, [rows, labels]."""
-    flops: float
-    """Needed for a question."""
     repeats: int
     say: Callable[[str], object]
 
@@ -91,12 +89,12 @@ def run_benchmark(
         prepared=prepared,
         work=work,
         baseline=baseline,
-        flops=flops,
         repeats=repeats,
         say=say,
     )
     of = {"split": f"{reference.manifest['recipe']['split']}/{split}", "rows_timed": len(work.timed)}
     found = [{**_row(bench, framework, precision), **of} for framework, precision in wanted]
+    add_shares(found, flops)
     return {
         "benchmark": "engines",
         "model": str(model),
@@ -141,7 +139,7 @@ def _folder(bench: _Bench, framework: str, precision: str) -> Path:
     if framework in _OURS:
         return bench.model
     if framework in MODULES and (why := unfit(framework, bench.hardware)):
-        raise MachineError(f"{framework} cannot run here, for {why}")
+        raise MachineError(f"{framework} cannot run here: {why}")
     return engine(bench.sources.get(precision, bench.model), framework, precision, bench.data, bench.say)
 
 
@@ -149,14 +147,13 @@ def _measured(bench: _Bench, folder: Path, framework: str, precision: str) -> di
     work, baseline = bench.work, bench.baseline
     predictor = load(folder, framework, precision)
     try:
-        bench.say(f"measuring {framework} {precision}: {len(work.timed):,} questions, {bench.repeats} times")
+        bench.say(f"measuring {framework} {precision}: {len(work.timed):,} rows, {bench.repeats} times")
         is_reference = (framework, precision) == REFERENCE
         logits = baseline if is_reference else run(predictor.backend, work.examples, work.rows)
         found = {**_speed(predictor, work, bench.repeats), "bytes": _bytes(folder)}
+        found["product_rate"] = product_rate(bench.hardware, precision)
     finally:
         predictor.backend.close()
-    most = ceiling(bench.hardware.device.type, precision)
-    found["share_of_ceiling"] = bench.flops * found["questions_per_s"] / most if most else None
     if framework not in _OURS:
         found["products"] = predictor.manifest["products"]
     found |= _accuracy(baseline, logits, work.labels)

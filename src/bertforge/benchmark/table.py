@@ -18,7 +18,7 @@ _COLOUR = "#2a78d6"
 
 # Title -> how a row shows it. `speed-up` and `of the fastest` need the other rows and are added by `_cells`.
 _SHOWN: dict[str, Callable[[Row], str]] = {
-    "questions/s": lambda row: f"{row['questions_per_s']:,.1f}",
+    "rows/s": lambda row: f"{row['questions_per_s']:,.1f}",
     "from text": lambda row: f"{row['end_to_end_questions_per_s']:,.1f}",
     "batch 1": lambda row: f"{row['questions_per_s_batch_1']:,.1f}",
     "batch 32": lambda row: f"{row['questions_per_s_batch_32']:,.1f}",
@@ -34,7 +34,7 @@ _SHOWN: dict[str, Callable[[Row], str]] = {
 }
 # What fits into 80 columns, in three blocks.
 _BLOCKS = (
-    ("questions/s", "speed-up", "accuracy", "changed"),
+    ("rows/s", "speed-up", "accuracy", "changed"),
     ("recovery (95%)", "p", "p50 / p95 / p99 ms"),
     ("from text", "batch 1", "batch 32", "ceiling", "memory GB"),
 )
@@ -42,7 +42,7 @@ _BLOCKS = (
 
 def markdown(found: dict[str, Any]) -> str:
     """One row an engine, all columns; the speed-up is over the first."""
-    header = ["framework", "precision", "questions/s", "speed-up", *list(_SHOWN)[1:]]
+    header = ["framework", "precision", "rows/s", "speed-up", *list(_SHOWN)[1:]]
     lines = [header, ["---"] * len(header)]
     for row in found["rows"]:
         name = _name(row).split(" ", 1)
@@ -51,19 +51,20 @@ def markdown(found: dict[str, Any]) -> str:
         else:
             lines.append([*name, *_cells(found, row, header[2:])])
     note = (
-        f"{found['device']}; {found['rows_timed']:,} questions of {found['tokens_per_question']:.0f} tokens and "
+        f"{found['device']}; {found['rows_timed']:,} rows of {found['tokens_per_question']:.0f} tokens and "
         f"{found['gflop_per_question']:.2f} GFLOP, median of {found['repeats']}; accuracy on {found['split']}. "
         "From text: tokenizing included. Batch 1, 32: rows a batch at most, sorted by length. p50: one row a call. "
         "Recovery: accuracy as a share of the first row's, with the paired interval. p: McNemar's against the first "
         "row. Changed: labels other than the first row's; benchmark.json names the lines. "
-        "Ceiling: the work needed, as a share of the fastest matrix product in that precision here. "
+        "Ceiling: the work needed, as a share of the fastest matrix product in that precision here; "
+        "- where none was measured or the engine was faster, so that the product was measured on a busier machine. "
         "Padding: tokens computed beyond the real ones. Memory: the most that a process of its own held."
     )
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{note}"
 
 
 def summary(found: dict[str, Any]) -> Group:
-    """The same for a terminal of 80 columns: three tables, and a line for each row that is missing."""
+    """The same for a terminal of 80 columns: three tables, and a line for each figure that is missing."""
     measured = [row for row in found["rows"] if "missing" not in row]
     tables = []
     for columns in _BLOCKS:
@@ -74,8 +75,13 @@ def summary(found: dict[str, Any]) -> Group:
         for row in measured:
             table.add_row(_name(row), *_cells(found, row, columns))
         tables.append(table)
-    missing = [f"{_name(row)}: {row['missing']}" for row in found["rows"] if "missing" in row]
-    return Group(*tables, *missing)
+    notes = [f"{_name(row)}: {row['missing']}" for row in found["rows"] if "missing" in row]
+    if any(row["share_of_ceiling"] is None and row["product_rate"] for row in measured):
+        notes.append(
+            "no ceiling for an engine that was faster than the matrix product measured beside it: other work held the "
+            "cores meanwhile; measure again on an idle machine"
+        )
+    return Group(*tables, *notes)
 
 
 def write(folder: Path, found: dict[str, Any]) -> list[Path]:
@@ -109,7 +115,7 @@ def _between(row: Row) -> str:
 
 
 def _chart(found: dict[str, Any]) -> str:
-    """Questions a second as bars, the accuracy beside each, as a standalone SVG."""
+    """Rows a second as bars, the accuracy beside each, as a standalone SVG."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -123,8 +129,8 @@ def _chart(found: dict[str, Any]) -> str:
         axes.bar_label(bars, shown, padding=4)
         axes.invert_yaxis()
         axes.margins(x=0.3)
-        axes.set(xlabel="questions/s")
-        axes.set_title(f"{found['device']}; {found['rows_timed']:,} questions", loc="left", fontsize=9)
+        axes.set(xlabel="rows/s")
+        axes.set_title(f"{found['device']}; {found['rows_timed']:,} rows", loc="left", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()

@@ -26,33 +26,36 @@ def compile_(
     ] = "auto",
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder made by `bertforge prepare`: train rows calibrate int8, validation rows prove it."),
+        typer.Option(
+            help="Folder made by `bertforge prepare`: train rows calibrate int8, validation rows check the engine."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
             help="Folder of the engine; made here.",
-            show_default="MODEL/engines/TARGET-PRECISION, or MODEL/engines/auto where candidates are compared",
+            show_default="MODEL/engines/TARGET-PRECISION, or MODEL/engines/auto where engines are compared",
         ),
     ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Build nothing; prove the engine of --out, or of --target and --precision.")
+        bool,
+        typer.Option("--verify", help="Build nothing; check the engine in --out, or that of --target and --precision."),
     ] = False,
 ) -> None:
     """Build an engine and show that it computes what the model does.
 
-    The engine is loaded from what was written and run on the model's golden
-    rows, and on validation rows with --data. One that differs too much is
-    not kept. `bertforge predict ENGINE TABLE` runs it.
+    The engine is loaded again from its files and run on the rows saved with
+    the model, and on validation rows with --data. It is kept only if its
+    results are the model's. `bertforge predict ENGINE TABLE` runs it.
 
-    auto, with --data, builds every engine that this machine can run, times
-    those that keep the accuracy, and keeps the fastest. Without --data it is
-    bfloat16 where the CPU has it, and float32 elsewhere. A quantized folder
-    is compiled in its own 8 bits.
+    With --data, auto builds every engine that this machine can run, times
+    those that keep the accuracy, and keeps the fastest. Without --data, it
+    builds one engine: bfloat16 where the CPU supports it, else float32. A
+    quantized folder is compiled in its own 8 bits.
 
     tensorrt builds on the GPU it will run on. tensorrt-rtx builds anywhere
-    and runs on GPUs of compute capability 8.0, 8.6, 8.9 and 12.x; what was
-    built without one is served once --verify has proved it on one.
+    and runs on GPUs of compute capability 8.0, 8.6, 8.9 and 12.x; an engine
+    that was built without a GPU can be used after --verify on one.
 
     Example:
 
@@ -67,7 +70,7 @@ def compile_(
     say = Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print
     if verify:
         if out is None and AUTO in (target, precision):
-            raise UsageError("--verify needs the engine that is meant: --out ENGINE, or --target and --precision")
+            raise UsageError("--verify needs an engine: name it with --out ENGINE, or with --target and --precision")
         folder = out or default_folder(model, target, precision)
         receipt = verify_engine(model, folder, data)
     else:
@@ -97,7 +100,7 @@ def compile_(
 def _comparison(tried: list[Candidate]) -> Table:
     """Every candidate, and why all but the first were not kept."""
     table = Table(box=SIMPLE, pad_edge=False)
-    for title in ("engine", "questions/s", "accuracy"):
+    for title in ("engine", "rows/s", "accuracy"):
         table.add_column(title, no_wrap=True)
     table.add_column("")
     for place, candidate in enumerate(tried):
@@ -135,23 +138,24 @@ def benchmark(
     model: Annotated[Path, typer.Argument(help="Folder made by `bertforge merge`, or by `train` in full.")],
     data: Annotated[Path, typer.Option(help="Folder made by `bertforge prepare`.")],
     targets: Annotated[
-        str, typer.Option(help="all, or TARGET or TARGET-PRECISION, several with commas: openvino,pytorch-fp32.")
+        str, typer.Option(help="all, or targets with commas between them: openvino,pytorch-fp32.")
     ] = "all",
     quantized: Annotated[
-        Path | None, typer.Option(help="Folder made by `bertforge quantize MODEL`: int8 or fp8 engines come from it.")
+        Path | None,
+        typer.Option(help="Folder made by `bertforge quantize MODEL`, to build its int8 or fp8 engines from."),
     ] = None,
     split: Annotated[str, typer.Option(help="Part of the data to run: train, validation or test.")] = "validation",
-    rows: Annotated[int, typer.Option(min=32, help="Rows timed, spread over the part.")] = 500,
-    repeats: Annotated[int, typer.Option(min=1, help="Times each figure is measured.")] = 5,
+    rows: Annotated[int, typer.Option(min=32, help="Rows to time, spread over the part.")] = 500,
+    repeats: Annotated[int, typer.Option(min=1, help="How often to measure each figure.")] = 5,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the table and its JSON.", show_default="MODEL/benchmark")
     ] = None,
 ) -> None:
-    """Compare engines and precisions: speed, latency, accuracy and what it costs.
+    """Compare engines and precisions by speed, latency, accuracy and memory.
 
     Engines that were not compiled yet are compiled first, into
-    MODEL/engines. Every engine runs the same rows of real lengths; accuracy
-    is that of the whole part, set against PyTorch in float32 row by row.
+    MODEL/engines. Every engine is timed on the same rows. Accuracy is that
+    of the whole part, compared with PyTorch in float32 row by row.
 
     Example:
 

@@ -21,7 +21,7 @@ _SPEED: Columns = {
     "trainable": lambda row: f"{row['trainable_parameters']:,}",
     "epoch": lambda row: _time(row["seconds_per_epoch"]),
     "validation": lambda row: _time(row["validation_seconds"]),
-    "questions/s": lambda row: f"{row['questions_per_s']:,.1f}",
+    "rows/s": lambda row: f"{row['questions_per_s']:,.1f}",
     "memory GB": lambda row: "-" if row["peak_memory_gb"] is None else f"{row['peak_memory_gb']:.2f}",
 }
 _COST: Columns = {
@@ -47,7 +47,7 @@ def show_estimate(data: Path, recipe: Recipe, price_per_hour: float | None, json
         found = estimate(data, recipe, price_per_hour, say=say)
     console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(
-        f"{found['model']} on {found['device']}, {found['precision']}, {found['tokens_per_step']:,} tokens a step; "
+        f"{found['model']} on {found['device']}, {found['precision']}; "
         f"{found['train_rows']:,} train and {found['validation_rows']:,} validation rows"
     )
     for columns in (_SPEED, _COST if price_per_hour is None else _COST | _MONEY):
@@ -61,10 +61,14 @@ def show_estimate(data: Path, recipe: Recipe, price_per_hour: float | None, json
             if row["later_seconds"] > 0.95 * row["train_seconds"]:
                 note += ", which brings nothing here; --set prefix_cache_gb=0 keeps none of their output"
             console.print(f"{row['variant']}: {later} an epoch from the second on: {note}")
+    epochs = ", ".join(f"{row['variant']} {row['epochs']}" for row in found["rows"] if "missing" not in row)
     console.print(
-        f"epoch: training and the validation after it; run: {found['epochs']} epochs; set-up: once a run, not in it; "
-        f"memory: the most that {found['peak_memory_of']} held"
+        f"epoch: training and the validation after it; run: the epochs of its recipe ({epochs}); set-up: once a run, "
+        f"not in it; memory: the most that {found['peak_memory_of']} held"
     )
+    for row in found["rows"]:
+        if row.get("busy"):
+            console.print(_busy(row))
     if json_file:
         console.print(f"wrote {write_json(json_file, found)}")
     console.print("next: the same command with --out runs/first and a --variant instead of --estimate")
@@ -79,6 +83,17 @@ def _table(rows: Iterable[Row], columns: Columns) -> Table:
     for row in rows:
         table.add_row(row["variant"], *("-" if "missing" in row else cell(row) for cell in columns.values()))
     return table
+
+
+def _busy(row: Row) -> str:
+    """Why the figures are too high."""
+    reasons = []
+    if row["waited"] is not None:
+        reasons.append(f"other programs held the cores for {row['waited']:.0%} of the time")
+    if row["train_seconds_low"] != row["train_seconds_high"]:
+        low, high = (_time(row[f"train_seconds_{end}"]) for end in ("low", "high"))
+        reasons.append(f"an epoch of training would take {low} by the fastest steps and {high} by the slowest")
+    return f"{row['variant']}: the machine is busy: {' and '.join(reasons)}; it takes less time on an idle machine"
 
 
 def _money(amount: float) -> str:

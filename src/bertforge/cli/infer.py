@@ -8,19 +8,21 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-_MADE_UP = "made-up data: rows scored or learnt from come from `bertforge sample-data` and say nothing about the world"
+_MADE_UP = (
+    "made-up data: these rows, or the train rows, come from `bertforge sample-data`: no figure is about real data"
+)
 
-RunFolder = Annotated[Path, typer.Argument(help="Folder made by `bertforge train`, `merge` or `compile`.")]
+RunFolder = Annotated[Path, typer.Argument(help="Folder made by `bertforge train`, `merge`, `quantize` or `compile`.")]
 
 
 def evaluate(
     run: RunFolder,
-    data: Annotated[Path, typer.Option(help="Folder made by `bertforge prepare`, or a raw table with labels.")],
+    data: Annotated[Path, typer.Option(help="Folder made by `bertforge prepare`, or a table with labels.")],
     split: Annotated[
         str | None, typer.Option(help="Part of the prepared data: train, validation or test.", show_default="test")
     ] = None,
     against: Annotated[
-        Path | None, typer.Option(help="Another run, compared on the same rows by a paired test.")
+        Path | None, typer.Option(help="Another run to compare with, on the same rows, by a paired test.")
     ] = None,
     report: Annotated[
         Path | None, typer.Option(help="HTML report to write.", show_default="RUN/report-SPLIT.html")
@@ -31,8 +33,8 @@ def evaluate(
 ) -> None:
     """Measure a run: loss, accuracy, precision, recall, F1, ROC-AUC, calibration, each with a 95% interval.
 
-    Writes a self-contained HTML report. Choose settings on validation;
-    read test once, for the final number.
+    Writes a self-contained HTML report. Choose settings by the validation
+    rows; read the test rows once, for the final figures.
 
     Example:
 
@@ -52,7 +54,7 @@ def evaluate(
     if found.scored.made_up:
         console.print(_MADE_UP)
     if found.scored.left_out:
-        console.print(f"left out: {found.scored.left_out:,} rows without a usable text and label")
+        console.print(f"left out {found.scored.left_out:,} rows without a text and a known label")
     console.print(metrics_markdown(found.metrics))
     if found.comparison:
         console.print(found.comparison.verdict)
@@ -72,9 +74,11 @@ def predict(
     table: Annotated[Path, typer.Argument(help="CSV, zipped CSV, Parquet or JSON lines; labels are not needed.")],
     out: Annotated[Path, typer.Option(help="File to write: .csv, .parquet or .jsonl.")],
 ) -> None:
-    """Predict every row of a table: line, label, probability, one probability a label, and what was wrong with the row.
+    """Predict the label of every row of a table.
 
-    Rows come out in the table's order and none is dropped.
+    The output has a row for each row of the table, in its order: line, label,
+    probability, the probability of each label, and what was wrong with the
+    row. A row without text has no label.
 
     Example:
 
@@ -88,18 +92,19 @@ def predict(
     if done.made_up:
         console.print(_MADE_UP)
     if done.unlabelled:
-        console.print(f"{done.unlabelled:,} rows have no readable text and so no label; see their column `problem`")
+        console.print(f"{done.unlabelled:,} rows have no readable text and so no label; see the column `problem`")
     console.print(f"wrote {out}: {done.rows:,} rows")
 
 
 def merge(
-    run: RunFolder,
+    run: Annotated[Path, typer.Argument(help="Folder of a LoRA run, made by `bertforge train`.")],
     out: Annotated[Path, typer.Option(help="Folder of the merged model; made here.")],
 ) -> None:
     """Merge a LoRA run into a plain Hugging Face folder, and measure what that changes.
 
-    transformers' AutoModelForSequenceClassification.from_pretrained loads
-    the result.
+    transformers loads the result of a model that reads text alone:
+    pipeline("text-classification", model=DIR, truncation=True) gives the
+    same labels and scores.
 
     Example:
 
@@ -110,8 +115,8 @@ def merge(
     measured = merge_run(run, out)
     console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(
-        f"largest logit difference {measured['max_logit_difference']:.2g}, "
-        f"{measured['changed_labels']} of {measured['rows']} labels changed on the run's golden rows"
+        f"on {measured['rows']} validation rows the merge changed logits by {measured['max_logit_difference']:.2g} "
+        f"at most, and {measured['changed_labels']} labels"
     )
     console.print(f"wrote {out}")
     console.print(f"next: bertforge predict {out} TABLE --out predictions.csv")

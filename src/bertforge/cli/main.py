@@ -68,7 +68,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Labelled text and columns -> a fine-tuned BERT classifier -> fast inference.",
+    help="Fine-tune BERT on text and optional columns, then compile it for fast inference.",
     epilog="Start with `bertforge demo`, or `bertforge prepare TABLE --out DIR` on a table of your own.",
 )
 # In the order in which a user meets them.

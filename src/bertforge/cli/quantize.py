@@ -16,7 +16,7 @@ _BAR = 24  # characters of the longest bar
 
 def quantize(
     model: Annotated[Path, typer.Argument(help="Folder made by `bertforge merge`, or by `train` in full.")],
-    data: Annotated[Path, typer.Option(help="Folder made by `bertforge prepare`: train rows calibrate.")],
+    data: Annotated[Path, typer.Option(help="Folder made by `bertforge prepare`; its train rows calibrate.")],
     out: Annotated[Path, typer.Option(help="Folder of the quantized model; made here.")],
     precision: Annotated[str, typer.Option(help="int8, or fp8 (E4M3).")] = "int8",
     preset: Annotated[
@@ -26,14 +26,15 @@ def quantize(
         str, typer.Option(help="best (chosen on validation rows), max, entropy, mse or percentile.")
     ] = "best",
     smooth: Annotated[float, typer.Option(help="SmoothQuant's alpha, 0 (off) to 1.")] = 0.0,
-    rows: Annotated[int, typer.Option(min=2, help="Train rows that calibrate.")] = 300,
+    rows: Annotated[int, typer.Option(min=2, help="Train rows to calibrate on.")] = 300,
     validation_rows: Annotated[
-        int, typer.Option(min=16, help="Validation rows that judge; every fourth of them ranks methods and parts.")
+        int, typer.Option(min=16, help="Validation rows to judge by; a fourth of them ranks methods and parts.")
     ] = 1000,
     max_drop: Annotated[
         float | None,
         typer.Option(
-            min=0, help="Points of accuracy that may be lost: parts are spared, by multiply-adds, until it holds."
+            min=0,
+            help="Percentage points of accuracy that may be lost; parts go back to full precision until it is kept.",
         ),
     ] = None,
     qat: Annotated[bool, typer.Option("--qat", help="Fine-tune the quantized model for an epoch.")] = False,
@@ -43,8 +44,8 @@ def quantize(
 ) -> None:
     """Find 8-bit ranges for a model's matrix products, and show what each part of it costs.
 
-    Weights have a scale a channel, activations one a tensor. LayerNorm,
-    softmax and the head stay as they are. Nothing looks at test rows.
+    Weights have one scale per channel, activations one per tensor. LayerNorm,
+    softmax and the head stay as they are. Test rows are not used.
     `bertforge compile OUT` builds engines that compute with these ranges;
     `bertforge evaluate OUT` simulates them.
 

@@ -63,7 +63,7 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in OUT.")] = False,
     estimate: Annotated[
-        bool, typer.Option("--estimate", help="Measure for a minute what a run would cost here; trains nothing.")
+        bool, typer.Option("--estimate", help="Measure for a minute what a run would cost here; train nothing.")
     ] = False,
     price_per_hour: Annotated[
         float | None, typer.Option(min=0.0, help="With --estimate: what an hour of this machine costs.")
@@ -192,7 +192,7 @@ class _Display:
         rate = self.rows / task.elapsed if task.elapsed else 0.0
         known = "" if math.isnan(loss) else f"loss {loss:.4f}  "
         idle = "" if math.isnan(progress.idle) else f"  idle {progress.idle:.0%}"
-        figures, epoch = f"{known}{rate:,.0f} questions/s{idle}", f"epoch {progress.epoch + 1}"
+        figures, epoch = f"{known}{rate:,.0f} rows/s{idle}", f"epoch {progress.epoch + 1}"
         self.bar.update(task.id, completed=progress.step, description=epoch, figures=figures)
         if self.console.is_terminal:
             return
@@ -222,6 +222,6 @@ def print_result(console: Console, manifest: dict[str, Any], out: Path) -> None:
             console.print(f"{_epoch_line(point)}{best}")
     curves = [str(path) for path in (out / "metrics.jsonl", out / "tensorboard") if path.exists()]
     console.print(
-        f"wrote {out} ({metrics['seconds']:.0f} s, {metrics['questions_per_s']:,.0f} questions/s, "
+        f"wrote {out} ({metrics['seconds']:.0f} s, {metrics['questions_per_s']:,.0f} rows/s, "
         f"idle {metrics['idle']:.0%}; curves in {' and '.join(curves)})"
     )

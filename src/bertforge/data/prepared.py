@@ -6,7 +6,7 @@ labels.npy              int64 [rows], index into the schema's label names
 lines.npy               int64 [rows], where each row stands in the source
 dates.npy               datetime64[s] [rows], when the schema has a date column
 splits/random.npy       int8 [rows], 0 train, 1 validation, 2 test, -1 none of them; time, given and fold-N.npy alike
-tokens/<tokenizer>/     ids.npy, offsets.npy, tokenizer.json (tokens.py), one folder per tokenizer
+tokens/<tokenizer>/     ids.npy, offsets.npy and the tokenizer's files (tokens.py), one folder per tokenizer
 set_aside.jsonl         the other rows: line, reason, raw; the file, of those that came with --validation or --test
 """
 

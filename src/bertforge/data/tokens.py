@@ -27,7 +27,7 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import BertProcessing
 
-from bertforge.artifact import write_atomic
+from bertforge.artifact import write_atomic, write_json
 from bertforge.data.streaming import ahead
 from bertforge.errors import ArtifactError
 
@@ -89,9 +89,34 @@ class Tokenizer:
                 ids.extend(found)
         return np.frombuffer(ids, dtype=self.dtype), np.cumsum(lengths)
 
-    def save(self, directory: Path) -> Path:
-        """Writes `tokenizer.json`; loading it gives a tokenizer of the same fingerprint."""
+    def save(self, directory: Path, max_length: int = MAX_TOKENS) -> Path:
+        """Writes `tokenizer.json`; loading it gives a tokenizer of the same fingerprint.
+
+        `tokenizer_config.json` beside it tells transformers the same, and the `max_length` to cut a text to.
+        """
+        write_json(directory / "tokenizer_config.json", self._config() | {"model_max_length": max_length})
         return write_atomic(directory / "tokenizer.json", self._serialised)
+
+    def _config(self) -> dict[str, Any]:
+        """What transformers 4 and 5 read of `tokenizer_config.json`.
+
+        Version 5 takes the vocabulary alone from a BertTokenizer's `tokenizer.json` and the rest from here, so only
+        BERT's own normalizer may go by that name; PreTrainedTokenizerFast takes the file as it is.
+        """
+        special = [(name, f"[{name.upper()}]") for name in ("unk", "sep", "pad", "cls", "mask")]
+        config: dict[str, Any] = {
+            f"{name}_token": token for name, token in special if self._backend.token_to_id(token) is not None
+        }
+        normalizer = self._backend.normalizer
+        if not isinstance(normalizer, BertNormalizer) or not isinstance(self._backend.pre_tokenizer, BertPreTokenizer):
+            return {"tokenizer_class": "PreTrainedTokenizerFast", **config}
+        return {
+            "tokenizer_class": "BertTokenizer",
+            **config,
+            "do_lower_case": normalizer.lowercase,
+            "strip_accents": normalizer.strip_accents,
+            "tokenize_chinese_chars": normalizer.handle_chinese_chars,
+        }
 
     def _encodings(self, texts: Sequence[str]) -> Iterator[list[tokenizers.Encoding]]:
         batches = (self._encode_batch(texts[start : start + _BATCH]) for start in range(0, len(texts), _BATCH))
@@ -178,7 +203,7 @@ class TokenStore:
 
 
 class TokenWriter:
-    """Appends ids to `ids.npy`, and on leaving writes `offsets.npy` and `tokenizer.json` beside it."""
+    """Appends ids to `ids.npy`, and on leaving writes `offsets.npy` and the tokenizer beside it."""
 
     def __init__(self, directory: Path, tokenizer: Tokenizer) -> None:
         directory.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """ONNX -> OpenVINO IR, in full precision or with linear layers in INT8 by NNCF.
 
 Attention's own two products stay in bfloat16: in INT8 they are slower (the softmax between them is what costs; one
-core of a Xeon with AMX: 138 questions/s without them, 134 with, 128 all in bfloat16; 2026-11-23) and they are what
+core of a Xeon with AMX: 138 rows/s without them, 134 with, 128 all in bfloat16; 2026-11-23) and they are what
 loses accuracy first. The head stays too.
 
 Columns are raw numbers, which bfloat16 would round to three digits before they are scaled. So their nodes carry the

@@ -118,7 +118,7 @@ def compile_model(
             with closing(open_engine(folder, target, precision, hardware)) as backend:
                 receipt |= {"verified": True, **_proved(predictor, backend, prepared)}
         kept = {name: predictor.manifest[name] for name in _KEPT}
-        predictor.tokenizer.save(folder)
+        predictor.tokenizer.save(folder, predictor.max_length)
         write_manifest(folder, "engine", **receipt, parent=hash_file(model / MANIFEST), **kept)
     return receipt
 

@@ -24,13 +24,12 @@ MAX_DIFFERENCE = 1e-3  # logits; two float32 orders of summation differ by about
 def merge_run(run: Path, out: Path) -> dict[str, Any]:
     """Merges in float32 and writes `out`; returns what was measured: the largest logit difference and changed labels.
 
-    Raises ArtifactError for a run without adapters, and when the merged model is not the same function.
+    Raises ArtifactError for a folder without adapters, and when the merged model is not the same function.
     """
     manifest = read_manifest(run, "run", "model")
     if not (run / ADAPTER_CONFIG).is_file():
-        raise ArtifactError(
-            f"{run} was trained in full and is a plain Hugging Face folder already: there is nothing to merge"
-        )
+        what = "is a merged model" if manifest["kind"] == "model" else "was trained in full"
+        raise ArtifactError(f"{run} {what} and so a plain Hugging Face folder already: there is nothing to merge")
     model = verified_model(run, manifest, detect())
     merged = merge(model)
     assert isinstance(merged, BertForSequenceClassification)
@@ -53,7 +52,7 @@ def merge_run(run: Path, out: Path) -> dict[str, Any]:
     kept = {name: value for name, value in manifest.items() if name not in ("kind", "versions", "history")}
     with fresh_directory(out) as folder:
         merged.save_pretrained(folder)
-        Tokenizer.load(run).save(folder)
+        Tokenizer.load(run).save(folder, manifest["recipe"]["max_length"])
         write_manifest(
             folder,
             "model",

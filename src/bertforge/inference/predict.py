@@ -57,11 +57,7 @@ def predict_table(predictor: Predictor, table: Path, out: Path) -> Predicted:
 
 
 def _predict_chunk(predictor: Predictor, chunk: RawRows) -> pd.DataFrame:
-    readable = [bool(text.strip()) for text in chunk.texts]
-    texts = [text for text, good in zip(chunk.texts, readable, strict=True) if good]
-    predicted = predictor.predict(texts, chunk.frame[readable])
-    predicted.index = pd.Index([row for row, good in enumerate(readable) if good])
-    predicted = predicted.reindex(range(len(readable)))  # rows without text become missing values
+    predicted = predictor.predict(chunk.texts, chunk.frame)
     predicted.insert(0, "line", chunk.lines)
     predicted["problem"] = chunk.problems
     return predicted
@@ -73,13 +69,13 @@ def _writer(out: Path) -> Iterator[Callable[[pd.DataFrame], None]]:
     if out.suffix not in FORMATS:
         raise UsageError(f"--out {out} should end in {', '.join(FORMATS)}")
     check_output(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f".{out.name}.{os.getpid()}.partial")
     beside.unlink(missing_ok=True)  # of a process that was killed; rows are appended
     parquet: pq.ParquetWriter | None = None
 
     def write(frame: pd.DataFrame) -> None:
         nonlocal parquet
+        out.parent.mkdir(parents=True, exist_ok=True)
         if out.suffix == ".parquet":
             table = pa.Table.from_pandas(frame, preserve_index=False, schema=_parquet_schema(frame))
             parquet = parquet or pq.ParquetWriter(beside, table.schema)

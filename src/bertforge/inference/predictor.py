@@ -26,6 +26,7 @@ from bertforge.data.tokens import Tokenizer, TokenStore
 from bertforge.errors import ArtifactError, DataError, MachineError, UsageError
 from bertforge.evaluation.golden import TOLERANCE, GoldenRows
 from bertforge.hardware import Hardware, choose_precision, detect
+from bertforge.inference.inputs import Given, read_inputs
 from bertforge.lora.adapter_io import ADAPTER_CONFIG, load_adapter
 from bertforge.model import weights
 from bertforge.model.classifier import BertForSequenceClassification
@@ -100,20 +101,37 @@ class Predictor:
         """Whether rows of `frame`, or those the model learnt from, come from `bertforge sample-data`."""
         return bool(self.manifest["data"]["made_up"]) or (self.schema.kind == STACK_OVERFLOW and is_made_up(frame))
 
-    def predict(self, texts: Sequence[str], columns: pd.DataFrame | None = None) -> pd.DataFrame:
-        """`label`, `probability` (of that label) and one column of probability a label, a row for each text.
-
-        `columns` holds the columns the model reads beside the text, if it reads any.
-        """
-        probabilities = torch.from_numpy(self.logits(texts, columns)).softmax(dim=1).numpy()  # [rows, labels]
-        best = probabilities.argmax(axis=1) if len(texts) else np.zeros(0, np.int64)
+    def predict(self, rows: Given, columns: pd.DataFrame | None = None) -> pd.DataFrame:
+        """`label`, `probability` (of that label) and `p_<label>` for each label; see `predict_proba` for the rest."""
+        chances = self.predict_proba(rows, columns)
+        values = chances.to_numpy()  # [rows, labels]
+        best = np.where(np.isnan(values).any(axis=1), -1, values.argmax(axis=1))
+        names = (*self.label_names, None)
         return pd.DataFrame(
             {
-                "label": [self.label_names[index] for index in best],
-                "probability": probabilities[np.arange(len(best)), best],
-                **{f"p_{name}": probabilities[:, index] for index, name in enumerate(self.label_names)},
-            }
+                "label": [names[index] for index in best],
+                "probability": values.max(axis=1),
+                **{f"p_{name}": values[:, column] for column, name in enumerate(self.label_names)},
+            },
+            index=chances.index,
         )
+
+    def predict_proba(self, rows: Given, columns: pd.DataFrame | None = None) -> pd.DataFrame:
+        """`[rows, labels]` float32: a column of probability for each label, under the label's name.
+
+        `rows` are a list of texts, a Series of them, or a frame with the columns of the table that the model was
+        trained on, the label aside. Its index is kept. `columns`, beside texts alone, holds the columns that the model
+        reads, as `PreparedData.columns` gives them. A row without text has no label and no probabilities: NaN.
+
+        Raises UsageError for something else, and DataError for a row that is no text or a column that is missing.
+        """
+        given = read_inputs(rows, columns, self.schema, self.transform)
+        chances = np.full((len(given.texts), len(self.label_names)), np.nan, np.float32)
+        readable = np.array([bool(text.strip()) for text in given.texts], dtype=bool)  # [rows]
+        texts = [text for text, good in zip(given.texts, readable, strict=True) if good]
+        beside = None if given.columns is None else given.columns[readable]
+        chances[readable] = torch.from_numpy(self.logits(texts, beside)).softmax(dim=1).numpy()
+        return pd.DataFrame(chances, index=given.index, columns=list(self.label_names))
 
     def logits(
         self,
@@ -122,10 +140,6 @@ class Predictor:
         advance: Callable[[int], None] = lambda rows: None,
     ) -> np.ndarray:
         """Logits `[rows, labels]` float32, in the order of `texts`."""
-        if isinstance(texts, str):
-            raise UsageError("predict takes a list of texts, not one text; write predict([text])")
-        if columns is not None and len(columns) != len(texts):
-            raise UsageError(f"{len(texts)} texts, but columns of {len(columns)} rows; pass one row a text")
         if len(texts) == 0:
             return np.zeros((0, len(self.label_names)), np.float32)
         store = TokenStore(*self.tokenizer.encode(list(texts)))

@@ -121,7 +121,7 @@ def quantize_model(
         write_atomic(folder / WEIGHTS, to_bytes(fake.plain_state(network), metadata={"format": "pt"}))
         fake.read_scales(network, options.precision, chosen).save(folder)
         network.config.save(folder)
-        predictor.tokenizer.save(folder)
+        predictor.tokenizer.save(folder, predictor.max_length)
         golden = GoldenRows.record(network, rows.examples, rows.validation)
         kept = {name: manifest[name] for name in _KEPT}
         write_manifest(

@@ -318,7 +318,7 @@ def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _save(run: Run, recipe: Recipe, out: Path) -> None:
-    run.tokenizer.save(out)
+    run.tokenizer.save(out, recipe.max_length)
     run.model.config.save(out)
     if run.lora is None:
         run.model.save_pretrained(out)
