@@ -87,6 +87,11 @@ class Predictor:
         return tuple(self.manifest["labels"])
 
     @property
+    def temperature(self) -> float:
+        """What logits are divided by before they become probabilities; fitted on validation rows in training."""
+        return float(self.manifest.get("temperature", 1.0))
+
+    @property
     def precision(self) -> str:
         """What the matrix products run in."""
         return self.backend.precision
@@ -105,7 +110,8 @@ class Predictor:
 
         `columns` holds the columns the model reads beside the text, if it reads any.
         """
-        probabilities = torch.from_numpy(self.logits(texts, columns)).softmax(dim=1).numpy()  # [rows, labels]
+        logits = torch.from_numpy(self.logits(texts, columns)) / self.temperature
+        probabilities = logits.softmax(dim=1).numpy()  # [rows, labels]
         best = probabilities.argmax(axis=1) if len(texts) else np.zeros(0, np.int64)
         return pd.DataFrame(
             {
