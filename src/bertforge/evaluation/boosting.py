@@ -62,10 +62,13 @@ def encode_columns(
             rates = _rates_of_names(names, labels, train, asked)
             encoded |= {f"{name}:{kind}": rates[wanted, i] for i, kind in enumerate(_kinds(labels[train]))}
         else:
-            frequent = frame[name].iloc[train].replace("", None).value_counts().index[:MAX_CATEGORIES]
-            encoded[name] = pd.Categorical(column, categories=frequent)
+            frequent = column.iloc[: len(train)].value_counts().index[:MAX_CATEGORIES]
+            encoded[name] = pd.Categorical(column.where(column.isin(frequent)), categories=frequent)
             categories.append(name)
-    return pd.DataFrame(encoded, index=wanted), categories or None
+    found = pd.DataFrame(encoded, index=wanted)
+    empty = found.columns[found.iloc[: len(train)].isna().all()].difference(categories)
+    found[empty] = 0.0  # the trees refuse a column without a number
+    return found, categories or None
 
 
 def _told_apart(labels: np.ndarray) -> list[int]:
