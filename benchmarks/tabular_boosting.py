@@ -7,37 +7,31 @@ train rows with five seeds and scored on the validation rows; the test rows take
 each split of a tree may choose from. Accuracy and loss are means over the seeds; the interval is the 95% bootstrap over
 seeds and validation rows, so it speaks of other seeds and other questions alike.
 
-Trees read numbers as they are, missing ones included; names as categories; and the names of a multi-valued column
-(`--multi`) by how often rows with them were of class 1. Those rates come from train rows alone, and for a train row
-from the folds it is not in.
+How trees read columns, those of several names (`--multi`) among them: src/bertforge/evaluation/boosting.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import log_loss
-from sklearn.model_selection import StratifiedKFold
 
 from bertforge.artifact import write_json
 from bertforge.data.features import FEATURES
 from bertforge.data.prepared import PreparedData
 from bertforge.data.schema import CLOSED_DATE
+from bertforge.data.tabular import TabularSpec
 from bertforge.errors import BertforgeError, UsageError
+from bertforge.evaluation.boosting import boosted_trees, encode_columns
 from record import record
 
 SEEDS = range(5)
 RESAMPLES = 2000
-FOLDS = 5
-PRIOR_ROWS = 8.0  # a name's rate is pulled towards the overall one as by so many rows more
-MAX_CATEGORIES = 254  # the trees' limit is 255; rarer names count as missing
 
 STUDY = ["account_age_days", "tag_count", "reputation", "title_words", "body_words"]
 THIRTEEN = [
@@ -91,20 +85,12 @@ def measure(data: PreparedData, variant: str, columns: list[str], multi: str, sp
     """Fits on train rows and scores on validation rows; returns and prints one row of the record."""
     train, validation = data.rows(split, "train"), data.rows(split, "validation")
     labels = np.asarray(data.labels)
-    x, categories = encode(data.columns(columns), labels, train, validation, multi)  # test rows are dropped here
+    frame = data.columns(columns)
+    spec = spec_of(frame.iloc[np.concatenate([train, validation])], multi)
+    x, categories = encode_columns(frame, spec, labels, train, validation)  # test rows are dropped here
     correct, losses = [], []
     for seed in SEEDS:
-        trees = HistGradientBoostingClassifier(
-            learning_rate=0.05,
-            max_iter=300,
-            max_leaf_nodes=20,
-            min_samples_leaf=40,
-            l2_regularization=5.0,
-            max_features=0.5,
-            early_stopping=False,
-            categorical_features=categories,
-            random_state=seed,
-        )
+        trees = boosted_trees(2, categories, seed)
         trees.fit(x.loc[train], labels[train])
         probability = trees.predict_proba(x.loc[validation])[:, 1]
         correct.append((probability > 0.5) == (labels[validation] == 1))
@@ -126,59 +112,13 @@ def measure(data: PreparedData, variant: str, columns: list[str], multi: str, sp
     }
 
 
-def encode(
-    frame: pd.DataFrame, labels: np.ndarray, train: np.ndarray, validation: np.ndarray, multi: str
-) -> tuple[pd.DataFrame, list[str] | None]:
-    """Columns as the trees read them, for train and validation rows (the index), and which of them are categories."""
-    wanted = np.concatenate([train, validation])
-    encoded: dict[str, Any] = {}
-    categories = []
-    for name in frame.columns:
-        column = frame[name].iloc[wanted].replace("", None)  # source columns are strings, "" where absent
-        numbers = pd.to_numeric(column, errors="coerce")
-        if numbers.notna().equals(column.notna()):
-            encoded[name] = numbers.astype(np.float64)
-        elif name == multi:
-            names = [value.split() if isinstance(value, str) else [] for value in frame[name].tolist()]
-            rates = _rates_of_names(names, labels, train, validation)
-            encoded |= {f"{name}:{kind}": rates[wanted, i] for i, kind in enumerate(("mean", "least", "most", "sum"))}
-        else:
-            frequent = frame[name].iloc[train].value_counts().index[:MAX_CATEGORIES]
-            encoded[name] = pd.Categorical(column, categories=frequent)
-            categories.append(name)
-    return pd.DataFrame(encoded, index=wanted), categories or None
-
-
-def _rates_of_names(
-    names: list[list[str]], labels: np.ndarray, train: np.ndarray, validation: np.ndarray
-) -> np.ndarray:
-    """[rows, 4] mean, least, most and sum of the log-odds of a row's names; a train row by other folds than its own."""
-    rates = np.full((len(names), 4), np.nan)
-    for rest, fold in StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(train, labels[train]):
-        _fill_rates(rates, names, labels, train[rest], train[fold])
-    _fill_rates(rates, names, labels, train, validation)
-    return rates
-
-
-def _fill_rates(
-    rates: np.ndarray, names: list[list[str]], labels: np.ndarray, known: np.ndarray, asked: np.ndarray
-) -> None:
-    """Fills `rates` of the rows `asked` by what the rows `known` teach; a row without names stays NaN."""
-    seen: Counter[str] = Counter()
-    positive: Counter[str] = Counter()
-    for row in known:
-        seen.update(names[row])
-        if labels[row] == 1:
-            positive.update(names[row])
-    overall = float(np.mean(labels[known] == 1))
-
-    def log_odds(name: str) -> float:
-        rate = (positive[name] + PRIOR_ROWS * overall) / (seen[name] + PRIOR_ROWS)
-        return float(np.log(rate / (1 - rate)))
-
-    for row in asked:
-        if odds := [log_odds(name) for name in names[row]]:
-            rates[row] = np.mean(odds), min(odds), max(odds), sum(odds)
+def spec_of(frame: pd.DataFrame, multi: str) -> TabularSpec:
+    """Which columns of `frame` hold numbers: those in which every value that is there is one."""
+    columns = {name: frame[name].replace("", None) for name in frame.columns}  # "" where a source column is empty
+    numeric = tuple(n for n, c in columns.items() if pd.to_numeric(c, errors="coerce").notna().equals(c.notna()))
+    multi = multi if multi in columns and multi not in numeric else ""
+    categorical = tuple(name for name in columns if name not in (*numeric, multi))
+    return TabularSpec(numeric=numeric, categorical=categorical, multi=multi)
 
 
 def interval(correct: np.ndarray) -> tuple[float, float]:

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from bertforge.cli.estimate import _money
+from bertforge.evaluation.standing import Standing
 from bertforge.training.config import load_recipe, variants
 from tests.runs import KINDS, STEPS, run_command
 
@@ -22,8 +23,11 @@ def test_train_with_settings_in_one_go(tmp_path, data, base, capsys):
     assert "epoch 1: train loss 0." in said.out
     assert (f" and {tmp_path / 'run' / 'tensorboard'})" in said.out) == (tmp_path / "run" / "tensorboard").is_dir()
     assert "<- kept" in said.out
+    assert "| on 17 validation rows | accuracy | macro F1 | lead of the model (95% interval) |" in said.out
+    assert "| TF-IDF + logistic regression, fitted on 128 rows in " in said.out
     assert f"next: bertforge evaluate {tmp_path / 'run'} --data {data}" in said.out, "long paths are not broken"
     manifest = json.loads((tmp_path / "run" / "bertforge.json").read_text())
+    assert Standing.from_dict(manifest["baselines"]).verdict in said.out
     assert (manifest["recipe"]["epochs"], manifest["recipe"]["lora"]["r"]) == (1, 2)
     assert manifest["history"][-1]["step"] == STEPS
 

@@ -11,7 +11,15 @@ from sklearn import metrics as sk
 
 from bertforge.errors import ArtifactError, DataError
 from bertforge.evaluation.bootstrap import Estimate, mirrored, resample_weights
-from bertforge.evaluation.metrics import SCALARS, Metrics, Ranking, calibration_bins, classification_metrics
+from bertforge.evaluation.metrics import (
+    SCALARS,
+    Metrics,
+    Ranking,
+    calibration_bins,
+    calibration_error,
+    classification_metrics,
+    macro_f1,
+)
 
 
 def made_rows(rows: int, labels: int, seed: int = 0, decimals: int = 6):
@@ -55,12 +63,15 @@ def test_two_labels_agree_with_scikit_learn(decimals):
         "precision": sk.precision_score(true, predicted),
         "recall": sk.recall_score(true, predicted),
         "f1": sk.f1_score(true, predicted),
+        "macro_f1": sk.f1_score(true, predicted, average="macro"),
         "roc_auc": sk.roc_auc_score(true, margin),
         "calibration_error": plain_calibration_error(logits, true),
     }
     assert values(found) == pytest.approx(expected, abs=1e-12, rel=0)
     cells = [[cell.value for cell in row] for row in found.confusion]
     assert cells == sk.confusion_matrix(true, predicted).tolist()
+    assert calibration_error(logits, true) == found.calibration_error.value
+    assert macro_f1(true, predicted, 2) == found.macro_f1.value
     assert found.average == "label 'closed'"
 
 
@@ -74,6 +85,7 @@ def test_many_labels_agree_with_scikit_learn_macro_averages():
         "precision": sk.precision_score(true, predicted, average="macro"),
         "recall": sk.recall_score(true, predicted, average="macro"),
         "f1": sk.f1_score(true, predicted, average="macro"),
+        "macro_f1": sk.f1_score(true, predicted, average="macro"),
         "roc_auc": sk.roc_auc_score(true, p, multi_class="ovr", average="macro"),
         "calibration_error": plain_calibration_error(logits, true),
     }

@@ -12,15 +12,18 @@ import pytest
 
 from bertforge.errors import MachineError
 from bertforge.evaluation import figures
+from bertforge.evaluation.bootstrap import Estimate
 from bertforge.evaluation.compare import compare
 from bertforge.evaluation.curves import reliability, roc_curves
 from bertforge.evaluation.groups import by_length, by_month, confident_mistakes
 from bertforge.evaluation.metrics import classification_metrics
 from bertforge.evaluation.report import Report, metrics_markdown, write_report
+from bertforge.evaluation.standing import Rival, Standing
 
 HOSTILE = "<script>alert('x')</script><img src=http://example.com/x onerror=alert(1)> $a_b$ & \"q\""
 SECTIONS = [
     "Metrics",
+    "Baselines",
     "Loss curves",
     "ROC",
     "Calibration",
@@ -35,6 +38,7 @@ SECTIONS = [
     "Data fingerprint",
     "Versions",
 ]
+LEAD = Estimate(0.1, 0.05, 0.15)
 ABSENT = {field.name: None for field in fields(Report) if field.default is None}
 
 
@@ -79,6 +83,7 @@ def _made_report(labels: int, names: tuple[str, ...]) -> Report:
         subtitle="on the test split",
         made_up=False,
         metrics=classification_metrics(logits, true, names, bootstrap=20),
+        standing=Standing("test", 300, 0.9, 0.85, None, (Rival("word counts", 300, 0.8, 0.7, 0.9, LEAD, 99, 1.0),)),
         comparisons=[compare(logits[:, ::-1], logits, true, names=("before", "after"), bootstrap=20)],
         steps=[{"step": s, "epoch": 1 + s // 400, "loss": 1 / (1 + s)} for s in range(0, 800, 2)],
         epochs=[
@@ -237,6 +242,12 @@ def test_each_input_fills_its_own_section(present, tmp_path):
     assert html.count("Left out: ") == len(SECTIONS) - 3
 
 
+def test_the_baselines_stand_beside_the_model_with_the_verdict(full):
+    text = " ".join(Page(full).text.split())
+    assert "The model beats word counts: 90.0% beside 80.0%, difference +10.0 points (+5.0 to +15.0)." in text
+    assert "word counts, fitted on 99 rows in 1 s80.0%70.0%+10.0 points (+5.0 to +15.0)" in text
+
+
 def test_no_mistakes_is_not_the_same_as_no_list_of_mistakes(tmp_path):
     html = write_report(tmp_path / "r.html", made_report(**(ABSENT | {"mistakes": ()}))).read_text()
     assert "every row is labelled rightly" in html
@@ -284,7 +295,7 @@ def test_markdown_has_one_row_per_metric_and_gives_reasons():
     lines = metrics_markdown(metrics).splitlines()
     assert lines[:2] == ["| metric | value | 95% interval |", "| --- | --- | --- |"]
     assert lines[3] == "| Accuracy | 100.00% | 100.00% to 100.00% |"
-    assert lines[7] == "| ROC-AUC | undefined: no row has the label 'a\\|b' |  |"
+    assert lines[8] == "| ROC-AUC | undefined: no row has the label 'a\\|b' |  |"
     assert lines[-1].startswith("9 rows. Precision, recall, F1 and ROC-AUC: label 'a|b'.")
 
 
@@ -296,7 +307,18 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(tmp_path, 
 
 
 def test_importing_evaluation_loads_no_optional_library():
-    modules = ["bootstrap", "scores", "metrics", "compare", "groups", "curves", "figures", "report"]
+    modules = [
+        "bootstrap",
+        "scores",
+        "metrics",
+        "compare",
+        "groups",
+        "curves",
+        "figures",
+        "report",
+        "baselines",
+        "standing",
+    ]
     imports = "; ".join(f"import bertforge.evaluation.{module}" for module in modules)
     check = "import sys; print(sorted({'jinja2', 'matplotlib', 'sklearn', 'torch', 'markupsafe'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", f"{imports}; {check}"], capture_output=True, text=True, check=True)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from html import unescape
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,8 @@ import pytest
 from bertforge.data.prepare import PrepareOptions
 from bertforge.data.prepared import PreparedData
 from bertforge.errors import DataError, UsageError
+from bertforge.evaluation.baselines import COLUMNS, MAJORITY, TEXT
+from bertforge.evaluation.metrics import classification_metrics
 from bertforge.inference import scoring
 from bertforge.inference.evaluate import evaluate_run
 from bertforge.inference.predictor import Predictor
@@ -45,8 +48,11 @@ def test_prepared_and_raw_rows_score_alike(data, runs, raw_test_rows, kind):
 def test_the_validation_loss_of_training_is_found_again(data, runs, kind):
     found = evaluate_run(runs[kind], data, "validation")
     metrics = json.loads((runs[kind] / "bertforge.json").read_text())["metrics"]
-    # `evaluate` chooses its own precision, and training used float32.
-    assert found.metrics.loss.value == pytest.approx(metrics["validation_loss"], abs=2e-3)
+    # `evaluate` chooses its own precision, and training used float32. The temperature lowers the loss further.
+    raw = classification_metrics(found.scored.logits * found.temperature, found.scored.labels, "ab", bootstrap=1)
+    assert raw.loss.value == pytest.approx(metrics["validation_loss"], abs=2e-3)
+    assert raw.calibration_error.value == pytest.approx(found.raw_calibration_error, abs=1e-9)
+    assert found.metrics.loss.value <= raw.loss.value
     exact = score(Predictor.load(runs[kind], "fp32"), data, "validation")
     surprise = np.log(np.exp(exact.logits).sum(1)) - exact.logits[np.arange(len(exact.labels)), exact.labels]
     assert surprise.mean() == pytest.approx(metrics["validation_loss"], rel=1e-5)
@@ -125,6 +131,22 @@ def test_two_runs_are_compared_row_by_row(data, runs):
     assert evaluate_run(runs["full"], data).comparison is None
 
 
+@pytest.mark.parametrize("kind", ["full", "columns"])
+def test_the_baselines_of_the_runs_own_data_stand_beside_it(tmp_path, data, base, runs, raw_test_rows, kind):
+    found = evaluate_run(runs[kind], data, "test")
+    names = [rival.name for rival in found.standing.rivals]
+    assert names == [MAJORITY, TEXT, COLUMNS][: 3 if kind == "columns" else 2]
+    assert (found.standing.part, found.standing.accuracy) == ("test", found.metrics.accuracy.value)
+    assert found.to_dict()["baselines"]["macro_f1"] == found.metrics.macro_f1.value
+    assert found.standing.verdict[1:] in unescape(found.write_report(tmp_path / "r.html").read_text())
+    manifest = json.loads((runs[kind] / "bertforge.json").read_text())
+    kept = evaluate_run(runs[kind], data, "validation").standing.to_dict()
+    assert [rival["accuracy"] for rival in manifest["baselines"]["rivals"]] == [r["accuracy"] for r in kept["rivals"]]
+    other = prepare_frame(made_up(160, seed=2), tmp_path / "other", base)
+    for source, part in ((data, "train"), (raw_test_rows, None), (other, "test")):
+        assert evaluate_run(runs[kind], source, part).standing is None
+
+
 def test_runs_of_different_splits_are_not_compared(tmp_path, data, base, runs):
     finetune(data, tmp_path / "by_time", quick_recipe(base, epochs=1, split="time"))
     with pytest.raises(DataError, match=r"cannot be compared: .* test part of the random split .* of the time split"):
@@ -142,6 +164,7 @@ def test_labels_the_model_does_not_know_are_refused(tmp_path, base, runs):
 def test_a_report_is_written_with_the_runs_curves(tmp_path, data, runs):
     found = evaluate_run(runs["columns"], data, "test", against=runs["full"])
     html = found.write_report(tmp_path / "report.html").read_text()
+    assert found.calibration[1:] in html
     for said in ("columns on", "Made-up data.", found.scored.fingerprint, "the test part of the random split"):
         assert said in html, said
     assert found.comparison.verdict in html

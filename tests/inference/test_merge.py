@@ -45,6 +45,7 @@ def test_a_merged_folder_is_a_plain_model_that_says_where_it_came_from(merged, r
     manifest = json.loads((out / "bertforge.json").read_text())
     assert manifest["kind"] == "model"
     assert manifest["merge"] == measured
+    assert manifest["temperature"] == Predictor.load(runs["lora"]).temperature != 1
     assert manifest["parent"] == hash_file(runs["lora"] / "bertforge.json")
 
 

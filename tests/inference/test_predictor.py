@@ -1,5 +1,6 @@
 """A saved run computes what the trained model computed, or is refused."""
 
+import json
 import shutil
 
 import numpy as np
@@ -56,8 +57,23 @@ def test_predictions_are_labels_with_their_probabilities(data, runs):
     assert both.sum(axis=1) == pytest.approx(np.ones(20))
     assert found["probability"].tolist() == both.max(axis=1).tolist()
     assert found["label"].tolist() == [("open", "closed")[index] for index in both.argmax(axis=1)]
-    expected = torch.from_numpy(predictor.logits(texts)).softmax(1).numpy()
+    expected = (torch.from_numpy(predictor.logits(texts)) / predictor.temperature).softmax(1).numpy()
     assert np.array_equal(both, expected)
+
+
+def test_the_temperature_moves_probabilities_and_no_label(data, copied):
+    folder, texts = copied("full"), PreparedData.open(data).texts(np.arange(40))
+    manifest = json.loads((folder / "bertforge.json").read_text())
+
+    def predict(**changes):
+        (folder / "bertforge.json").write_text(json.dumps({**manifest, **changes}))
+        return Predictor.load(folder, "fp32").predict(texts)
+
+    cold, hot = predict(temperature=0.5), predict(temperature=5.0)
+    assert cold["label"].tolist() == hot["label"].tolist()
+    assert (cold["probability"] > hot["probability"] + 1e-3).all()
+    del manifest["temperature"]  # a run made before there was one
+    assert predict().equals(predict(temperature=1.0))
 
 
 def test_a_texts_prediction_does_not_hang_on_its_company(runs):

@@ -56,6 +56,9 @@ def evaluate(
     if found.scored.left_out:
         console.print(f"left out {found.scored.left_out:,} rows without a text and a known label")
     console.print(metrics_markdown(found.metrics))
+    console.print(found.calibration)
+    if found.standing:
+        console.print(f"\n{found.standing.markdown()}")
     if found.comparison:
         console.print(found.comparison.verdict)
     if json_file:

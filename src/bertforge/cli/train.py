@@ -214,12 +214,15 @@ def _epoch_line(point: dict[str, Any]) -> str:
 
 
 def print_result(console: Console, manifest: dict[str, Any], out: Path) -> None:
-    """The epochs as a short table, and what was written."""
+    """The epochs as a short table, how the model stands beside the baselines, and what was written."""
+    from bertforge.cli.standing import print_standing
+
     metrics = manifest["metrics"]
     for point in manifest["history"]:
         if "epoch" in point:
             best = "  <- kept" if point["epoch"] == metrics["best_epoch"] else ""
             console.print(f"{_epoch_line(point)}{best}")
+    print_standing(console, manifest)
     curves = [str(path) for path in (out / "metrics.jsonl", out / "tensorboard") if path.exists()]
     console.print(
         f"wrote {out} ({metrics['seconds']:.0f} s, {metrics['questions_per_s']:,.0f} rows/s, "

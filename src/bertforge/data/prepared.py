@@ -7,6 +7,7 @@ lines.npy               int64 [rows], where each row stands in the source
 dates.npy               datetime64[s] [rows], when the schema has a date column
 splits/random.npy       int8 [rows], 0 train, 1 validation, 2 test, -1 none of them; time, given and fold-N.npy alike
 tokens/<tokenizer>/     ids.npy, offsets.npy and the tokenizer's files (tokens.py), one folder per tokenizer
+baselines/              what word counts and columns alone predict (evaluation/baselines.py), made by the first run
 set_aside.jsonl         the other rows: line, reason, raw; the file, of those that came with --validation or --test
 """
 

@@ -1,9 +1,12 @@
 """Evaluation: how good are these logits, how sure are we, and where do they go wrong? Knows nothing of BERT.
 
-All but the last two take logits `[rows, labels]` and integer labels `[rows]` as NumPy arrays.
+They take logits `[rows, labels]` and integer labels `[rows]` as NumPy arrays; `baselines`, `boosting` and `standing`
+read prepared data, and the last two run a model.
 
 - `metrics`: loss, accuracy, precision, recall, F1, ROC-AUC, calibration error and confusion matrix, with intervals.
 - `compare`: a paired test between two runs on the same rows.
+- `temperature`: the one number that makes probabilities honest.
+- `baselines`, `boosting`: what word counts and the columns alone reach on prepared data; `standing`: a model beside it.
 - `groups`: accuracy by text length and by month; the most confident mistakes.
 - `curves`: the points of the ROC curve and of the reliability diagram.
 - `report`: all of it as one HTML file (`figures` draws, `report.html.j2` lays out), or as Markdown.

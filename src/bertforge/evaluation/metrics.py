@@ -4,6 +4,7 @@ Definitions
 - loss: mean cross-entropy, nats. No class weights, no label smoothing, whatever training used.
 - precision, recall, F1: with two labels, of the positive one (index 1); with more, the macro mean over the labels
   that occur as a true or a predicted label, where 0/0 counts as 0 (scikit-learn's default).
+- macro F1: the macro mean of F1, with two labels too, where it weighs the rare one as much as the frequent one.
 - ROC-AUC: the share of (positive, negative) pairs ranked rightly, ties counted half; with more than two labels, the
   macro mean of one label against the rest. Without both kinds of row it is undefined.
 - calibration error: expected calibration error over 15 equal-width bins of the top probability (Guo et al. 2017,
@@ -30,7 +31,7 @@ from bertforge.evaluation.scores import Ints, Scores, score
 CALIBRATION_BINS = 15
 MOST_LABELS = 30  # with intervals of the confusion matrix: 1,000 resamples of 30 x 30 cells take 7 MB
 # The scalar metrics, in the order in which they are shown.
-SCALARS = ("loss", "accuracy", "precision", "recall", "f1", "roc_auc", "calibration_error")
+SCALARS = ("loss", "accuracy", "precision", "recall", "f1", "macro_f1", "roc_auc", "calibration_error")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Metrics:
     precision: Estimate
     recall: Estimate
     f1: Estimate
+    macro_f1: Estimate
     roc_auc: Estimate
     calibration_error: Estimate
     confusion: tuple[tuple[Estimate, ...], ...]  # [true][predicted]
@@ -145,7 +147,8 @@ class _Statistic:
         accuracy = confusion.trace() / total
         gaps = np.bincount(self.bin, weights * self.gap, CALIBRATION_BINS)
         auc = np.mean([ranking.auc(weights) for ranking in self.rankings])
-        scalars = [loss, accuracy, *_precision_recall_f1(confusion), auc, np.abs(gaps).sum() / total]
+        error = np.abs(gaps).sum() / total
+        scalars = [loss, accuracy, *_precision_recall_f1(confusion), _macro_f1(confusion), auc, error]
         return np.concatenate([scalars, cells]) if self.with_cells else np.array(scalars)
 
 
@@ -173,10 +176,30 @@ class Ranking:
         return float(above @ negative / pairs) if pairs else float("nan")
 
 
+def calibration_error(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
+    """The expected calibration error of `logits` `[rows, classes]`, without an interval; raises as `scores.score`."""
+    scores = score(logits, labels)
+    gaps = np.bincount(calibration_bins(scores.confidence), scores.confidence - scores.correct, CALIBRATION_BINS)
+    return float(np.abs(gaps).sum() / scores.rows)
+
+
 def calibration_bins(confidence: Floats) -> Ints:
     """The bin of each top probability `[rows]`: bin b holds (b / 15, (b + 1) / 15], as in Guo et al. 2017."""
     bins: Ints = np.clip(np.ceil(confidence * CALIBRATION_BINS) - 1, 0, CALIBRATION_BINS - 1).astype(np.int64)
     return bins
+
+
+def macro_f1(true: Ints, predicted: Ints, classes: int) -> float:
+    """Macro F1 of predicted labels `[rows]` against the true ones `[rows]`."""
+    cells = np.bincount(true * classes + predicted, minlength=classes * classes)
+    return _macro_f1(cells.reshape(classes, classes).astype(np.float64))
+
+
+def _macro_f1(confusion: Floats) -> float:
+    """The mean F1 of the labels that occur as a true or a predicted label."""
+    counts = confusion.sum(axis=1) + confusion.sum(axis=0)
+    occurs = counts > 0
+    return float((2 * confusion.diagonal()[occurs] / counts[occurs]).mean())
 
 
 def _precision_recall_f1(confusion: Floats) -> tuple[float, float, float]:

@@ -22,6 +22,7 @@ from bertforge.evaluation.compare import Comparison
 from bertforge.evaluation.curves import ReliabilityBin, RocCurve
 from bertforge.evaluation.groups import GroupAccuracy, Mistake
 from bertforge.evaluation.metrics import MOST_LABELS, Metrics
+from bertforge.evaluation.standing import Standing
 
 _PAIRS = 20  # of labels most often confused, shown where there are too many labels for a matrix
 
@@ -41,6 +42,7 @@ _SHOWN = {
     "precision": _Shown("Precision", True, "of the rows given a label, those that have it"),
     "recall": _Shown("Recall", True, "of the rows that have a label, those given it"),
     "f1": _Shown("F1", True, "harmonic mean of precision and recall"),
+    "macro_f1": _Shown("Macro F1", True, "mean F1 of the labels, a rare one as heavy as a frequent one"),
     "roc_auc": _Shown("ROC-AUC", False, "how often a positive row is ranked above a negative one"),
     "calibration_error": _Shown(
         "Calibration error", True, "mean gap between confidence and accuracy; noise only raises it"
@@ -61,6 +63,9 @@ class Report:
     subtitle: str
     made_up: bool
     metrics: Metrics
+    standing: Standing | None = None
+    calibration: str = ""
+    """What the temperature changed, in one line."""
     comparisons: Sequence[Comparison] | None = None
     steps: Sequence[Mapping[str, float]] | None = None
     epochs: Sequence[Mapping[str, float]] | None = None

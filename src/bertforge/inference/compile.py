@@ -42,7 +42,7 @@ from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.scales import Scales
 from bertforge.tensorrt_library import MODULES, RUNTIME_CACHE, unfit
 
-_KEPT = ("recipe", "labels", "schema", "tabular", "data", "base", "golden")
+_KEPT = ("recipe", "labels", "schema", "tabular", "data", "base", "temperature", "golden")
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def compile_model(
             say("proving that it computes what the model does")
             with closing(open_engine(folder, target, precision, hardware)) as backend:
                 receipt |= {"verified": True, **_proved(predictor, backend, prepared)}
-        kept = {name: predictor.manifest[name] for name in _KEPT}
+        kept = {name: predictor.manifest[name] for name in _KEPT if name in predictor.manifest}
         predictor.tokenizer.save(folder, predictor.max_length)
         write_manifest(folder, "engine", **receipt, parent=hash_file(model / MANIFEST), **kept)
     return receipt

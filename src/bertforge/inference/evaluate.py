@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bertforge.artifact import versions
+from bertforge.data.prepared import PreparedData
 from bertforge.errors import DataError
 from bertforge.evaluation.compare import Comparison, compare
 from bertforge.evaluation.curves import reliability, roc_curves
 from bertforge.evaluation.groups import by_length, by_month, confident_mistakes
-from bertforge.evaluation.metrics import Metrics, classification_metrics
+from bertforge.evaluation.metrics import Metrics, calibration_error, classification_metrics
 from bertforge.evaluation.report import Report, write_report
+from bertforge.evaluation.standing import Standing, standing
 from bertforge.hardware import detect
 from bertforge.inference.predictor import Predictor
 from bertforge.inference.scoring import Scored, score
@@ -28,8 +30,15 @@ class Evaluation:
     run: Path
     manifest: dict[str, Any]
     scored: Scored
+    """Its logits are those of the probabilities that `predict` gives: divided by the temperature."""
     metrics: Metrics
+    temperature: float
+    """Fitted on validation rows when the run was trained."""
+    raw_calibration_error: float
+    """What the calibration error is without the temperature."""
     comparison: Comparison | None
+    standing: Standing | None
+    """Beside the baselines, on the validation or test rows of the data that the run was trained on; else None."""
     precision: str
     """What the model computed in: fp32 or bf16."""
 
@@ -46,9 +55,21 @@ class Evaluation:
             },
             "rows_left_out": self.scored.left_out,
             "metrics": self.metrics.to_dict(),
+            "temperature": self.temperature,
+            "raw_calibration_error": self.raw_calibration_error,
+            "baselines": self.standing.to_dict() if self.standing else None,
             "comparison": self.comparison.to_dict() if self.comparison else None,
             "versions": versions(),
         }
+
+    @property
+    def calibration(self) -> str:
+        """What the temperature changes, in one line."""
+        after = self.metrics.calibration_error.value or 0.0  # never None: any row defines it
+        return (
+            f"logits are divided by a temperature of {self.temperature:.2f}, fitted on validation rows; "
+            f"calibration error {self.raw_calibration_error:.2%} without it, {after:.2%} with it"
+        )
 
     def write_report(
         self,
@@ -68,6 +89,8 @@ class Evaluation:
             subtitle=f"{self.run.name}, evaluated on {scored.source}",
             made_up=scored.made_up,
             metrics=self.metrics,
+            standing=self.standing,
+            calibration=self.calibration,
             comparisons=(self.comparison,) if self.comparison else None,
             steps=_steps(history) if history else None,
             epochs=_epochs(history) if history else None,
@@ -90,10 +113,10 @@ class Evaluation:
 def evaluate_run(run: Path, data: Path, part: str | None = None, against: Path | None = None) -> Evaluation:
     """Scores `run` on a part of prepared data, or on a raw table, and `against` on the same rows."""
     predictor = Predictor.load(run)
-    scored = score(predictor, data, part)
+    raw, scored = _scored(predictor, data, part)
     comparison = None
     if against is not None:
-        other = score(Predictor.load(against, predictor.precision), data, part)
+        _, other = _scored(Predictor.load(against, predictor.precision), data, part)
         if not (np.array_equal(other.lines, scored.lines) and np.array_equal(other.labels, scored.labels)):
             raise DataError(
                 f"{run} and {against} cannot be compared: one was scored on {scored.source}, the other on "
@@ -101,8 +124,30 @@ def evaluate_run(run: Path, data: Path, part: str | None = None, against: Path |
             )
         names = (str(against), str(run))
         comparison = compare(other.logits, scored.logits, scored.labels, names=names)
-    metrics = classification_metrics(scored.logits, scored.labels, predictor.label_names)
-    return Evaluation(run, predictor.manifest, scored, metrics, comparison, predictor.precision)
+    return Evaluation(
+        run=run,
+        manifest=predictor.manifest,
+        scored=scored,
+        metrics=classification_metrics(scored.logits, scored.labels, predictor.label_names),
+        temperature=predictor.temperature,
+        raw_calibration_error=calibration_error(raw, scored.labels),
+        comparison=comparison,
+        standing=_standing(predictor, data, part or "test", scored),
+        precision=predictor.precision,
+    )
+
+
+def _scored(predictor: Predictor, data: Path, part: str | None) -> tuple[np.ndarray, Scored]:
+    """The model's own logits `[rows, labels]`, and the rows scored with those that `predict` makes probabilities of."""
+    scored = score(predictor, data, part)
+    return scored.logits, replace(scored, logits=scored.logits / predictor.temperature)
+
+
+def _standing(predictor: Predictor, data: Path, part: str, scored: Scored) -> Standing | None:
+    if part == "train" or scored.fingerprint != predictor.manifest["data"]["fingerprint"]:
+        return None  # rows that a baseline, or the model, may have learnt from
+    columns = None if predictor.transform is None else predictor.transform.spec
+    return standing(PreparedData.open(data), predictor.manifest["recipe"]["split"], part, columns, scored.logits)
 
 
 def _steps(history: list[dict[str, Any]]) -> list[dict[str, float]]:

@@ -88,6 +88,11 @@ class Predictor:
         return tuple(self.manifest["labels"])
 
     @property
+    def temperature(self) -> float:
+        """What logits are divided by before they become probabilities; fitted on validation rows in training."""
+        return float(self.manifest.get("temperature", 1.0))
+
+    @property
     def precision(self) -> str:
         """What the matrix products run in."""
         return self.backend.precision
@@ -130,7 +135,8 @@ class Predictor:
         readable = np.array([bool(text.strip()) for text in given.texts], dtype=bool)  # [rows]
         texts = [text for text, good in zip(given.texts, readable, strict=True) if good]
         beside = None if given.columns is None else given.columns[readable]
-        chances[readable] = torch.from_numpy(self.logits(texts, beside)).softmax(dim=1).numpy()
+        logits = torch.from_numpy(self.logits(texts, beside)) / self.temperature
+        chances[readable] = logits.softmax(dim=1).numpy()
         return pd.DataFrame(chances, index=given.index, columns=list(self.label_names))
 
     def logits(

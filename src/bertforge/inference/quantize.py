@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from bertforge.quantize.points import Unit
 
 RANKING_SHARE = 4  # one validation row in four ranks methods and layers; all of them give the verdict
-_KEPT = ("recipe", "labels", "schema", "tabular", "data", "base")
+_KEPT = ("recipe", "labels", "schema", "tabular", "data", "base", "temperature")
 Say = Callable[[str], object]
 Tune = Callable[
     [BertForSequenceClassification, Examples, np.ndarray, np.ndarray, dict[str, Any], Path, Say], dict[str, Any]
@@ -123,7 +123,7 @@ def quantize_model(
         network.config.save(folder)
         predictor.tokenizer.save(folder, predictor.max_length)
         golden = GoldenRows.record(network, rows.examples, rows.validation)
-        kept = {name: manifest[name] for name in _KEPT}
+        kept = {name: manifest[name] for name in _KEPT if name in manifest}
         write_manifest(
             folder, "quantized", **kept, golden=golden.to_dict(), quantization=found, parent=hash_file(model / MANIFEST)
         )

@@ -27,6 +27,8 @@ from bertforge.data.tokens import Tokenizer
 from bertforge.determinism import branch, seed_everything
 from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.evaluation.golden import GoldenRows
+from bertforge.evaluation.standing import standing
+from bertforge.evaluation.temperature import fit_temperature
 from bertforge.hardware import Hardware, choose_training_precision, detect
 from bertforge.lora.adapter_io import save_adapter
 from bertforge.lora.config import LoraConfig
@@ -104,6 +106,7 @@ def finetune(
         with world.together():  # after it, nobody reads what goes
             if world.first:
                 _save(run, recipe, out)
+        logits = trainer.validation_logits().numpy()  # [rows, labels] of the weights that were kept
         manifest = {
             **describe(run, start.prepared, {**_json(recipe), "precision": plan.precision}),
             "precision": plan.precision,
@@ -112,9 +115,12 @@ def finetune(
             "trainable_parameters": plan.trainable_parameters,
             "metrics": _summary(progress, plan.train_rows),
             "history": progress.history,
+            "temperature": fit_temperature(logits, run.split.examples.labels[run.split.validation]),
             "golden": GoldenRows.record(run.model, run.split.examples, run.split.validation).to_dict(),
         }
         if world.first:
+            found = standing(start.prepared, recipe.split, "validation", recipe.tabular, logits)
+            manifest["baselines"] = found.to_dict()
             write_manifest(out, "run", **manifest)
             for temporary in (CHECKPOINT, BEST, RUNNING):
                 (out / temporary).unlink()

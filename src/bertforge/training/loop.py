@@ -192,7 +192,7 @@ class Trainer:
 
     def _validate(self, history: History) -> None:
         progress, split = self.progress, self.split
-        logits = self._validation_logits()
+        logits = self.validation_logits()
         labels = torch.from_numpy(split.examples.labels[split.validation])
         loss = self._finite(float(F.cross_entropy(logits, labels)))
         accuracy = float((logits.argmax(1) == labels).double().mean())
@@ -215,7 +215,7 @@ class Trainer:
                 content = to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in best})
                 write_atomic(self.directory / BEST, content)
 
-    def _validation_logits(self) -> Tensor:
+    def validation_logits(self) -> Tensor:
         """`[rows, labels]` float32; each process computes its share, and all get all."""
         examples, rows = self.split.examples, self.split.validation
         places = shares(examples.lengths(rows), self.world.size)[self.world.rank]

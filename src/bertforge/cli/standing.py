@@ -1,0 +1,29 @@
+"""How a finished run stands beside the baselines, and what to try where it does not beat them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+
+from bertforge.evaluation.standing import Standing
+
+
+def print_standing(console: Console, manifest: dict[str, Any]) -> None:
+    """The table of the model and its baselines on validation rows, its verdict, and what to try next."""
+    found = Standing.from_dict(manifest["baselines"])
+    console.print(found.markdown())
+    if not found.is_ahead:
+        console.print(what_to_try(found, manifest["recipe"]))
+
+
+def what_to_try(found: Standing, recipe: dict[str, Any]) -> str:
+    """One line for a model that does not beat its baselines."""
+    if found.learnt_nothing:
+        return (
+            "try --set class_weights=balanced, more epochs (--set epochs=10), or a learning rate some times higher or "
+            f"lower (now {recipe['lr']:g})"
+        )
+    if recipe["lora"]:
+        return f"try to train every weight instead of adapters: --variant bert-base --model {recipe['model']}"
+    return "try more epochs (--set epochs=10), a larger model (--model bert-base-uncased), or more labelled rows"
