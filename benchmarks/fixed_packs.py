@@ -24,7 +24,7 @@ class FixedPacks:
     def __init__(self, model: BertForSequenceClassification, max_length: int, tokens: int, hardware: Hardware) -> None:
         self.model, self.target, self.device = model, hardware.device, hardware.name
         self.max_length, self.shape = max_length, BatchShape(tokens, rows=tokens // self.SHORTEST)
-        self.form = PackShape(tokens, tokens // self.SHORTEST + -(-tokens // max_length))
+        self.form = PackShape(tokens, tokens // self.SHORTEST + -(-tokens // max_length), tokens)
         self.lock = threading.Lock()  # one pack on the GPU; the next one is laid out meanwhile
 
     @torch.inference_mode()

@@ -49,7 +49,7 @@ def test_a_row_that_is_cut_keeps_its_end():
 
 def filled(shape=None):
     examples = replace(EXAMPLES, max_length=4)
-    shape = shape or PackShape(tokens=16, sequences=6)
+    shape = shape or PackShape(tokens=16, sequences=6, step=16)
     return examples.pack(np.arange(3)), examples.pack(np.arange(3), shape)
 
 
@@ -73,7 +73,7 @@ def test_what_fills_a_pack_changes_neither_logits_nor_loss_nor_gradients(tokens)
         model, optimizer, torch.tensor([1.0, 3.0]), label_smoothing=0.1, max_grad_norm=1e9, precision="fp32"
     )
     results = []
-    plain, full = filled(PackShape(tokens=tokens, sequences=6))
+    plain, full = filled(PackShape(tokens=tokens, sequences=6, step=tokens))
     wrong = (full[0], full[1].clamp_min(0))  # as if the fillers were rows of class 0
     for batch, labels in (plain, full, wrong):
         loss = step.backward(batch, labels)
@@ -102,6 +102,27 @@ def test_one_shape_holds_every_pack_of_a_plan():
             assert bounds == sorted(bounds)
             assert max(np.diff(bounds)) <= 16
             assert (labels != IGNORED).sum() == len(rows)
+
+
+def test_packs_of_many_sizes_get_few_shapes_and_little_filling():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, 60, size=3200)
+    store = TokenStore(np.ones(lengths.sum(), np.uint16), np.concatenate([[0], np.cumsum(lengths)]))
+    examples = Examples(store, np.zeros(3200, np.int64), SEP, max_length=64)
+    plan = list(np.arange(3200).reshape(100, 32))  # as many rows a pack, not tokens
+    sizes = np.array([examples.lengths(rows).sum() for rows in plan])
+    assert len(set(sizes.tolist())) > 50
+    one, few = (PackShape.of([plan], examples, shapes) for shapes in (1, 16))
+    found = []
+    for rows in plan:
+        batch, labels = examples.pack(rows, few)
+        assert int(batch.cu_seqlens[-1]) == len(batch.input_ids) == len(batch.position_ids)
+        assert len(labels) == few.sequences
+        found.append(len(batch.input_ids))
+    assert len(set(found)) <= 16
+    assert max(found) == few.tokens == one.tokens == sizes.max()
+    assert all(sizes <= found)
+    assert sum(found) < 1.06 * sizes.sum() < 1.2 * sizes.sum() < len(plan) * one.tokens
 
 
 def test_an_epoch_holds_every_row_once_and_its_order_hangs_on_seed_and_epoch_alone():

@@ -75,34 +75,39 @@ class Split:
 
 @dataclass(frozen=True)
 class PackShape:
-    """One shape for all packs: a GPU replays one recorded graph, a CPU prepares each kernel once.
+    """The few shapes that packs are filled up to: one where a recorded graph is replayed, some where kernels are kept.
 
-    A CPU's kernels are kept by shape, and a thousand shapes hold 5 GB (torch 2.13, all-MiniLM-L6-v2) for no speed. The
-    rest of the tokens becomes sequences of [PAD] no longer than a text may be, the rest of the sequences is empty; both
-    have the label -100, which the loss leaves out.
+    A CPU's kernels are kept by shape, and a thousand shapes hold 5 GB (torch 2.13, all-MiniLM-L6-v2) for no speed; but
+    where a step is a number of rows, the largest pack holds 1.4 times the tokens of the average one, and to fill all up
+    to it would cost as much. The rest of the tokens becomes sequences of [PAD] no longer than a text may be, the rest
+    of the sequences is empty; both have the label -100, which the loss leaves out.
     """
 
     tokens: int
+    """Of the largest pack."""
     sequences: int
+    step: int
+    """Packs are filled up to the next multiple of so many tokens, `tokens` at most."""
 
     @classmethod
-    def of(cls, plans: Iterable[list[np.ndarray]], examples: Examples) -> Self:
-        """The shape that holds every pack of `plans`."""
+    def of(cls, plans: Iterable[list[np.ndarray]], examples: Examples, shapes: int = 1) -> Self:
+        """That which holds every pack of `plans`, in at most so many `shapes`."""
         packed = [rows for plan in plans for rows in plan]
         tokens = max(int(examples.lengths(rows).sum()) for rows in packed)
         fill = -(-tokens // examples.max_length)  # sequences it takes to fill an empty pack
-        return cls(tokens, max(map(len, packed)) + fill)
+        return cls(tokens, max(map(len, packed)) + fill, -(-tokens // shapes))
 
     def fill(self, batch: PackedBatch, labels: Tensor, max_length: int) -> tuple[PackedBatch, Tensor]:
         """`batch` and `labels` `[self.sequences]` filled up; `max_seqlen` becomes `max_length`."""
         used, spare = batch.input_ids.numel(), self.sequences - len(batch)
+        tokens = min(self.tokens, -(-used // self.step) * self.step)
         bounds = torch.arange(1, spare + 1) * max_length + used
-        positions = torch.arange(self.tokens - used) % max_length
+        positions = torch.arange(tokens - used) % max_length
         tabular = batch.tabular
         filled = PackedBatch(
-            input_ids=torch.nn.functional.pad(batch.input_ids, (0, self.tokens - used)),
+            input_ids=torch.nn.functional.pad(batch.input_ids, (0, tokens - used)),
             position_ids=torch.cat([batch.position_ids, positions]),
-            cu_seqlens=torch.cat([batch.cu_seqlens, bounds.clamp(max=self.tokens).int()]),
+            cu_seqlens=torch.cat([batch.cu_seqlens, bounds.clamp(max=tokens).int()]),
             max_seqlen=max_length,
             tabular=None if tabular is None else tabular.map(lambda column: _with_rows(column, spare)),
         )

@@ -29,7 +29,7 @@ from bertforge.errors import UsageError
 TRITON_HEAD_DIMS = frozenset({32, 64})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bounds:
     """Where the sequences of a pack begin; one tensor twice, unless only some tokens ask."""
 

@@ -109,7 +109,7 @@ class BertLayer(nn.Module):
         if device == "cuda":
             return dtype if dtype in (torch.float16, torch.bfloat16) else None
         # Without a backward pass torch's own attention is quicker on a CPU, and with it the modules are.
-        return dtype if dtype is torch.bfloat16 and torch.is_grad_enabled() else None
+        return dtype if dtype in (torch.bfloat16, torch.float32) and torch.is_grad_enabled() else None
 
 
 def _weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor] | None:
