@@ -19,7 +19,12 @@ def show_settings(recipe: Recipe) -> None:
     """Prints a table of the recipe's settings, and one of each section."""
     console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(f"settings of {recipe.name}; change them with --set NAME=VALUE, or in a TOML file with --recipe")
-    console.print(_table(Recipe, recipe, "", without={"lora", "tabular"}))
+    console.print(_table(Recipe, recipe, "", without={"lora", "tabular", "stackoverflow"}))
+    if recipe.stackoverflow:
+        tuned = {name: value for name, value in vars(recipe.stackoverflow).items() if value}
+        console.print(
+            "on the Stack Overflow questions: " + " ".join(f"{name}={value}" for name, value in tuned.items())
+        )
     for name, cls in (("lora", LoraRecipe), ("tabular", TabularSpec)):
         if getattr(recipe, name) is None:
             console.print(f"no [{name}] in this recipe; setting one of these brings the others at these values")

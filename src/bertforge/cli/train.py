@@ -43,7 +43,7 @@ def train(
         str | None,
         typer.Option(
             help="A recipe that comes with bertforge; `--variant list` describes them.",
-            show_default="lora-r8",
+            show_default="lora-r8-all",
             callback=_list_variants,
             is_eager=True,  # asked before --data is missed
         ),
@@ -82,8 +82,11 @@ def train(
 
     Example:
 
-        bertforge train --data data --out runs/first \\
-            --variant lora-r8 --model minilm --set epochs=3
+        bertforge train --data data --out runs/first
+
+    Batch, epochs and learning rates are derived from the rows, their
+    lengths and the labels, and printed before training starts; --set
+    changes them.
 
     With --estimate instead of --out: the measured time, memory and cost of
     full fine-tuning, lora-r8 and lora-r8-last-4; no run is written.
@@ -140,12 +143,18 @@ def run(data: Path, out: Path, recipe: Recipe, *, resume: bool = False) -> dict[
             f"{plan.train_rows:,} train and {plan.validation_rows:,} validation rows, "
             f"{f'{plan.processes} x ' if plan.processes > 1 else ''}{plan.hardware.name}, {plan.precision}"
         )
+        console.print(plan.schedule.describe(plan.train_rows, plan.mean_tokens, plan.total_steps))
         if plan.frozen:
             console.print(plan.frozen)
+        if plan.probe:
+            console.print(
+                f"start: a linear probe of the pretrained model, {plan.probe['validation_accuracy']:.2%} of the "
+                f"validation rows right, in {plan.probe['seconds']:.0f} s"
+            )
         if plan.total_steps < FEW_STEPS:
             console.print(
-                f"only {plan.total_steps} steps in all, too few to learn much: "
-                f"a smaller --set tokens_per_step (now {plan.recipe.tokens_per_step}) or more epochs make more"
+                f"only {plan.total_steps} steps in all, too few to learn much; leave epochs, rows_per_step and "
+                "tokens_per_step open, and they are derived"
             )
         if plan.resumed_step:
             console.print(f"resuming after step {plan.resumed_step:,} of {plan.total_steps:,}")
@@ -209,7 +218,7 @@ class _Display:
 def _epoch_line(point: dict[str, Any]) -> str:
     return (
         f"epoch {point['epoch']}: train loss {point['epoch/train_loss']:.4f}, "
-        f"validation loss {point['epoch/validation_loss']:.4f}, accuracy {point['epoch/validation_accuracy']:.2%}"
+        f"validation loss {point['epoch/validation_loss']:.4f}, calibrated {point['epoch/calibrated_loss']:.4f}, accuracy {point['epoch/validation_accuracy']:.2%}"
     )
 
 

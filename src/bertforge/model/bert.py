@@ -48,10 +48,14 @@ class BertModel(nn.Module):
 
     def pooled(self, batch: PaddedBatch | PackedBatch) -> Tensor:
         """The second result of `forward` alone, for less: the last layer works on first tokens only."""
+        pooled: Tensor = self.pooler(self.first(batch))
+        return pooled
+
+    def first(self, batch: PaddedBatch | PackedBatch) -> Tensor:
+        """The last layer's output for each sequence's first token, `[sequences, hidden]`: what the pooler reads."""
         hidden, core, done = self._begun(batch)
         first = self.encoder.first(hidden, core, done)  # [sequences, hidden] or [batch, 1, hidden]
-        pooled: Tensor = self.pooler(first.reshape(-1, hidden.shape[-1]))
-        return pooled
+        return first.reshape(-1, hidden.shape[-1])
 
     def lower_layers(self, batch: PackedBatch, layers: int) -> LowerLayers:
         """The embeddings and the lowest `layers` layers alone, for a batch to bring with it."""

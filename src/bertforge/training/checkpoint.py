@@ -44,7 +44,7 @@ class Progress:
     idle_seconds: float = 0.0
     """Seconds of those in which no step was at work."""
     best_epoch: int = 0
-    """Epoch of the lowest validation loss, from 1; 0 before the first."""
+    """Epoch of the lowest validation loss after temperature scaling, from 1; 0 before the first."""
     best_loss: float = float("inf")
     """That loss."""
     history: list[dict[str, Any]] = field(default_factory=list)

@@ -6,17 +6,20 @@ import difflib
 import itertools
 import math
 import tomllib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 from types import UnionType
 from typing import Any, Self, get_args, get_type_hints
 
+from bertforge.data.schema import STACK_OVERFLOW, Schema
 from bertforge.data.tabular import TabularSpec
 from bertforge.errors import UsageError
 from bertforge.hardware import TRAINING_PRECISIONS
 from bertforge.lora.config import LoraConfig
 
+DEFAULT_VARIANT = "lora-r8-all"
+STARTS = ("probe", "random")
 _KINDS = {  # type of a setting -> how a user calls it
     int: "a whole number",
     float: "a number",
@@ -50,6 +53,18 @@ class LoraRecipe:
 
 
 @dataclass(frozen=True)
+class Tuned:
+    """The `[stackoverflow]` section: settings as `Recipe` has them."""
+
+    tokens_per_step: int
+    epochs: int
+    lr: float
+    head_lr: float | None = None
+    warmup: float = 0.06
+    start: str = "random"
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Settings of one run; each can be changed with `--set name=value`, those of a section as `--set lora.r=4`."""
 
@@ -62,24 +77,27 @@ class Recipe:
     `prepare` made first."""
     max_length: int = 512
     """Tokens a text is cut to, [CLS] and [SEP] included."""
-    epochs: int = 5
+    rows_per_step: int | None = None
+    """Most rows in an optimizer step. None is derived, as every None down to `start` is: training/schedule.py says
+    how. Where tokens_per_step is set, no limit."""
+    tokens_per_step: int | None = None
+    """Most tokens in an optimizer step."""
+    epochs: int | None = None
     """Passes over the train rows, fewer when `patience` runs out."""
-    patience: int = 2
-    """Epochs without a lower validation loss before training stops."""
-    lr: float = 5e-5
+    lr: float | None = None
     """Peak learning rate (AdamW)."""
-    head_lr: float = 0.0
-    """Peak learning rate of the classifier and the columns' branch; 0 means `lr`."""
+    head_lr: float | None = None
+    """Peak learning rate of the classifier and the columns' branch."""
+    warmup: float | None = None
+    """Share of all steps in which the learning rate rises; it then falls linearly to 0."""
+    start: str = ""
+    """Where a new classifier starts: `probe`, a logistic regression on the pretrained model's features, or `random`."""
+    patience: int | None = None
+    """Epochs without a lower validation loss before training stops; None never stops early."""
     weight_decay: float = 0.01
     """Decoupled weight decay of matrices; biases and LayerNorms have none."""
-    warmup: float = 0.06
-    """Share of all steps in which the learning rate rises; it then falls linearly to 0."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
-    rows_per_step: int | None = None
-    """Most rows in a step's pack."""
-    tokens_per_step: int = 8192
-    """Most tokens in a step's pack."""
     attention_dropout: float = 0.0
     """Dropout of attention weights. The packed CUDA kernel has none, so it is off everywhere by default."""
     class_weights: str = "none"
@@ -100,21 +118,24 @@ class Recipe:
     """None trains every weight."""
     tabular: TabularSpec | None = None
     """None reads the text alone."""
+    stackoverflow: Tuned | None = None
+    """What a variant was tuned to on the Stack Overflow questions, and takes there for each setting that is None."""
 
     def __post_init__(self) -> None:
         choices = {
             "class_weights": ("none", "balanced"),
             "precision": TRAINING_PRECISIONS,
+            "start": ("", *STARTS),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
-        if not 0 <= self.label_smoothing < 1 or not 0 <= self.warmup <= 1 or not 0 <= self.attention_dropout < 1:
+        if not 0 <= self.label_smoothing < 1 or not 0 <= (self.warmup or 0) <= 1 or not 0 <= self.attention_dropout < 1:
             raise UsageError("label_smoothing, warmup and attention_dropout are shares between 0 and 1")
-        for name in ("epochs", "patience", "lr", "max_grad_norm", "tokens_per_step"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{name}={getattr(self, name)} must be above 0")
-        for name in ("head_lr", "weight_decay", "seed", "checkpoint_seconds"):
+        for name in ("epochs", "patience", "lr", "head_lr", "max_grad_norm", "rows_per_step", "tokens_per_step"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise UsageError(f"{name}={value} must be above 0")
+        for name in ("weight_decay", "seed", "checkpoint_seconds"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"{name}={getattr(self, name)} must not be below 0")
         if self.prefix_cache_gb is not None and self.prefix_cache_gb < 0:
@@ -127,6 +148,15 @@ class Recipe:
         """From parsed TOML or JSON; raises UsageError naming an unknown or wrongly typed setting."""
         recipe: Self = _build(cls, values, "")
         return recipe
+
+    def on(self, schema: Schema) -> Self:
+        """For data of this schema: `stackoverflow` is taken over or left out."""
+        tuned: dict[str, Any] = {}
+        if self.stackoverflow and schema.kind == STACK_OVERFLOW:
+            limited = self.rows_per_step or self.tokens_per_step
+            own = {name: value for name, value in asdict(self.stackoverflow).items() if not getattr(self, name)}
+            tuned = {name: value for name, value in own.items() if not (name == "tokens_per_step" and limited)}
+        return replace(self, **tuned, stackoverflow=None)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, sections nested."""
@@ -171,7 +201,7 @@ def load_recipe(variant: str | None = None, path: Path | None = None) -> Recipe:
             raise UsageError(f"recipe {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
         name = path.stem
     else:
-        name = variant or "lora-r8"
+        name = variant or DEFAULT_VARIANT
         if name not in variants():
             raise UsageError(f"variant {name!r} does not exist; choose one of {', '.join(variants())}")
         text = _text(name)

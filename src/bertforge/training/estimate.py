@@ -170,7 +170,8 @@ class _Rehearsal:
         self.say(f"measuring {recipe.name}: set-up and first steps")
         memory = PeakMemory(self.device)
         seed_everything(recipe.seed)
-        settings = replace(recipe, lr=_LR, head_lr=0.0, checkpoint_seconds=math.inf)  # no checkpoint falls due
+        recipe = recipe.on(self.prepared.schema)
+        settings = replace(recipe, lr=_LR, head_lr=_LR, checkpoint_seconds=math.inf)  # no checkpoint falls due
         run = assemble(self.prepared, settings, self.device)
         with tempfile.TemporaryDirectory() as folder:  # frozen layers' output may go there; its file has no name
             trainer = Trainer(run.model, run.split, settings, Path(folder), self.precision)

@@ -17,8 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
 
-from bertforge.artifact import MANIFEST, RUNNING, hash_file, write_json, write_manifest
+from bertforge.artifact import MANIFEST, RUNNING, hash_file, write_atomic, write_json, write_manifest
 from bertforge.data.loader import Examples, Split
 from bertforge.data.prepared import PreparedData
 from bertforge.data.schema import CLOSED_DATE, STACK_OVERFLOW, Schema
@@ -40,6 +43,10 @@ from bertforge.training.checkpoint import Progress, count_trainable
 from bertforge.training.config import Recipe
 from bertforge.training.distributed import World, joined
 from bertforge.training.loop import BEST, CHECKPOINT, Trainer
+from bertforge.training.schedule import Schedule
+from bertforge.training.start import is_probed, probe
+
+START = "start.safetensors"
 
 
 @dataclass(frozen=True)
@@ -53,8 +60,13 @@ class Plan:
     trainable_parameters: int
     train_rows: int
     validation_rows: int
+    schedule: Schedule
+    mean_tokens: float
+    """Of a train row."""
     total_steps: int
     resumed_step: int
+    probe: dict[str, Any] | None
+    """What the linear probe found; None where the classifier starts otherwise."""
     frozen: str | None
     """Which layers are frozen and where their output is kept; None where the lowest layer is trained."""
 
@@ -69,6 +81,8 @@ class Run:
     transform: TabularTransform | None
     lora: LoraConfig | None
     base: Path
+    probed: bool
+    """The pooler and the classifier start from a linear probe."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +110,8 @@ def finetune(
     `resume` is false, or when the run to resume was started with another recipe, other data, another base model or on
     another kind of device.
     """
-    recipe = replace(recipe, split=PreparedData.open(data).split_name(recipe.split))
+    prepared = PreparedData.open(data)
+    recipe = replace(recipe.on(prepared.schema), split=prepared.split_name(recipe.split))
     with joined() as world:
         start = _start(data, out, recipe, resume, world)
         run, trainer, plan = start.run, start.trainer, start.plan
@@ -108,11 +123,12 @@ def finetune(
                 _save(run, recipe, out)
         logits = trainer.validation_logits().numpy()  # [rows, labels] of the weights that were kept
         manifest = {
-            **describe(run, start.prepared, {**_json(recipe), "precision": plan.precision}),
+            **describe(run, start.prepared, {**_json(recipe), **plan.schedule.to_dict(), "precision": plan.precision}),
             "precision": plan.precision,
             "device": plan.hardware.name,
             "processes": world.size,
             "trainable_parameters": plan.trainable_parameters,
+            "probe": plan.probe,
             "metrics": _summary(progress, plan.train_rows),
             "history": progress.history,
             "temperature": fit_temperature(logits, run.split.examples.labels[run.split.validation]),
@@ -122,8 +138,8 @@ def finetune(
             found = standing(start.prepared, recipe.split, "validation", recipe.tabular, logits)
             manifest["baselines"] = found.to_dict()
             write_manifest(out, "run", **manifest)
-            for temporary in (CHECKPOINT, BEST, RUNNING):
-                (out / temporary).unlink()
+            for temporary in (CHECKPOINT, BEST, START, RUNNING):
+                (out / temporary).unlink(missing_ok=temporary == START)
         return manifest
 
 
@@ -174,6 +190,10 @@ def _start(data: Path, out: Path, recipe: Recipe, resume: bool, world: World) ->
                 f"process {world.rank} on {platform.node()} finds no {out / RUNNING}; "
                 "name a folder with --out that all machines share"
             )
+        found = _start_from_probe(run, trainer, out) if run.probed and world.first else None
+    with world.together():
+        if run.probed and not world.first:
+            _read_start(run, out)
         if resume:
             trainer.resume()
     world.check_same(str(trainer.progress.step), "the checkpoint of step")
@@ -185,11 +205,47 @@ def _start(data: Path, out: Path, recipe: Recipe, resume: bool, world: World) ->
         trainable_parameters=count_trainable(run.model),
         train_rows=len(run.split.train),
         validation_rows=len(run.split.validation),
+        schedule=trainer.schedule,
+        mean_tokens=float(run.split.examples.lengths(run.split.train).mean()),
         total_steps=trainer.total_steps,
         resumed_step=trainer.progress.step,
+        probe=found,
         frozen=trainer.prefix.description if trainer.prefix else None,
     )
     return _Start(prepared, run, trainer, plan)
+
+
+def _start_from_probe(run: Run, trainer: Trainer, out: Path) -> dict[str, Any]:
+    """Probes, or takes over what a run to resume found, and says what that was.
+
+    A file keeps the values: training goes on from the same bits, whatever the device computes the next time.
+    """
+    path = out / START
+    if not path.is_file():
+        found = probe(run.model, run.split, trainer.precision, trainer.recipe.seed)
+        values = {name: value.cpu().contiguous() for name, value in _probed_values(run.model).items()}
+        write_atomic(path, to_bytes(values, metadata={"found": json.dumps(found)}))
+        return found
+    return _read_start(run, out)
+
+
+def _read_start(run: Run, out: Path) -> dict[str, Any]:
+    """Sets the values in `out`; raises ArtifactError when the file is damaged."""
+    path = out / START
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name, value in _probed_values(run.model).items():
+                value.copy_(file.get_tensor(name))
+            return dict(json.loads(file.metadata()["found"]))
+    except (SafetensorError, OSError, KeyError, TypeError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ArtifactError(f"{path} is missing or damaged ({reason}); start the run anew: rm -r {out}") from error
+
+
+def _probed_values(model: BertForSequenceClassification) -> dict[str, Tensor]:
+    """What a probe sets, by name."""
+    state = model.state_dict()  # the tensors themselves, detached
+    return {name: value for name, value in state.items() if name.startswith(("bert.pooler.", "classifier."))}
 
 
 def assemble(prepared: PreparedData, recipe: Recipe, device: torch.device) -> Run:
@@ -229,14 +285,17 @@ def assemble(prepared: PreparedData, recipe: Recipe, device: torch.device) -> Ru
         )
     if transform is not None and model.tabular is not None:
         model.tabular.learn(transform.mean, transform.std, transform.edges)
-    lora = None
+    lora, probed = None, is_probed(recipe, model)
     if recipe.lora:
-        parts = {"classifier": True, "tabular": transform is not None, "pooler": "bert.pooler" in model.new_heads}
+        pooler = "bert.pooler" in model.new_heads or probed
+        parts = {"classifier": True, "tabular": transform is not None, "pooler": pooler}
         heads = tuple(name for name, trained_in_full in parts.items() if trained_in_full)
         lora = recipe.lora.config(model.config.num_hidden_layers, heads)
         inject_lora(model, lora)
+        if probed:
+            model.bert.pooler.requires_grad_(False)  # saved with the adapter, for it is set, but trained no further
     examples = Examples(prepared.tokens(tokenizer), labels, tokenizer.sep_id, recipe.max_length, arrays)
-    return Run(model.to(device), Split(examples, train, validation), tokenizer, transform, lora, base)
+    return Run(model.to(device), Split(examples, train, validation), tokenizer, transform, lora, base, probed)
 
 
 def _refuse_answers(columns: list[str], schema: Schema) -> None:

@@ -28,6 +28,7 @@ from bertforge.data.loader import PackShape, Split, epoch_plan, load
 from bertforge.data.packing import shares
 from bertforge.errors import ArtifactError, DataError
 from bertforge.evaluation.logits import predict_logits
+from bertforge.evaluation.temperature import fit_temperature
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.encoder import multiply_in_fp8
 from bertforge.training import checkpoint
@@ -38,6 +39,7 @@ from bertforge.training.history import History
 from bertforge.training.idle import IdleMeter
 from bertforge.training.optim import lr_scale, make_optimizer, set_lr
 from bertforge.training.prefix import EagerPrefix, FrozenPrefix, frozen_layers
+from bertforge.training.schedule import Schedule
 from bertforge.training.step import EagerStep, GraphedStep
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -70,11 +72,14 @@ class Trainer:
         self.device = next(model.parameters()).device
         if precision == "fp8":
             multiply_in_fp8(model)
-        self.optimizer = make_optimizer(model, recipe)
+        self.schedule = schedule = Schedule.of(recipe, split, model.config)
+        self.optimizer = make_optimizer(model, schedule, recipe.weight_decay)
         self.progress = Progress()
         self.plans = [
-            epoch_plan(split.examples, split.train, recipe.tokens_per_step, recipe.rows_per_step, recipe.seed, epoch)
-            for epoch in range(recipe.epochs)
+            epoch_plan(
+                split.examples, split.train, schedule.tokens_per_step, schedule.rows_per_step, recipe.seed, epoch
+            )
+            for epoch in range(schedule.epochs)
         ]
         self.total_steps = sum(map(len, self.plans))
         step = EagerStep(
@@ -97,7 +102,9 @@ class Trainer:
         self.prefix: FrozenPrefix | None = None
         if layers:
             below = EagerPrefix(model.bert, layers, precision)
-            self.prefix = FrozenPrefix(below, split, recipe, directory, world, graphed=graphed)
+            self.prefix = FrozenPrefix(
+                below, split, schedule.epochs, recipe.prefix_cache_gb, directory, world, graphed=graphed
+            )
         self._saved_at = time.monotonic()
 
     def resume(self) -> None:
@@ -133,7 +140,7 @@ class Trainer:
         with History(files, self.progress.history) as history, _interruptible() as interrupted:
             self._saved_at = time.monotonic()
             self._started = self._saved_at - self.progress.seconds
-            while self.progress.epoch < self.recipe.epochs and not self._out_of_patience():
+            while self.progress.epoch < self.schedule.epochs and not self._out_of_patience():
                 self.train_epoch(history.add, interrupted, show)
                 self._validate(history)
                 self._save()
@@ -158,7 +165,7 @@ class Trainer:
         if self.prefix:
             packs = self.prefix.feed(packs, mine, self.shape.tokens, meter.work)
         for rows, (batch, labels) in zip(todo, packs, strict=True):
-            scale = lr_scale(progress.step, self.total_steps, self.recipe.warmup)
+            scale = lr_scale(progress.step, self.total_steps, self.schedule.warmup)
             set_lr(self.optimizer, scale)
             with meter.work():
                 losses.append(self.step(batch, labels) * len(rows))
@@ -199,6 +206,8 @@ class Trainer:
         logits = self.validation_logits()
         labels = torch.from_numpy(split.examples.labels[split.validation])
         loss = self._finite(float(F.cross_entropy(logits, labels)))
+        # Late epochs are surer than they should be and right more often. What is served is calibrated, so that counts.
+        calibrated = float(F.cross_entropy(logits / fit_temperature(logits, labels), labels))
         accuracy = float((logits.argmax(1) == labels).double().mean())
         train_loss = progress.loss_sum / progress.sequences
         progress.epoch += 1
@@ -208,12 +217,13 @@ class Trainer:
                 "epoch": progress.epoch,
                 "epoch/train_loss": train_loss,
                 "epoch/validation_loss": loss,
+                "epoch/calibrated_loss": calibrated,
                 "epoch/validation_accuracy": accuracy,
             }
         )
         progress.step_in_epoch, progress.sequences, progress.loss_sum = 0, 0, 0.0
-        if loss < progress.best_loss:
-            progress.best_loss, progress.best_epoch = loss, progress.epoch
+        if calibrated < progress.best_loss:
+            progress.best_loss, progress.best_epoch = calibrated, progress.epoch
             if self.world.first:
                 best = checkpoint.trainable(self.model).items()
                 content = to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in best})
@@ -248,7 +258,8 @@ class Trainer:
         return time.monotonic() - self._saved_at > self.recipe.checkpoint_seconds
 
     def _out_of_patience(self) -> bool:
-        return self.progress.epoch - self.progress.best_epoch >= self.recipe.patience
+        patience = self.recipe.patience
+        return patience is not None and self.progress.epoch - self.progress.best_epoch >= patience
 
 
 def _class_weights(split: Split, recipe: Recipe) -> Tensor:

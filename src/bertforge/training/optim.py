@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from bertforge.training.config import Recipe
+from bertforge.training.schedule import Schedule
 
 _HEADS = ("classifier.", "tabular.")
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, schedule: Schedule, weight_decay: float) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2017) over what is trainable; biases and LayerNorms have no weight decay.
 
     Learning rates are tensors, and on a GPU the moments exist from the start, so that a CUDA graph can hold the step.
@@ -23,8 +23,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     device = next(model.parameters()).device
     made = []
     for (head, matrix), parameters in groups.items():
-        peak = (recipe.head_lr or recipe.lr) if head else recipe.lr
-        decay = recipe.weight_decay if matrix else 0.0
+        peak = schedule.head_lr if head else schedule.lr
+        decay = weight_decay if matrix else 0.0
         lr = torch.tensor(peak, device=device)
         made.append({"params": parameters, "lr": lr, "peak": peak, "weight_decay": decay})
     optimizer = torch.optim.AdamW(made, fused=True, capturable=device.type == "cuda")

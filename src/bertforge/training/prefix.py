@@ -26,7 +26,6 @@ from bertforge.data.loader import Split
 from bertforge.data.streaming import ahead
 from bertforge.hardware import autocast
 from bertforge.model.bert import BertModel
-from bertforge.training.config import Recipe
 from bertforge.training.distributed import World
 from bertforge.training.graph import record
 from bertforge.training.row_cache import Room, RowCache, fits
@@ -78,7 +77,15 @@ class FrozenPrefix:
     """The frozen layers of a run and what is kept of their output."""
 
     def __init__(
-        self, eager: EagerPrefix, split: Split, recipe: Recipe, folder: Path, world: World, *, graphed: bool
+        self,
+        eager: EagerPrefix,
+        split: Split,
+        epochs: int,
+        cache_gb: float | None,
+        folder: Path,
+        world: World,
+        *,
+        graphed: bool,
     ) -> None:
         """Keeps the output of the train rows where it has room; `folder`'s disk is the last place.
 
@@ -91,22 +98,20 @@ class FrozenPrefix:
         lengths = examples.lengths(rows)
         sample = eager(examples.pack(rows[:1])[0].to(device))  # [tokens, hidden]: its type and width are what counts
         room = Room.free(device, folder)
-        if recipe.prefix_cache_gb is None:
-            room = replace(room, disk=0)  # filling a disk takes longer than a few epochs give back
-        else:
-            room = room.within(int(recipe.prefix_cache_gb * 1e9))
-        read = recipe.epochs > 1 and world.size == 1
+        # Filling a disk takes longer than a few epochs give back, so it is used only when asked.
+        room = replace(room, disk=0) if cache_gb is None else room.within(int(cache_gb * 1e9))
+        read = epochs > 1 and world.size == 1
         self.cache = RowCache(rows, lengths, sample, room, folder) if read and fits(lengths, sample, room) else None
         frozen, whose = ("layer 0 is", "its") if self.layers == 1 else (f"layers 0 to {self.layers - 1} are", "their")
         if self.cache:
             fate = f"{_size(sum(self.cache.bytes.values()))} of {whose} output are kept, {_tiers(self.cache)}"
-        elif recipe.epochs == 1:
+        elif epochs == 1:
             fate = f"the one epoch computes {whose} output without gradients"
         elif world.size > 1:
             fate = f"every epoch computes {whose} output anew: rows move between processes"
         else:
             whole, found = _size(int(lengths.sum()) * sample[0].nbytes), _size(room.total())
-            asked = recipe.prefix_cache_gb
+            asked = cache_gb
             limit = f"there is room for {found}" if asked is None else f"prefix_cache_gb={asked:g} leaves {found}"
             fate = f"{whose} output takes {whole}, but {limit}, so every epoch computes it anew"
         self.description = f"{frozen} frozen: {fate}"

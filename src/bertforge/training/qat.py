@@ -43,7 +43,7 @@ def tune(
     Returns the validation loss before and after in nats, both in float32: in bfloat16, 8 bits are not what they are.
     """
     given = Recipe.from_dict(recipe)
-    settings = replace(given, lora=None, epochs=1, patience=1, lr=LR, head_lr=0.0, name=f"{given.name}-qat")
+    settings = replace(given, lora=None, epochs=1, patience=None, lr=LR, head_lr=LR, name=f"{given.name}-qat")
     seed_everything(settings.seed)
     folder.mkdir()
     split = Split(examples, train, validation)
