@@ -50,11 +50,11 @@ def probe(model: BertForSequenceClassification, split: Split, precision: str, se
     The part of the classifier that reads columns becomes zero: training starts from what the text says.
     """
     began = time.perf_counter()
-    device, labels = next(model.parameters()).device, torch.from_numpy(split.examples.labels)
+    device = next(model.parameters()).device
     parts = [_at_most(rows, seed) for rows in (split.train, split.validation)]
     first = _FirstTokens(model.bert)
     hidden = [torch.from_numpy(predict_logits(first, split.examples, rows, precision)).to(device) for rows in parts]
-    train, validation = (labels[torch.from_numpy(rows)].to(device) for rows in parts)
+    train, validation = (torch.from_numpy(split.examples.labels[rows]).to(device) for rows in parts)  # [rows]
     mean, std = hidden[0].mean(dim=0), hidden[0].std(dim=0, correction=0).clamp_min(1e-6)  # [hidden]
     scale = _SPREAD / std
     features = [torch.tanh((h - mean) * scale) for h in hidden]  # [rows, hidden]
