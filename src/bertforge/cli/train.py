@@ -218,7 +218,8 @@ class _Display:
 def _epoch_line(point: dict[str, Any]) -> str:
     return (
         f"epoch {point['epoch']}: train loss {point['epoch/train_loss']:.4f}, "
-        f"validation loss {point['epoch/validation_loss']:.4f}, calibrated {point['epoch/calibrated_loss']:.4f}, accuracy {point['epoch/validation_accuracy']:.2%}"
+        f"validation loss {point['epoch/validation_loss']:.4f}, calibrated {point['epoch/calibrated_loss']:.4f}, "
+        f"accuracy {point['epoch/validation_accuracy']:.2%}"
     )
 
 

@@ -1,8 +1,8 @@
-"""Which rows go into which pack: every row once, in the order given, under a budget of tokens and, in training, of rows.
+"""Which rows go into which pack: every row once, in the order given, within budgets of tokens and rows.
 
 With a budget of 8 tokens and lengths 3, 4, 2, 8, 1 the packs are (3, 4), (2), (8), (1): a row that would not fit opens
-the next pack, and the last pack may be small. Training packs a shuffled order; evaluation packs by length, so that the rows
-of a pack cost the same. Where several processes share a pack, each gets about the same number of tokens.
+the next pack, and the last pack may be small. Training packs a shuffled order; evaluation packs by length, so that the
+rows of a pack cost the same. Where several processes share a pack, each gets about the same number of tokens.
 """
 
 from __future__ import annotations
