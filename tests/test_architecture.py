@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "backends": {"model", "data"},
     "inference": {"model", "lora", "data", "evaluation", "quantize", "export", "backends"},
     "benchmark": {"model", "backends", "inference", "data", "evaluation"},
+    "autofit": {"model", "lora", "data", "evaluation", "training", "inference", "benchmark"},
     "cli": PARTS - {"cli"},
 }
 # Libraries a part is there for; nobody imports the part before it is asked for.

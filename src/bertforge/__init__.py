@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from bertforge.autofit.fit import fit
     from bertforge.batch import PackedBatch, PaddedBatch, pack
     from bertforge.inference.predictor import Predictor
     from bertforge.lora.adapter_io import load_adapter, save_adapter
@@ -25,6 +26,7 @@ _HOME = {
     "PackedBatch": "bertforge.batch",
     "PaddedBatch": "bertforge.batch",
     "Predictor": "bertforge.inference.predictor",
+    "fit": "bertforge.autofit.fit",
     "inject_lora": "bertforge.lora.inject",
     "load_adapter": "bertforge.lora.adapter_io",
     "merge": "bertforge.lora.inject",
@@ -39,6 +41,7 @@ __all__ = [
     "PackedBatch",
     "PaddedBatch",
     "Predictor",
+    "fit",
     "inject_lora",
     "load_adapter",
     "merge",

@@ -31,6 +31,7 @@ _FIELDS = {
     "model": ("recipe", "labels", "schema", "tabular", "data", "base", "golden"),
     "quantized": ("recipe", "labels", "schema", "tabular", "data", "base", "golden", "quantization"),
     "engine": ("recipe", "labels", "schema", "tabular", "data", "base", "golden", "target", "precision", "hashes"),
+    "fit": ("serves",),
 }
 _MADE_BY = {
     "data": "bertforge prepare TABLE --out DIR",
@@ -38,6 +39,7 @@ _MADE_BY = {
     "model": "bertforge merge RUN --out DIR",
     "quantized": "bertforge quantize MODEL --data DIR --out DIR",
     "engine": "bertforge compile MODEL --target openvino --precision bf16",
+    "fit": "bertforge fit TABLE --label-column L",
 }
 
 

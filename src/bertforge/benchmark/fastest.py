@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from bertforge.tensorrt_library import MODULES, unfit
 
 AUTO = "auto"
 TIMED_ROWS, REPEATS = 200, 3
+_INT8_TAKES = 4.0  # times what an exact engine takes to build and prove, for its calibration
 # Which targets a device runs, the one to take unmeasured first.
 _TARGETS = {"cpu": ("openvino", "onnxruntime"), "cuda": ("tensorrt", "tensorrt-rtx", "onnxruntime")}
 
@@ -88,15 +91,30 @@ def _exact(there: tuple[str, ...], hardware: Hardware) -> str:
 
 
 def compile_fastest(
-    model: Path, wanted: list[Candidate], data: Path, out: Path, say: Callable[[str], object]
+    model: Path,
+    wanted: list[Candidate],
+    data: Path,
+    out: Path,
+    say: Callable[[str], object],
+    seconds: float = math.inf,
 ) -> list[Candidate]:
     """Builds and times `wanted`, keeps the fastest that proved itself as `out`; returns all, the kept one first.
 
-    Raises what is wrong with the model or the data, and the first candidate's error when none proved itself.
+    After the first, one that would hardly be done within `seconds` from now is passed over. Raises what is wrong with
+    the model or the data, and the first candidate's error when none proved itself.
     """
     _check(model, data)
+    end, exact = time.monotonic() + seconds, 0.0  # `exact`: seconds that an engine takes without calibration
+    tried: list[Candidate] = []
     with fresh_directory(out) as folder:
-        tried = [_try(model, candidate, data, folder / candidate.name, say) for candidate in wanted]
+        for candidate in wanted:
+            began, times = time.monotonic(), _INT8_TAKES if candidate.precision == "int8" else 1.0
+            if began + exact * times > end:
+                late = MachineError(f"passed over: it takes some {exact * times:.0f} s, which are not left")
+                tried.append(replace(candidate, error=late))
+                continue
+            tried.append(_try(model, candidate, data, folder / candidate.name, say))
+            exact = max(exact, (time.monotonic() - began) / times)
         tried.sort(key=lambda candidate: -candidate.questions_per_s)  # those that are out stay in order, at the end
         best = tried[0]
         if best.error is not None:

@@ -82,7 +82,7 @@ def compile_(
         else:
             folder = out or model / "engines" / AUTO
             tried = compile_fastest(model, wanted, data, folder, say)
-            console.print(_comparison(tried))
+            console.print(comparison(tried))
             receipt = tried[0].receipt or {}
     _say_layers(console, receipt)
     size, seconds = receipt["bytes"] / 1e6, receipt["build_seconds"]
@@ -97,7 +97,7 @@ def compile_(
         console.print(f"next, where it runs: {command} --verify")
 
 
-def _comparison(tried: list[Candidate]) -> Table:
+def comparison(tried: list[Candidate]) -> Table:
     """Every candidate, and why all but the first were not kept."""
     table = Table(box=SIMPLE, pad_edge=False)
     for title in ("engine", "rows/s", "accuracy"):

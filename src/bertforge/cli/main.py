@@ -16,7 +16,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from bertforge import __version__
-from bertforge.cli import data, demo, doctor, engines, infer, quantize, sample, train
+from bertforge.cli import data, demo, doctor, engines, fit, infer, quantize, sample, train
 from bertforge.errors import ArtifactError, BertforgeError, MachineError
 
 
@@ -75,6 +75,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
 app.command("sample-data")(sample.sample_data)
+app.command("fit")(fit.fit)
 app.command("prepare")(data.prepare)
 app.command("train")(train.train)
 app.command("evaluate")(infer.evaluate)

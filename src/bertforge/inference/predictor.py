@@ -56,7 +56,10 @@ class Predictor:
         that counts; UsageError for a precision that the engine was not compiled in.
         """
         directory = Path(directory)
-        manifest = read_manifest(directory, "run", "model", "quantized", "engine")
+        manifest = read_manifest(directory, "run", "model", "quantized", "engine", "fit")
+        if manifest["kind"] == "fit":
+            directory = directory / manifest["serves"]
+            manifest = read_manifest(directory, "run", "model", "engine")
         hardware = detect()
         backend: Backend
         if manifest["kind"] == "engine":

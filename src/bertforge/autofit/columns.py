@@ -1,0 +1,80 @@
+"""What `fit` reads of a table of which it knows the label alone: the text, columns beside it, and what it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from bertforge.data.guess import SAMPLE_ROWS, GuessedColumns, guess_columns
+from bertforge.data.prepare import PrepareOptions
+from bertforge.data.schema import QUESTIONS, require_columns
+from bertforge.data.tables import read_chunks
+from bertforge.data.tabular import TabularSpec
+from bertforge.errors import DataError
+from bertforge.training.config import load_recipe
+
+_CHUNKS = 32  # of 8,192 rows, from which the sample is drawn: a table may be sorted
+_BRANCH = {"bins": 16, "embedding_size": 16, "hidden_size": 64, "dropout": 0.2}  # of the model, as `columns` has it
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What is read, and what to tell of it."""
+
+    options: PrepareOptions
+    beside: TabularSpec | None
+    """Columns beside the text; None where there is none of use."""
+    told: tuple[str, ...]
+    """One line for each thing that was decided."""
+
+
+def choose_columns(table: Path, label: str | None, text: tuple[str, ...], seed: int) -> Columns:
+    """The columns of `table` that a model may read; without a label it has to be the Stack Overflow questions table.
+
+    Raises DataError where a named column is missing, and where no column reads like text.
+    """
+    sample = _sample(table, (*text, *([label] if label else [])), seed)
+    names = sample.column_names
+    if label is None:  # `prepare` says what is missing, and proposes columns, where this is another table
+        beside = load_recipe("columns").tabular if set(QUESTIONS.required_columns) <= set(names) else None
+        return Columns(PrepareOptions(text_columns=text, seed=seed), beside, ())
+    require_columns((label, *text), names, "the named columns must exist")
+    guessed = guess_columns(sample, label)
+    chosen = text or guessed.text
+    if not chosen:
+        raise DataError(f"no column of {table} reads like text; name one with --text-columns: {', '.join(names)}")
+    beside = _beside(guessed, chosen)
+    told = [f"text: {', '.join(chosen)}; label: {label}"]
+    if beside:
+        told.append(f"columns that may help: {', '.join(beside.columns)}")
+    told += [f"column {name} is left out: {how}" for name, how in guessed.leaks.items() if name not in chosen]
+    told += [f"column {name} is left out: {why}" for name, why in guessed.left_out.items() if name not in chosen]
+    told += [f"column {name} is left out: dates are not read" for name in guessed.dates if name not in chosen]
+    options = PrepareOptions(splits=("random",), text_columns=chosen, label_column=label, seed=seed)
+    return Columns(options, beside, tuple(told))
+
+
+def _beside(guessed: GuessedColumns, text: tuple[str, ...]) -> TabularSpec | None:
+    numeric, log, categorical = (
+        tuple(name for name in names if name not in text)
+        for names in (guessed.numeric, guessed.log, guessed.categorical)
+    )
+    multi = "" if guessed.multi in text else guessed.multi
+    if not (numeric or categorical or multi):
+        return None
+    return TabularSpec(numeric=numeric, log=log, categorical=categorical, multi=multi, **_BRANCH)  # type: ignore[arg-type]
+
+
+def _sample(table: Path, named: tuple[str, ...], seed: int) -> pa.Table:
+    """Rows drawn at random from the first `_CHUNKS` chunks."""
+    chunks: Iterator[pa.Table] = (chunk.table for chunk in read_chunks(table, named=named))
+    rows = pa.concat_tables(islice(chunks, _CHUNKS))
+    if len(rows) <= SAMPLE_ROWS:
+        return rows.combine_chunks()
+    drawn = np.sort(np.random.default_rng(seed).choice(len(rows), SAMPLE_ROWS, replace=False))
+    return rows.take(drawn).combine_chunks()
