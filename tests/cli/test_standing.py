@@ -23,14 +23,18 @@ LEVEL = replace(GOOD, rivals=(replace(MAJOR, lead=BEHIND), WORDS))
     [
         (BEATEN, {"r": 8}, "--variant bert-base --model minilm"),
         (BEATEN, None, "--model bert-base-uncased"),
-        (LEVEL, {"r": 8}, "class_weights=balanced"),
+        (
+            LEVEL,
+            {"r": 8},
+            "(--set epochs=8), or a learning rate three times higher or lower (--set lr=0.0002 or lr=2e-05)",
+        ),
         (replace(GOOD, only_label="ham"), None, "class_weights=balanced"),
         (GOOD, {"r": 8}, None),
     ],
 )
 def test_what_to_try_fits_the_run(found, lora, said):
     out = io.StringIO()
-    manifest = {"baselines": found.to_dict(), "recipe": {"lora": lora, "model": "minilm", "lr": 5e-5}}
+    manifest = {"baselines": found.to_dict(), "recipe": {"lora": lora, "model": "minilm", "lr": 5e-5, "epochs": 4}}
     print_standing(Console(file=out, width=400), manifest)
     last = out.getvalue().splitlines()[-1]
     assert last.startswith("try ") == (said is not None)

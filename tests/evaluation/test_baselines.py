@@ -69,15 +69,19 @@ def test_without_columns_the_text_is_read_alone(copied):
     assert [baseline.name for baseline in baselines(copied, "random", None)] == [MAJORITY, TEXT]
 
 
-def test_labels_of_test_rows_change_nothing(copied, mails):
+@pytest.mark.parametrize("relabelled", ["all wrong", "as word counts answer"])
+def test_labels_of_test_rows_change_nothing(copied, mails, relabelled):
+    """Were they read, wrong answers would ask for the strongest penalty, and right ones for the weakest."""
+    plain = baselines(PreparedData.open(mails), "random", SPEC)
     labels = np.load(copied.directory / "labels.npy")
     test = copied.rows("random", "test")
-    labels[test] = (labels[test] + 1) % 3
+    answers = plain[1].probabilities[np.isin(plain[1].rows, test)].argmax(1)
+    labels[test] = (answers + 1) % 3 if relabelled == "all wrong" else answers
     np.save(copied.directory / "labels.npy", labels)
-    changed, plain = baselines(copied, "random", SPEC), baselines(PreparedData.open(mails), "random", SPEC)
+    changed = baselines(copied, "random", SPEC)
     for one, other in zip(changed, plain, strict=True):
         np.testing.assert_array_equal(one.probabilities, other.probabilities)
-    assert right(changed[2], copied) == 0  # they were changed: whoever looks at them sees it
+    assert right(changed[1], copied) == (relabelled != "all wrong"), "whoever looks at them would see it"
 
 
 def test_what_was_fitted_is_kept_with_the_data(copied, monkeypatch):
@@ -102,12 +106,20 @@ def test_a_damaged_file_is_named_with_the_way_out(copied):
 def test_many_rows_are_sampled(copied, monkeypatch):
     monkeypatch.setattr(module, "MOST_ROWS", 50)
     few = baselines(copied, "random", None)[1]
-    assert few.train_rows == 50
+    assert 50 <= few.train_rows <= 53
     assert len(few.rows) == 100
     logits = np.eye(3)[copied.labels[copied.rows("random", "test")]]
     found = standing(copied, "random", "test", None, logits)
     assert (found.rows, found.rivals[1].rows) == (100, 50)
     assert found.rivals[1].model_accuracy == 1, "the model's answers are those of the same rows"
+
+
+def test_a_label_too_rare_to_be_drawn_is_there_all_the_same(copied, monkeypatch):
+    monkeypatch.setattr(module, "MOST_ROWS", 1)
+    for baseline in baselines(copied, "random", SPEC):
+        assert 3 <= baseline.train_rows <= 4
+        assert baseline.probabilities.shape == (2, 3)
+        assert (baseline.probabilities > 0).all()
 
 
 def test_without_scikit_learn_the_majority_remains_and_the_command_is_named(copied, monkeypatch):

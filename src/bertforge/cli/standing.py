@@ -19,11 +19,12 @@ def print_standing(console: Console, manifest: dict[str, Any]) -> None:
 
 def what_to_try(found: Standing, recipe: dict[str, Any]) -> str:
     """One line for a model that does not beat its baselines."""
+    longer = f"more epochs (--set epochs={2 * recipe['epochs']})"
     if found.learnt_nothing:
         return (
-            "try --set class_weights=balanced, more epochs (--set epochs=10), or a learning rate some times higher or "
-            f"lower (now {recipe['lr']:g})"
+            f"try --set class_weights=balanced, {longer}, or a learning rate three times higher or lower "
+            f"(--set lr={3 * recipe['lr']:.1g} or lr={recipe['lr'] / 3:.1g})"
         )
     if recipe["lora"]:
         return f"try to train every weight instead of adapters: --variant bert-base --model {recipe['model']}"
-    return "try more epochs (--set epochs=10), a larger model (--model bert-base-uncased), or more labelled rows"
+    return f"try {longer}, a larger model (--model bert-base-uncased), or more labelled rows"

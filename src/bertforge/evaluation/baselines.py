@@ -88,11 +88,19 @@ class Baseline:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Row numbers, at most MOST_ROWS of each part."""
+    """Row numbers, about MOST_ROWS of each part at most."""
 
     train: np.ndarray
+    """Of every label, one row at least."""
     validation: np.ndarray
     test: np.ndarray
+
+    @classmethod
+    def of(cls, data: PreparedData, split: str, labels: np.ndarray) -> Self:
+        train, validation, test = (data.rows(split, part) for part in ("train", "validation", "test"))
+        _, one_of_each = np.unique(labels[train], return_index=True)
+        drawn = np.union1d(_at_most(train, MOST_ROWS), train[one_of_each])
+        return cls(drawn, _at_most(validation, MOST_ROWS), _at_most(test, MOST_ROWS))
 
     @property
     def asked(self) -> np.ndarray:
@@ -105,10 +113,12 @@ def installed() -> bool:
 
 
 def baselines(data: PreparedData, split: str, columns: TabularSpec | None) -> list[Baseline]:
-    """The baselines of a split of `data`, `columns` being those that the model reads; fitted where none were kept."""
-    parts = (data.rows(split, part) for part in ("train", "validation", "test"))
-    rows = _Rows(*(_at_most(part, MOST_ROWS) for part in parts))
+    """The baselines of a split of `data`, `columns` being those that the model reads; fitted where none were kept.
+
+    Every label must have a train row, as training asks for.
+    """
     labels = np.asarray(data.labels)
+    rows = _Rows.of(data, split, labels)
     known = labels[rows.train]
     found = [_timed(MAJORITY, rows, partial(_majority, known, len(rows.asked), len(data.label_names)))]
     fitted: list[tuple[str, Callable[[], np.ndarray], Any]] = [(TEXT, partial(_text, data, labels, rows), None)]
@@ -163,15 +173,14 @@ def _text(data: PreparedData, labels: np.ndarray, rows: _Rows) -> np.ndarray:
     )
     held_out = np.isin(rows.asked, rows.validation)
     true = labels[rows.asked[held_out]]
-    best, least = None, np.inf
+    best, least = np.empty(0), np.inf
     for penalty in PENALTIES:
         model = LogisticRegression(C=penalty, solver="sag", tol=1e-2, max_iter=100, random_state=0)
         model.fit(known, labels[rows.train])
-        answers = _of_all_classes(model.predict_proba(asked), model.classes_, len(data.label_names))
+        answers = model.predict_proba(asked)
         loss = -np.log(answers[held_out, true].clip(1e-9)).mean()
         if loss < least:
             best, least = answers, loss
-    assert best is not None
     return best
 
 
@@ -180,11 +189,4 @@ def _columns(data: PreparedData, labels: np.ndarray, rows: _Rows, columns: Tabul
     frame = data.columns(columns.columns)
     encoded, categories = encode_columns(frame, columns, labels, rows.train, rows.asked)
     trees = boosted_trees(len(data.label_names), categories, seed=0).fit(encoded.loc[rows.train], labels[rows.train])
-    return _of_all_classes(trees.predict_proba(encoded.loc[rows.asked]), trees.classes_, len(data.label_names))
-
-
-def _of_all_classes(found: np.ndarray, known: np.ndarray, classes: int) -> np.ndarray:
-    """[rows, classes]: 0 for a label of which no train row was drawn."""
-    answers = np.zeros((len(found), classes))
-    answers[:, known] = found
-    return answers
+    return np.asarray(trees.predict_proba(encoded.loc[rows.asked]))

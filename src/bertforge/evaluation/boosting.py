@@ -87,7 +87,7 @@ def _rates_of_names(names: list[list[str]], labels: np.ndarray, train: np.ndarra
 
     rates = np.full((len(names), len(_kinds(labels[train]))), np.nan)
     told_apart = _told_apart(labels[train])
-    for rest, fold in KFold(FOLDS, shuffle=True, random_state=0).split(train):
+    for rest, fold in KFold(min(FOLDS, len(train)), shuffle=True, random_state=0).split(train):
         _fill_rates(rates, names, labels, told_apart, train[rest], train[fold])
     _fill_rates(rates, names, labels, told_apart, train, asked)
     return rates
