@@ -217,9 +217,9 @@ def test_a_frame_of_another_table_is_read_by_the_names_given_to_prepare(tmp_path
     pd.testing.assert_frame_equal(predictor.predict(table.drop(columns="kind")), expected, atol=1e-6)
     with_gaps = table.assign(size=table["size"].where(rows.index > 1))  # 1 becomes 1.0 in a column with gaps
     pd.testing.assert_frame_equal(predictor.predict(with_gaps).iloc[2:], expected.iloc[2:], atol=1e-6)
-    with pytest.raises(DataError, match=r"missing column size .*head, rest, kind, count"):
+    with pytest.raises(DataError, match=r"no column size, .*head, rest, kind, count"):
         predictor.predict(table.drop(columns="size"))
-    with pytest.raises(DataError, match=r"missing column rest .*head, kind, count, size"):
+    with pytest.raises(DataError, match=r"no column rest, .*head, kind, count, size"):
         predictor.predict(table.drop(columns="rest"))
 
 
