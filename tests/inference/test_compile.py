@@ -178,7 +178,7 @@ def test_verify_from_the_command_line_names_its_engine(tmp_path, runs, engines, 
     engine = shutil.copytree(engines / "onnxruntime-fp32", tmp_path / "engine")
     for given in ((), ("--target", "onnxruntime"), ("--precision", "fp32")):
         assert run_command("compile", runs["full"], *given, "--verify") == 2
-        assert "--out ENGINE, or --target and --precision" in capsys.readouterr().err
+        assert "name it with --out ENGINE, or with --target and --precision" in capsys.readouterr().err
     assert run_command("compile", runs["full"], "--out", engine, "--verify") == 0
     said = capsys.readouterr().out
     assert f"verified {engine}: " in said

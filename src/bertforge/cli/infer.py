@@ -107,7 +107,7 @@ def merge(
 
     transformers loads the result of a model that reads text alone:
     pipeline("text-classification", model=DIR, truncation=True) gives the
-    same labels and scores.
+    same labels. Its scores are those before the temperature.
 
     Example:
 

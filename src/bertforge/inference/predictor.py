@@ -58,7 +58,7 @@ class Predictor:
         directory = Path(directory)
         manifest = read_manifest(directory, "run", "model", "quantized", "engine", "fit")
         if manifest["kind"] == "fit":
-            directory = directory / manifest["serves"]
+            directory = Path(directory, manifest["serves"])
             manifest = read_manifest(directory, "run", "model", "engine")
         hardware = detect()
         backend: Backend
