@@ -4,10 +4,11 @@ OpenMP, rayon (in `tokenizers`), OpenBLAS and Arrow take their number of threads
 are loaded. They count the machine's cores, or those this process is bound to; a container's share of CPU time they do
 not see, and 64 threads on two cores' time wait for one another most of it.
 
-They wait by spinning, for GCC's OpenMP some milliseconds long. Where another process has the core of the thread that is
-waited for, that burns the time it would need: with a load of six on two cores, a training step took seven times as long
-as with a short wait, 4.1 instead of 0.6 to 1.3 s. So a thread spins for some 20 microseconds, longer than it takes from
-one operator to the next, and sleeps after that.
+They wait by spinning: GCC's OpenMP 300,000 turns of its loop before a thread sleeps. Where another process has the
+core of the thread that is waited for, that burns the time it would need. Training steps of 640 tokens, two threads on
+two cores, five other processes on these: more than 5 s as OpenMP comes, 2.6 s with 100,000 turns, 1.1 with 10,000, 1.3
+with 1,000, and 0.9 to 1.2 without any, where CPU time was 1.7, 1.1, 0.6 and 0.6 s (a shared machine, one run each).
+https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import math
 import os
 from pathlib import Path
 
-_SPINS = 1000  # what GCC's OpenMP itself does where it has started more threads than there are cores
+_SPINS = 1000  # what GCC's OpenMP itself takes where it has started more threads than there are cores
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -60,7 +61,9 @@ def _quota(cgroup: Path, own: Path) -> float:
     except (OSError, StopIteration, ValueError):
         pass
     try:
-        limit, period = ((cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))  # version 1
+        limit, period = (
+            (cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
+        )  # version 1
         found.append(math.inf if int(limit) < 0 else int(limit) / int(period))
     except (OSError, ValueError):
         pass

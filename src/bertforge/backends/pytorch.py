@@ -46,9 +46,9 @@ class PyTorchBackend:
     @torch.inference_mode()
     def logits(self, batch: PaddedBatch | PackedBatch) -> np.ndarray:
         """See `base.Backend`."""
-        rows = len(batch)
+        rows = None
         if self.target.type == "cpu" and isinstance(batch, PackedBatch):
-            batch = _filled(batch)
+            rows, batch = len(batch), _filled(batch)
         with autocast(self.target, self.cast):
             found: np.ndarray = self.model(batch.to(self.target)).float().cpu().numpy()
         return found[:rows]

@@ -120,7 +120,7 @@ def main() -> None:
 
 
 def _normalised(arguments: list[str]) -> list[str]:
-    """`--debug` and `--threads N` are accepted after the command's name too; `--set a=1 b=2` means `--set a=1 --set b=2`."""
+    """`--debug` and `--threads N` may follow the command's name, and `--set a=1 b=2` means `--set a=1 --set b=2`."""
     normalised: list[str] = []
     given: list[str] = []
     for argument, before in zip(arguments, ["", *arguments], strict=False):
