@@ -34,10 +34,10 @@ class Trained:
     questions_per_s: float
 
 
-def make_model(directory: Path, kind: str, **config: Any) -> torch.nn.Module:
+def make_model(directory: Path, kind: str, labels: int = 2, **config: Any) -> torch.nn.Module:
     """`full`, or a key of TARGETS; `config` changes the checkpoint's configuration."""
     model: Any = AutoModelForSequenceClassification.from_pretrained(
-        directory, num_labels=2, dtype=torch.float32, **config
+        directory, num_labels=labels, dtype=torch.float32, **config
     )
     return model if kind == "full" else adapt(model, kind)
 
@@ -132,7 +132,7 @@ def predict(model: torch.nn.Module, tokens: TokenStore, rows: np.ndarray, device
     """Logits `[rows, labels]` in the order of `rows`, in batches of like length."""
     model.eval()
     order = np.argsort(-tokens.lengths[rows], kind="stable")
-    logits = np.zeros((len(rows), 2), np.float32)
+    logits = np.zeros((len(rows), model.config.num_labels), np.float32)
     for start in range(0, len(rows), 2 * BATCH):
         places = order[start : start + 2 * BATCH]
         with torch.autocast(device.type, dtype=torch.bfloat16):

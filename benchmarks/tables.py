@@ -82,7 +82,17 @@ def main_job() -> str:
 @table
 def train_rate_cpu() -> str:
     """LoRA training on a CPU beside the peer."""
-    found = _record("train_rate_cpu")
+    return _train_rate("train_rate_cpu")
+
+
+@table
+def train_rate_cpu_short() -> str:
+    """The same on texts of some 16 tokens."""
+    return _train_rate("train_rate_cpu_short")
+
+
+def _train_rate(name: str) -> str:
+    found = _record(name)
     rows = [
         [
             row["system"],
@@ -94,7 +104,7 @@ def train_rate_cpu() -> str:
         for row in found["rows"]
     ]
     header = ["system", "precision", "questions/s", "spread", "accuracy so far"]
-    return _markdown(header, rows) + _source("train_rate_cpu", found)
+    return _markdown(header, rows) + _source(name, found)
 
 
 @table
@@ -183,7 +193,17 @@ def fused() -> str:
 @table
 def inference_cpu() -> str:
     """Engines on a CPU beside their peers."""
-    found = _record("inference_cpu")
+    return _inference("inference_cpu")
+
+
+@table
+def inference_cpu_short() -> str:
+    """The same on texts of some 16 tokens."""
+    return _inference("inference_cpu_short")
+
+
+def _inference(name: str) -> str:
+    found = _record(name)
     slowest = found["rows"][0]["questions_per_s"]
     rows = [
         [
@@ -201,7 +221,7 @@ def inference_cpu() -> str:
     ]
     header = ["system", "framework", "precision", "questions/s", "speed-up", "p50 of one", "accuracy", "recovery"]
     absent = _absent(found, "system", "framework", "precision")
-    return _markdown(header, rows) + absent + _source("inference_cpu", found)
+    return _markdown(header, rows) + absent + _source(name, found)
 
 
 @table

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from bertforge import threads
 from bertforge.errors import MachineError, UsageError
 
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -26,7 +27,7 @@ class Hardware:
     memory_gb: float
     """Memory of the device, in GB of 10^9 bytes."""
     cores: int
-    """CPU cores this process may use."""
+    """CPU cores that work is spread over: see `threads.count`."""
     bf16: bool
     """The device multiplies bfloat16 matrices in hardware."""
     capability: tuple[int, int] | None = None
@@ -38,7 +39,7 @@ def detect() -> Hardware:
 
     Raises MachineError when torchrun started more processes here than there are GPUs.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = threads.count()
     if torch.cuda.is_available():
         index = _local_gpu(torch.cuda.device_count())
         properties = torch.cuda.get_device_properties(index)

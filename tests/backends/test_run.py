@@ -208,6 +208,31 @@ def test_a_bfloat16_copy_computes_what_the_model_does_and_leaves_it_alone(model,
         assert torch.equal(value, before[name]), name
 
 
+def test_calls_of_many_sizes_give_a_cpu_few_shapes_to_prepare_kernels_for():
+    """A kernel is kept for every shape, so they are what memory grows by."""
+    model = tiny_bert(vocab_size=100, max_position_embeddings=512, initializer_range=0.2)
+    shapes = set()
+    for linear in (module for module in model.modules() if isinstance(module, torch.nn.Linear)):
+        linear.register_forward_pre_hook(lambda linear, inputs: shapes.add(inputs[0].shape))
+    backend = PyTorchBackend(model, replace(detect(), device=torch.device("cpu")), "fp32")
+    rng = np.random.default_rng(0)
+    found = {}
+    for filled in (True, False):
+        shapes.clear()
+        for length in range(2, 502, 2):
+            lengths = np.full(1 + length % 5, length)
+            store = TokenStore(rng.integers(5, 90, size=lengths.sum()).astype(np.uint16), np.r_[0, np.cumsum(lengths)])
+            batch, _ = Examples(store, np.zeros(len(lengths), np.int64), 3, 512).pack(np.arange(len(lengths)))
+            if filled:
+                assert backend.logits(batch).shape == (len(lengths), 2)
+            else:
+                with torch.inference_mode():
+                    model(batch)
+        found[filled] = len({shape for shape in shapes if len(shape) == 2})
+    assert found[False] > 400, "without filling there are as many as calls"
+    assert found[True] < 150
+
+
 def test_a_precision_of_other_devices_is_refused_with_the_command_to_use():
     cpu = detect()
     gpu = replace(cpu, device=torch.device("cuda", 0), name="NVIDIA H100")

@@ -193,6 +193,8 @@ def test_a_reader_that_goes_away_is_no_defect():
         ("predict run=1 b=2.csv", "predict run=1 b=2.csv"),
         ("train --set a=1 --recipe b=2.toml", "train --set a=1 --recipe b=2.toml"),
         ("train --data d --debug", "--debug train --data d"),
+        ("train --data d --threads 2 --out x", "--threads 2 train --data d --out x"),
+        ("train --set a=1 --threads=2 b=2", "--threads=2 train --set a=1 --set b=2"),
     ],
 )
 def test_the_line_is_put_into_the_form_that_typer_reads(given, meant):

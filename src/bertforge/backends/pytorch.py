@@ -2,6 +2,9 @@
 
 In bf16 on CUDA the encoder is a copy whose weights are bfloat16, for autocast turns every weight to bfloat16 again at
 each call; the head and the columns stay float32. Padded batches are to compare.
+
+On a CPU a kernel is generated for each new shape and kept, up to a thousand of them: after 1,000 calls with texts of
+all lengths a process of 0.45 GB had 2.3. So packs there are filled up to sizes an eighth of a power of two apart.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import torch
 from bertforge.backends.base import BatchShape
 from bertforge.backends.receipt import Product
 from bertforge.batch import PackedBatch, PaddedBatch
+from bertforge.data.loader import PackShape
 from bertforge.hardware import Hardware, autocast
 from bertforge.model.classifier import BertForSequenceClassification
 
@@ -42,9 +46,12 @@ class PyTorchBackend:
     @torch.inference_mode()
     def logits(self, batch: PaddedBatch | PackedBatch) -> np.ndarray:
         """See `base.Backend`."""
+        rows = None
+        if self.target.type == "cpu" and isinstance(batch, PackedBatch):
+            rows, batch = len(batch), _filled(batch)
         with autocast(self.target, self.cast):
             found: np.ndarray = self.model(batch.to(self.target)).float().cpu().numpy()
-        return found
+        return found[:rows]
 
     def products(self, batch: PaddedBatch | PackedBatch) -> list[Product]:
         """None are told: nothing was compiled."""
@@ -52,6 +59,22 @@ class PyTorchBackend:
 
     def close(self) -> None:
         """Nothing is held but the model."""
+
+
+def _filled(batch: PackedBatch) -> PackedBatch:
+    """With sequences of [PAD] behind its own, and empty ones behind these."""
+    used = batch.input_ids.numel()
+    tokens = _rounded(used, 16)
+    fillers = -(-(tokens - used) // batch.max_seqlen)
+    shape = PackShape(tokens, _rounded(len(batch) + fillers, 1), tokens)
+    filled, _ = shape.fill(batch, torch.zeros(len(batch), dtype=torch.int64), batch.max_seqlen)
+    return filled
+
+
+def _rounded(size: int, least: int) -> int:
+    """Up to a multiple of an eighth of the power of two below it, or of `least`."""
+    step = max(least, 1 << max(0, size.bit_length() - 4))
+    return -(-size // step) * step
 
 
 def bfloat16_copy(model: BertForSequenceClassification) -> BertForSequenceClassification:

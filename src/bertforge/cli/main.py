@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from bertforge import __version__
+from bertforge import __version__, threads
 from bertforge.cli import data, demo, doctor, engines, fit, infer, quantize, sample, train
 from bertforge.errors import ArtifactError, BertforgeError, MachineError
 
@@ -95,11 +95,22 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    count: Annotated[
+        int | None,
+        typer.Option(
+            "--threads",
+            min=1,
+            metavar="N",
+            help="Threads on the CPU, for every library; OMP_NUM_THREADS sets it too.",
+            show_default="the cores this process may use",
+        ),
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Options that stand before the command."""
+    threads.set_environment(count)  # no command has imported torch yet
 
 
 def main() -> None:
@@ -109,9 +120,12 @@ def main() -> None:
 
 
 def _normalised(arguments: list[str]) -> list[str]:
-    """`--debug` is accepted after the command's name too, and `--set a=1 b=2` means `--set a=1 --set b=2`."""
-    given = [argument for argument in arguments if argument != "--debug"]
-    normalised = ["--debug"] if len(given) < len(arguments) else []
+    """`--debug` and `--threads N` may follow the command's name, and `--set a=1 b=2` means `--set a=1 --set b=2`."""
+    normalised: list[str] = []
+    given: list[str] = []
+    for argument, before in zip(arguments, ["", *arguments], strict=False):
+        everywhere = argument in ("--debug", "--threads") or argument.startswith("--threads=") or before == "--threads"
+        (normalised if everywhere else given).append(argument)
     setting = False
     for argument in given:
         another = setting and ("=" in argument or argument == "list")

@@ -4,7 +4,7 @@ Four implementations, equal up to rounding:
 
 - attention_triton.py: our kernels for short sequences, forward and backward, for the head sizes in TRITON_HEAD_DIMS, on
   CUDA in half precision. `model.fused_layer` calls them; autograd does not.
-- attention_cpu.py: the same by matrix products, for training in bfloat16 on a CPU.
+- attention_cpu.py: the same by matrix products, for training on a CPU.
 - `varlen`: torch's FlashAttention kernel for packed input, on CUDA in float16 and bfloat16, for all else. It has no
   dropout.
 - `split`: scaled_dot_product_attention on one sequence after another; any device and dtype. On a CPU nothing is lost

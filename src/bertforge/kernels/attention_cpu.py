@@ -105,7 +105,8 @@ class _Tokens:
         """Writes `value` over what fills up in `x` `[heads * sequences, length, any]`."""
         sequences, some = self.fillers.shape
         if some:
-            x[:, self.length - some :].unflatten(0, (-1, sequences)).masked_fill_(self.fillers[:, :, None], value)
+            last = x[:, self.length - some :]  # [heads * sequences, some, any]
+            last.view(-1, sequences, *last.shape[1:]).masked_fill_(self.fillers[:, :, None], value)
 
     def put(self, x: Tensor, filled: Tensor) -> None:
         """`of` undone, into the rows of `filled` `[all groups' tokens + 1, heads, head_dim]`."""
@@ -177,7 +178,7 @@ def _plan(bounds: Bounds) -> _Plan:
     places: list[list[np.ndarray]] = [[], []]
     rows = [np.full(side[-1], -1) for side in ends]
     counts, begin, groups = [0, 0], 0, []
-    for members in _groups(filled, (lengths > 0).all(0)):
+    for members in _groups(filled, np.asarray((lengths > 0).all(axis=0))):
         parts = []
         for side in (0, 1):
             length, own = int(filled[side, members[0]]), lengths[side, members, None]  # [sequences, 1]
@@ -203,7 +204,7 @@ def _plan(bounds: Bounds) -> _Plan:
 
 
 def _groups(filled: np.ndarray, real: np.ndarray) -> Iterator[np.ndarray]:
-    """Sequences of one shape, of `filled` queries and keys `[2, sequences]`, by powers of two; those not `real` in none."""
+    """The `real` sequences `[sequences]` of one shape, `filled` queries and keys `[2, sequences]`, by powers of two."""
     for queries, keys in np.unique(filled[:, real], axis=1).T:
         members = np.flatnonzero(real & (filled[0] == queries) & (filled[1] == keys))
         most = max(1, SCORES // int(queries * keys))

@@ -1,7 +1,7 @@
 """The stack of BERT layers: attention, then a feed-forward of four times the width, each with a residual.
 
-A layer is its modules one after another, or in half precision, on CUDA and in training on a CPU, the same written out
-(fused_layer.py).
+A layer is its modules one after another, or the same written out (fused_layer.py): in half precision on CUDA, and in
+training on a CPU.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A BERT layer for half precision, forward and backward written out by hand over packed tokens.
+"""A BERT layer, forward and backward written out by hand over packed tokens.
 
 It computes what the modules of `BertLayer` do. Autograd differentiates those one operator at a time: every sum of two
 gradients is a pass over all hidden states, every operator keeps its inputs, and query, key and value each have products
@@ -19,8 +19,8 @@ where LayerNorm's backward reads them.
 With `queries` the layer is computed for these tokens alone, as the last layer is: a classifier reads first tokens only.
 
 On CUDA attention, dropout with LayerNorm and the product with GELU are Triton kernels. A CPU has no launches to save,
-but the same passes and casts: there they are torch's operators in bfloat16, and keep GELU's input and the softmax's
-weights instead of what would be worked out again.
+but the same passes and casts: there they are torch's operators, in bfloat16 or float32, and keep GELU's input and the
+softmax's weights instead of what would be worked out again.
 """
 
 from __future__ import annotations

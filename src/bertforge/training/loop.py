@@ -44,7 +44,7 @@ from bertforge.training.step import EagerStep, GraphedStep
 
 CHECKPOINT = "checkpoint.safetensors"
 BEST = "best.safetensors"
-_CPU_SHAPES = 16  # of packs: 3% are filled up in the mean, where a pack is as large as half of the largest 6%
+CPU_SHAPES = 16  # of packs: on average half a sixteenth of the largest pack is filled up
 _POINT_STEPS = 20  # steps between two points of the loss curve; reading the loss waits for the GPU
 
 
@@ -98,7 +98,7 @@ class Trainer:
         layers = frozen_layers(model.bert)
         # What frozen layers gave in one pack is read in another: bit for bit the same where all packs have one shape.
         one_shape = self.device.type == "cuda" or layers
-        self.shape = PackShape.of(dealt, split.examples, 1 if one_shape else _CPU_SHAPES)
+        self.shape = PackShape.of(dealt, split.examples, 1 if one_shape else CPU_SHAPES)
         self.prefix: FrozenPrefix | None = None
         if layers:
             below = EagerPrefix(model.bert, layers, precision)
