@@ -8,9 +8,10 @@ import pytest
 # Nothing may reach for a model hub, whatever the machine running the tests allows.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# The tests' models are tiny. One thread runs them as fast as two, and five times faster where the cores are shared:
-# OpenMP's threads spin while they wait for one another.
+# The tests' models are tiny: one thread runs them as fast as two. Where more are asked for, they sleep while they wait
+# for one another: spinning, they take a core from the one that others wait for, and shared cores come to a standstill.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture(scope="session")

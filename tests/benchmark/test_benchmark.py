@@ -37,6 +37,13 @@ def model(runs, tmp_path):
     return shutil.copytree(runs["full"], tmp_path / "model")
 
 
+@pytest.fixture
+def memory_unread(monkeypatch):
+    """Starts no process for each row to read an engine's memory in, which takes most of a test's time."""
+    monkeypatch.setattr("bertforge.benchmark.run.peak_memory_gb", lambda *arguments: None)
+
+
+@pytest.mark.usefixtures("memory_unread")
 def test_a_target_that_is_missing_is_a_row_that_says_how_to_get_it(model, data, monkeypatch):
     absent = Target(("fp32",), ("no_such_library",), "fast", "model.bin")
     monkeypatch.setitem(TARGETS, "absent", absent)
@@ -58,6 +65,7 @@ def measured(model, data, targets, **more):
     ]
 
 
+@pytest.mark.usefixtures("memory_unread")
 def test_what_a_library_raises_is_a_row_and_the_others_stay(model, data, monkeypatch):
     def fail(backend, *arguments):
         if backend.name == "onnxruntime":
@@ -87,6 +95,7 @@ def test_an_error_of_the_reference_is_raised(model, data, monkeypatch):
         measured(model, data, "pytorch-fp32")
 
 
+@pytest.mark.usefixtures("memory_unread")
 def test_what_no_gpu_here_runs_is_not_even_built(model, data):
     rows = measured(model, data, "tensorrt,tensorrt-rtx")[1:]
     assert len(rows) == 10
@@ -104,6 +113,7 @@ def test_memory_is_unknown_when_the_process_fails_and_libraries_may_print(model,
     assert 0.1 < peak_memory_gb(model, "pytorch", "fp32", data, "validation", 32) < 5
 
 
+@pytest.mark.usefixtures("memory_unread")
 def test_engines_of_a_quantized_folder_are_built_from_it_and_from_no_other(model, runs, data, tmp_path):
     quantized = tmp_path / "q"
     quick = QuantizeOptions(calibration="max", rows=16, validation_rows=16)
@@ -141,6 +151,7 @@ def test_from_the_command_line(model, data, tmp_path, capsys):
     assert "onnxruntime fp32" in (tmp_path / "chart.svg").read_text()
 
 
+@pytest.mark.usefixtures("memory_unread")
 def test_a_model_with_columns_is_measured_with_them(runs, data, tmp_path):
     model = shutil.copytree(runs["columns"], tmp_path / "model")
     found = run_benchmark(
