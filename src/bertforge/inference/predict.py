@@ -58,6 +58,8 @@ def predict_table(predictor: Predictor, table: Path, out: Path) -> Predicted:
 
 def _predict_chunk(predictor: Predictor, chunk: RawRows) -> pd.DataFrame:
     predicted = predictor.predict(chunk.texts, chunk.frame)
+    written = dict(zip(predictor.schema.original_labels(), predictor.label_names, strict=True))
+    predicted["label"] = predicted["label"].map(written)
     predicted.insert(0, "line", chunk.lines)
     predicted["problem"] = chunk.problems
     return predicted

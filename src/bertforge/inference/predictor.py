@@ -110,11 +110,14 @@ class Predictor:
         return bool(self.manifest["data"]["made_up"]) or (self.schema.kind == STACK_OVERFLOW and is_made_up(frame))
 
     def predict(self, rows: Given, columns: pd.DataFrame | None = None) -> pd.DataFrame:
-        """`label`, `probability` (of that label) and `p_<label>` for each label; see `predict_proba` for the rest."""
+        """`label`, `probability` (of that label) and `p_<label>` for each label; see `predict_proba` for the rest.
+
+        Labels are of the type they had in the table that the model learnt from: text, int or bool.
+        """
         chances = self.predict_proba(rows, columns)
         values = chances.to_numpy()  # [rows, labels]
         best = np.where(np.isnan(values).any(axis=1), -1, values.argmax(axis=1))
-        names = (*self.label_names, None)
+        names = (*self.schema.original_labels(), None)
         return pd.DataFrame(
             {
                 "label": [names[index] for index in best],
