@@ -1,5 +1,8 @@
 """What the machine can do decides the precision, unless one is asked for."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -26,6 +29,13 @@ def test_this_machine_is_described():
     assert found.name
     assert found.memory_gb > 0.1
     assert found.cores >= 1
+
+
+def test_instructions_that_onednn_may_not_use_are_not_there():
+    program = "from bertforge.hardware import detect; print(detect().bf16)"
+    without = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "CUDA_VISIBLE_DEVICES": ""}
+    found = subprocess.run([sys.executable, "-c", program], env=without, capture_output=True, text=True, check=True)
+    assert found.stdout == "False\n"
 
 
 def test_free_memory_is_some_of_what_there_is():

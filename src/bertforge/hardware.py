@@ -56,7 +56,9 @@ def detect() -> Hardware:
         name=_cpu_name(),
         memory_gb=_host_memory_gb(),
         cores=cores,
-        bf16=torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
+        # The last one is False too where ONEDNN_MAX_CPU_ISA forbids these instructions.
+        bf16=(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from bertforge.errors import ArtifactError, DataError, UsageError
+from bertforge.hardware import detect
 from bertforge.inference.predictor import Predictor
 from bertforge.training import checkpoint, loop
 from bertforge.training import finetune as module
@@ -133,6 +134,7 @@ def forget_moments(optimizer):
         state["exp_avg"].zero_()
 
 
+@pytest.mark.skipif(not detect().bf16, reason="this machine has no bfloat16 arithmetic")
 def test_in_bf16_too_where_a_gpu_replays_a_recorded_step(tmp_path, data, base, monkeypatch):
     recipe = quick_recipe(base, precision="bf16", checkpoint_seconds=0)
     finetune(data, tmp_path / "whole", recipe)

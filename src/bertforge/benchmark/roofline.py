@@ -19,6 +19,7 @@ from bertforge.hardware import Hardware
 from bertforge.model.config import BertConfig
 
 _SECONDS = 0.5  # of measuring a size, so that a moment's other work does not count
+_TOO_LONG = 2.0  # seconds of one product: it is a loop in plain C++, as bfloat16's is on a CPU without its instructions
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -42,7 +43,13 @@ def product_rate(hardware: Hardware, precision: str) -> float | None:
     threads = torch.get_num_threads()
     torch.set_num_threads(hardware.cores)  # as the engines do; OMP_NUM_THREADS may say less
     try:
-        return max(2.0 * size**3 / _product_seconds(device, precision, size) for size in sizes)
+        rates = []
+        for size in sizes:
+            seconds = _product_seconds(device, precision, size)
+            rates.append(2.0 * size**3 / seconds)
+            if 8 * seconds > _TOO_LONG:  # of the next size, twice as wide
+                break
+        return max(rates)
     finally:
         torch.set_num_threads(threads)
 
