@@ -195,8 +195,21 @@ def test_needed_work_by_hand():
 
 def test_the_ceiling_is_measured_where_torch_has_the_product():
     here = detect()
-    assert all(product_rate(here, precision) > 1e9 for precision in ("fp32", "bf16", "int8"))
+    assert all(product_rate(here, precision) > 0 for precision in ("fp32", "bf16", "int8"))
     assert product_rate(here, "fp8") is None
+
+
+@pytest.mark.parametrize(("flops", "sizes"), [(1e8, [512]), (2e9, [512, 1024]), (1e11, [512, 1024, 2048])])
+def test_a_product_so_slow_that_a_larger_one_takes_seconds_is_not_made_larger(monkeypatch, flops, sizes):
+    tried = []
+
+    def product_seconds(device, precision, size):
+        tried.append(size)
+        return 2 * size**3 / flops
+
+    monkeypatch.setattr("bertforge.benchmark.roofline._product_seconds", product_seconds)
+    assert product_rate(replace(detect(), device=torch.device("cpu")), "bf16") == pytest.approx(flops)
+    assert tried == sizes
 
 
 def test_the_ceiling_is_measured_on_as_many_cores_as_the_engines_have(monkeypatch):
