@@ -46,9 +46,13 @@ def test_the_settings_of_a_variant_are_listed_without_any_other_option(capsys):
     said = capsys.readouterr().out
     rows = {line.split()[0]: line.split()[1] for line in said.splitlines() if len(line.split()) > 2}
     recipe = load_recipe("lora-r1").to_dict()
-    names = [name for name in recipe if name not in ("lora", "tabular")] + [f"lora.{name}" for name in recipe["lora"]]
+    plain = [name for name in recipe if name not in ("lora", "tabular", "stackoverflow")]
+    names = plain + [f"lora.{name}" for name in recipe["lora"]]
     assert set(names) <= set(rows)
-    assert (rows["lora.r"], rows["lr"], rows["prefix_cache_gb"]) == ("1", str(recipe["lr"]), "-")
+    assert (rows["lora.r"], rows["seed"], rows["prefix_cache_gb"]) == ("1", "42", "-")
+    derived = {name for name, value in rows.items() if value == "derived"}
+    assert derived == {"rows_per_step", "tokens_per_step", "epochs", "lr", "head_lr", "warmup", "start"}
+    assert "on the Stack Overflow questions: tokens_per_step=4096 epochs=4 lr=0.002 warmup=0.06 start=random" in said
     assert "tabular.bins" in rows, "what the recipe does not use can be set too"
     assert "Rank of the update." in said
 

@@ -10,7 +10,6 @@ from bertforge.data.loader import IGNORED, Examples, PackShape, epoch_plan, load
 from bertforge.data.tabular import TabularArrays
 from bertforge.data.tokens import TokenStore
 from bertforge.model.config import TabularConfig
-from bertforge.training.config import Recipe
 from bertforge.training.optim import make_optimizer
 from bertforge.training.step import EagerStep
 from tests.model.tiny import tiny_bert
@@ -68,7 +67,7 @@ def test_a_filled_pack_worked_by_hand():
 def test_what_fills_a_pack_changes_neither_logits_nor_loss_nor_gradients(tokens):
     config = TabularConfig(numeric=1, categorical=(3,), multi=3, bins=2, embedding_size=3, hidden_size=4)
     model = tiny_bert(tabular=config)
-    optimizer = make_optimizer(model, Recipe())
+    optimizer = make_optimizer(model, 2e-5, 2e-5, 0.01)
     step = EagerStep(
         model, optimizer, torch.tensor([1.0, 3.0]), label_smoothing=0.1, max_grad_norm=1e9, precision="fp32"
     )
@@ -89,7 +88,7 @@ def test_one_shape_holds_every_pack_of_a_plan():
     lengths = rng.integers(2, 20, size=200)
     store = TokenStore(np.ones(lengths.sum(), np.uint16), np.concatenate([[0], np.cumsum(lengths)]))
     examples = Examples(store, np.zeros(200, np.int64), SEP, max_length=16)
-    plans = [epoch_plan(examples, np.arange(200), 64, seed=1, epoch=epoch) for epoch in range(3)]
+    plans = [epoch_plan(examples, np.arange(200), 64, None, seed=1, epoch=epoch) for epoch in range(3)]
     shape = PackShape.of(plans, examples)
     assert shape.tokens <= 64
     for plan in plans:
@@ -126,12 +125,12 @@ def test_packs_of_many_sizes_get_few_shapes_and_little_filling():
 
 
 def test_an_epoch_holds_every_row_once_and_its_order_hangs_on_seed_and_epoch_alone():
-    plan = epoch_plan(EXAMPLES, np.array([0, 2, 1]), 5, seed=3, epoch=1)
+    plan = epoch_plan(EXAMPLES, np.array([0, 2, 1]), 5, None, seed=3, epoch=1)
     assert sorted(np.concatenate(plan).tolist()) == [0, 1, 2]
     many = np.arange(3).repeat(20)
 
     def order(seed, epoch):
-        return np.concatenate(epoch_plan(EXAMPLES, many, 50, seed, epoch)).tolist()
+        return np.concatenate(epoch_plan(EXAMPLES, many, 50, None, seed, epoch)).tolist()
 
     assert order(3, 1) == order(3, 1)
     assert order(3, 1) != order(3, 2)

@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from bertforge.errors import ArtifactError
 from bertforge.training import checkpoint
 from bertforge.training.checkpoint import Progress
-from bertforge.training.config import Recipe
 from bertforge.training.optim import make_optimizer
 from tests.model.tiny import tiny_bert
 
@@ -18,7 +17,7 @@ from tests.model.tiny import tiny_bert
 def stepped(seed=0, **changes):
     """A model and its optimizer after one step, so that there are moments to save."""
     model = tiny_bert(seed, **changes)
-    optimizer = make_optimizer(model, Recipe(lr=0.1))
+    optimizer = make_optimizer(model, 0.1, 0.1, 0.01)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()

@@ -23,7 +23,7 @@ def test_every_variant_loads_under_its_name():
         assert (recipe.tabular is not None) == (name in ("bert-base-tabular", "columns"))
         assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
     assert load_recipe("lora-r1").lora.r == 1
-    assert load_recipe().name == "lora-r8"
+    assert load_recipe().name == "lora-r8-all"
 
 
 def test_an_unknown_variant_lists_those_there_are():
@@ -47,7 +47,7 @@ def test_a_recipe_of_ones_own_is_named_after_its_file(tmp_path):
 
 
 def test_settings_change_what_they_name_and_nothing_else():
-    recipe = load_recipe("lora-r8")
+    recipe = load_recipe("lora-r8").with_settings(["epochs=4"])
     changed = recipe.with_settings(
         ["epochs=2", "lr=1e-4", "model=some/model", "lora.r=4", "lora.target_modules=query,key"]
     )
@@ -88,7 +88,7 @@ def test_a_setting_may_open_a_section():
         ("lr=nan", "lr=nan is not a finite number"),
         ("max_grad_norm=inf", "max_grad_norm=inf is not a finite number"),
         ("lora.lora_alpha=-inf", r"lora\.lora_alpha=-inf is not a finite number"),
-        ("head_lr=-1", "head_lr=-1.0 must not be below 0"),
+        ("head_lr=-1", "head_lr=-1.0 must be above 0"),
         ("seed=-1", "seed=-1 must not be below 0"),
         ("prefix_cache_gb=-1", "prefix_cache_gb=-1.0 must not be below 0; 0 keeps nothing"),
         ("prefix_cache_gb=much", "prefix_cache_gb='much' should be a number"),

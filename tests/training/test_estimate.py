@@ -13,6 +13,7 @@ import torch
 
 from bertforge.data import loader
 from bertforge.data.prepared import PreparedData
+from bertforge.data.schema import QUESTIONS
 from bertforge.errors import UsageError
 from bertforge.model.bert import BertModel
 from bertforge.training import estimate as module
@@ -130,10 +131,11 @@ def test_each_variant_has_its_own_recipe_with_what_the_user_changed():
     assert list(recipes) == ["full", "lora-r8", "lora-r8-last-4"]
     for name, variant in {"full": "bert-base", "lora-r8": "lora-r8", "lora-r8-last-4": "lora-r8-last-4"}.items():
         assert recipes[name] == replace(load_recipe(variant), name=name, model="minilm")
-    assert recipes["full"].epochs != recipes["lora-r8"].epochs, "else this shows nothing"
+    epochs = {name: variant.on(QUESTIONS).epochs for name, variant in recipes.items()}
+    assert epochs["full"] != epochs["lora-r8"], "else this shows nothing"
     longer = module._variants(given.with_settings(["epochs=7", "max_length=64"]))
     assert {(recipe.epochs, recipe.max_length) for recipe in longer.values()} == {(7, 64)}
-    assert longer["full"].lr == load_recipe("bert-base").lr
+    assert longer["full"].on(QUESTIONS).lr == load_recipe("bert-base").on(QUESTIONS).lr
     columns = module._variants(load_recipe("columns"))
     assert list(columns) == ["as set", "full", "lora-r8", "lora-r8-last-4"]
     assert columns["as set"].tabular == load_recipe("columns").tabular

@@ -14,6 +14,7 @@ from bertforge.data.prepare import PrepareOptions
 from bertforge.data.prepared import PreparedData
 from bertforge.determinism import seed_everything
 from bertforge.errors import ArtifactError, DataError, MachineError, UsageError
+from bertforge.evaluation.temperature import fit_temperature
 from bertforge.hardware import detect
 from bertforge.inference.predictor import Predictor
 from bertforge.models import MINILM_HUB_ID
@@ -61,10 +62,16 @@ def test_the_best_epochs_weights_are_the_ones_saved(overfitted, data):
     logits = torch.from_numpy(predictor.logits(prepared.texts(rows)))
     labels = torch.from_numpy(prepared.labels[rows])
     loss = torch.nn.functional.cross_entropy(logits, labels).item()
-    losses = [point["epoch/validation_loss"] for point in manifest["history"] if "epoch" in point]
-    assert loss == pytest.approx(min(losses), rel=1e-5)
-    assert loss != pytest.approx(losses[-1], rel=1e-3)
-    assert manifest["metrics"]["validation_loss"] == min(losses)
+    epochs = [point for point in manifest["history"] if "epoch" in point]
+    kept, last = min(epochs, key=lambda point: point["epoch/calibrated_loss"]), epochs[-1]
+    assert manifest["metrics"]["best_epoch"] == kept["epoch"]
+    assert loss == pytest.approx(kept["epoch/validation_loss"], rel=1e-5)
+    assert loss != pytest.approx(last["epoch/validation_loss"], rel=1e-3)
+    assert manifest["metrics"]["validation_loss"] == kept["epoch/validation_loss"]
+    temperature = fit_temperature(logits, labels)
+    assert manifest["temperature"] == pytest.approx(temperature, rel=1e-3)
+    calibrated = torch.nn.functional.cross_entropy(logits / temperature, labels).item()
+    assert calibrated == pytest.approx(kept["epoch/calibrated_loss"], rel=1e-4)
     accuracy = (logits.argmax(1) == labels).float().mean().item()
     assert manifest["metrics"]["validation_accuracy"] == pytest.approx(accuracy)
 

@@ -232,7 +232,7 @@ def test_what_a_row_gives_does_not_depend_on_its_pack(precision, device, width, 
     model = tiny_bert(num_hidden_layers=3, max_position_embeddings=512, initializer_range=0.05, **sizes)
     rows = 8 * tokens // 250
     examples = made_up_rows(rows, vocab=1000, longest=500 if device == "cuda" else 120)
-    plans = [epoch_plan(examples, np.arange(rows), tokens, seed=0, epoch=epoch) for epoch in range(2)]
+    plans = [epoch_plan(examples, np.arange(rows), tokens, None, seed=0, epoch=epoch) for epoch in range(2)]
     shape = PackShape.of(plans, examples)
     compute = EagerPrefix(model.bert.to(device), 3, precision)
     graphed = GraphedPrefix(compute) if device == "cuda" and precision == "bf16" else compute

@@ -50,7 +50,7 @@ def test_the_loss_by_hand(tmp_path, balance, weights, smoothing):
 
 
 def step_of(model, most, precision):
-    return EagerStep(model, make_optimizer(model, Recipe()), torch.ones(2), 0.0, most, precision)
+    return EagerStep(model, make_optimizer(model, 2e-5, 2e-5, 0.01), torch.ones(2), 0.0, most, precision)
 
 
 def test_gradients_are_clipped_and_not_carried_over():
@@ -78,7 +78,7 @@ def test_in_bf16_the_weights_and_their_gradients_stay_fp32():
 def test_a_recorded_step_holds_the_sums_over_processes():
     def steps(world):
         model = tiny_bert(hidden_size=128, intermediate_size=128).cuda()
-        optimizer = make_optimizer(model, Recipe())
+        optimizer = make_optimizer(model, 2e-5, 2e-5, 0.01)
         step = GraphedStep(EagerStep(model, optimizer, torch.tensor([1.0, 3.0]).cuda(), 0.1, 1.0, "bf16", world))
         losses = []
         for rows in (np.arange(4), np.arange(4, 8)):
@@ -103,7 +103,7 @@ def test_a_recorded_step_moves_the_weights_as_an_eager_one_does():
     def weights(graphed, scales):
         torch.manual_seed(0)
         model = tiny_bert(hidden_size=128, intermediate_size=128, attention_probs_dropout_prob=0.0).cuda().train()
-        optimizer = make_optimizer(model, Recipe(lr=1e-2))
+        optimizer = make_optimizer(model, 1e-2, 1e-2, 0.01)
         eager = EagerStep(model, optimizer, torch.ones(2).cuda(), 0.0, 1.0, "bf16")
         step = GraphedStep(eager) if graphed else eager
         for number, scale in enumerate(scales):

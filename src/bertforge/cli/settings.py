@@ -13,6 +13,9 @@ from rich.table import Table
 
 from bertforge.data.tabular import TabularSpec
 from bertforge.training.config import LoraRecipe, Recipe
+from bertforge.training.schedule import Schedule
+
+_DERIVED = {*(field.name for field in fields(Schedule)), "start"}  # where a recipe leaves them open
 
 
 def show_settings(recipe: Recipe) -> None:
@@ -54,7 +57,8 @@ def _table(cls: Any, values: Any, prefix: str, without: set[str]) -> Table:
     for field in fields(cls):
         if field.name not in without:
             value = field.default if values is None else getattr(values, field.name)
-            table.add_row(prefix + field.name, _toml(value), meaning[field.name])
+            is_open = value in (None, "") and prefix + field.name in _DERIVED
+            table.add_row(prefix + field.name, "derived" if is_open else _toml(value), meaning[field.name])
     return table
 
 

@@ -218,7 +218,7 @@ def _variants(recipe: Recipe) -> dict[str, Recipe]:
     after, or a recipe's default where it is named after none.
     """
     start = load_recipe(recipe.name) if recipe.name in variants() else Recipe()
-    names = [field.name for field in fields(Recipe) if field.name not in ("name", "lora")]
+    names = [field.name for field in fields(Recipe) if field.name not in ("name", "lora", "stackoverflow")]
     changed = {name: getattr(recipe, name) for name in names if getattr(recipe, name) != getattr(start, name)}
     found, as_set = {}, True
     for name, variant in {"full": "bert-base", "lora-r8": "lora-r8", "lora-r8-last-4": "lora-r8-last-4"}.items():

@@ -73,7 +73,7 @@ class Trainer:
         if precision == "fp8":
             multiply_in_fp8(model)
         self.schedule = schedule = Schedule.of(recipe, split, model.config)
-        self.optimizer = make_optimizer(model, schedule, recipe.weight_decay)
+        self.optimizer = make_optimizer(model, schedule.lr, schedule.head_lr, recipe.weight_decay)
         self.progress = Progress()
         self.plans = [
             epoch_plan(

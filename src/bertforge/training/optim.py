@@ -5,15 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from bertforge.training.schedule import Schedule
-
 _HEADS = ("classifier.", "tabular.")
 
 
-def make_optimizer(model: nn.Module, schedule: Schedule, weight_decay: float) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2017) over what is trainable; biases and LayerNorms have no weight decay.
 
-    Learning rates are tensors, and on a GPU the moments exist from the start, so that a CUDA graph can hold the step.
+    `lr` and `head_lr` are the peaks. Learning rates are tensors, and on a GPU the moments exist from the start, so that a CUDA graph can hold the step.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -23,10 +21,10 @@ def make_optimizer(model: nn.Module, schedule: Schedule, weight_decay: float) ->
     device = next(model.parameters()).device
     made = []
     for (head, matrix), parameters in groups.items():
-        peak = schedule.head_lr if head else schedule.lr
+        peak = head_lr if head else lr
         decay = weight_decay if matrix else 0.0
-        lr = torch.tensor(peak, device=device)
-        made.append({"params": parameters, "lr": lr, "peak": peak, "weight_decay": decay})
+        rate = torch.tensor(peak, device=device)
+        made.append({"params": parameters, "lr": rate, "peak": peak, "weight_decay": decay})
     optimizer = torch.optim.AdamW(made, fused=True, capturable=device.type == "cuda")
     if device.type == "cuda":
         for parameter in (parameter for parameters in groups.values() for parameter in parameters):
