@@ -21,13 +21,13 @@ from bertforge.data.loader import Split
 from bertforge.model.config import BertConfig
 from bertforge.training.config import Recipe
 
-STEPS, STEPS_PER_CLASS = 200, 30
+STEPS, STEPS_PER_CLASS = 200, 40
 MOST_EPOCHS = 15
 _LEAST_EPOCHS = {100_000: 3, 1_000_000: 2}  # up to so many train rows; 1 beyond
 _ROWS_PER_STEP = {125: 8, 500: 16}  # up to so many train rows; 32 beyond
 _TOKENS_PER_STEP = 16_384  # 32 rows of the longest texts; it bounds the memory
 _WIDTH = 384  # of all-MiniLM-L6-v2, whose learning rates these are:
-_LR, _LORA_LR, _COLUMNS_LR = 1e-4, 1.5e-3, 1e-3
+_LR, _LORA_LR, _COLUMNS_LR = 1e-4, 2e-3, 1e-3
 _WARMUP = 0.1
 
 
