@@ -75,7 +75,8 @@ def dropping_out(base, kind, **changes):
 def uninterrupted(tmp_path_factory, data, base):
     folder = tmp_path_factory.mktemp("uninterrupted")
     for kind in KINDS:
-        finetune(data, folder / kind, dropping_out(base, kind, checkpoint_seconds=3600))
+        manifest = finetune(data, folder / kind, dropping_out(base, kind, checkpoint_seconds=3600))
+        assert manifest["metrics"]["best_epoch"] == 2, "else the weights say nothing of the second epoch"
     return {kind: outcome(folder / kind, kind) for kind in KINDS}
 
 
