@@ -170,7 +170,8 @@ class InterruptedPredictor:
     transform = None
 
     def __init__(self, predictor):
-        self.schema, self.made_up, self._predictor, self._chunks = predictor.schema, predictor.made_up, predictor, 0
+        self.schema, self.made_up, self.label_names = predictor.schema, predictor.made_up, predictor.label_names
+        self._predictor, self._chunks = predictor, 0
 
     def predict(self, texts, columns):
         self._chunks += 1
