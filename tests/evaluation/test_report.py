@@ -31,6 +31,7 @@ SECTIONS = [
     "Accuracy by text length",
     "Accuracy by month",
     "Engines",
+    "What fit tried",
     "Quantization",
     "Paired tests",
     "Most confident mistakes",
@@ -115,6 +116,13 @@ def _made_report(labels: int, names: tuple[str, ...]) -> Report:
             },
             {"framework": "tensorrt", "precision": "fp16", "missing": "pip install it"},
         ],
+        tried={
+            "trials": [{"name": "LoRA, fast", "rows_seen": 1280, "loss": 0.5, "accuracy": 0.8, "seconds": 12.3}],
+            "engines": [
+                {"target": "openvino", "precision": "bf16", "questions_per_s": 290.0, "accuracy": 0.8, "why": ""},
+                {"target": "openvino", "precision": "int8", "why": "passed over: no time"},
+            ],
+        },
         quantization={
             "precision": "int8",
             "chosen_calibration": "percentile 99.999",
@@ -240,6 +248,13 @@ def test_each_input_fills_its_own_section(present, tmp_path):
         tmp_path / "r.html", replace(report, **(ABSENT | {present: getattr(report, present)}))
     ).read_text()
     assert html.count("Left out: ") == len(SECTIONS) - 3
+
+
+def test_what_fit_tried_is_shown_with_what_came_of_it(full):
+    text = " ".join(Page(full).text.split())
+    assert "LoRA, fast1,2800.5000 80.00%12" in text
+    assert "openvino bf16 290 80.00% kept" in text
+    assert "openvino int8 passed over: no time" in text
 
 
 def test_the_baselines_stand_beside_the_model_with_the_verdict(full):

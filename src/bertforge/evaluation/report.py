@@ -81,6 +81,8 @@ class Report:
     """Rows of `bertforge benchmark`."""
     quantization: Mapping[str, Any] | None = None
     """What `bertforge quantize` measured."""
+    tried: Mapping[str, Sequence[Mapping[str, Any]]] | None = None
+    """By `bertforge fit`: `trials` of settings, and `engines`; the best first."""
 
 
 def write_report(path: Path, report: Report) -> Path:

@@ -76,8 +76,9 @@ class Evaluation:
         path: Path,
         engines: Sequence[Mapping[str, Any]] | None = None,
         quantization: Mapping[str, Any] | None = None,
+        tried: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     ) -> Path:
-        """The HTML report, with a benchmark's rows and what `quantize_model` measured, if given.
+        """The HTML report, with a benchmark's rows, what `quantize_model` measured, and what `fit` tried, if given.
 
         Raises MachineError without the `report` extra.
         """
@@ -106,6 +107,7 @@ class Evaluation:
             versions=self.manifest["versions"],
             engines=engines,
             quantization=quantization or self.manifest.get("quantization"),
+            tried=tried,
         )
         return write_report(path, report)
 
