@@ -168,7 +168,7 @@ def _all_stages(table: Path, out: Path, options: FitOptions, state: _State, say:
     ranked = sorted(state.log.trials, key=lambda trial: (-trial.rows_seen, trial.loss))
     trials = [{"name": trial.candidate.name, **trial.to_dict()} for trial in ranked]
     try:
-        evaluation.write_report(out / "report.html", tried={"trials": trials, "engines": state.engines})
+        evaluation.write_report(out / "report.html", trials, state.engines)
     except MachineError as error:
         say(f"note: no report was written: {error}")
     write_manifest(
