@@ -30,6 +30,7 @@ SECTIONS = [
     "Confusion matrix",
     "Accuracy by text length",
     "Accuracy by month",
+    "Trials",
     "Engines",
     "Quantization",
     "Paired tests",
@@ -98,22 +99,10 @@ def _made_report(labels: int, names: tuple[str, ...]) -> Report:
         recipe={"variant": "lora-r8", "lora": {"r": 8, "targets": ["query", "value"]}},
         fingerprint="sha256:0123",
         versions={"torch": "2.11.0"},
+        trials=[{"name": "LoRA, fast", "rows_seen": 1280, "loss": 0.5, "accuracy": 0.8, "seconds": 12.3}],
         engines=[
-            {
-                "framework": "openvino",
-                "precision": "int8",
-                "questions_per_s": 200.0,
-                "p50_ms": 4,
-                "p95_ms": 9,
-                "accuracy": 0.8,
-                "recovery": 0.999,
-                "mcnemar_p": 0.5,
-                "split": "random/validation",
-                "rows_timed": 48,
-                "changed_labels": 3,
-                "accuracy_rows": 500,
-            },
-            {"framework": "tensorrt", "precision": "fp16", "missing": "pip install it"},
+            {"target": "openvino", "precision": "bf16", "questions_per_s": 290.0, "accuracy": 0.8, "why": ""},
+            {"target": "openvino", "precision": "int8", "why": "passed over: no time"},
         ],
         quantization={
             "precision": "int8",
@@ -240,6 +229,12 @@ def test_each_input_fills_its_own_section(present, tmp_path):
         tmp_path / "r.html", replace(report, **(ABSENT | {present: getattr(report, present)}))
     ).read_text()
     assert html.count("Left out: ") == len(SECTIONS) - 3
+
+
+def test_what_fit_tried_is_shown_with_what_came_of_it(full):
+    text = " ".join(Page(full).text.split())
+    assert "LoRA, fast1,2800.5000 80.00%12" in text
+    assert "openvino bf16 29080.00% kept openvino int8 passed over: no time" in text
 
 
 def test_the_baselines_stand_beside_the_model_with_the_verdict(full):

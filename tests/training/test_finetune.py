@@ -18,9 +18,11 @@ from bertforge.evaluation.temperature import fit_temperature
 from bertforge.hardware import detect
 from bertforge.inference.predictor import Predictor
 from bertforge.models import MINILM_HUB_ID
+from bertforge.training import loop
 from bertforge.training.finetune import assemble, finetune
 from bertforge.training.loop import Trainer
 from tests.runs import STEPS, made_up, make_base, needs_the_minilm_package, prepare_frame, quick_recipe
+from tests.training.clock import Clock
 
 
 def test_a_loss_that_is_no_number_is_a_line_that_says_what_to_change(tmp_path, data, base):
@@ -40,6 +42,30 @@ def test_fp8_is_refused_where_nothing_is_frozen(tmp_path, data, base):
     run = assemble(PreparedData.open(data), recipe, torch.device("cpu"))
     with pytest.raises(UsageError, match="precision=fp8 "):
         Trainer(run.model, run.split, recipe, tmp_path, "fp8")
+
+
+def test_minutes_end_a_run_within_an_epoch_at_a_learning_rate_of_zero(tmp_path, data, base, monkeypatch):
+    """By a clock that a step moves by a second, the third epoch is cut after three of its steps."""
+    clock = Clock()
+    monkeypatch.setattr(loop, "time", clock)
+    run, steps = tmp_path / "run", 2 * STEPS + 3
+    monkeypatch.setattr(loop, "_POINT_STEPS", 1)
+    recipe = quick_recipe(base, epochs=6, minutes=(steps - 1.5) / 60)
+    manifest = finetune(data, run, recipe, show=lambda progress, sequences, loss: clock.pass_by(1))
+    epochs = [point for point in manifest["history"] if "epoch" in point]
+    assert [point["step"] for point in epochs] == [STEPS, 2 * STEPS, steps]
+    rates = [point["train/lr"] for point in manifest["history"] if "train/lr" in point]
+    assert rates[-1] < 0.1 * max(rates), "it has fallen with the time, not with the steps of six epochs"
+    assert Predictor.load(run, "fp32").predict(["a question"])["label"].notna().all()
+
+
+def test_minutes_that_suffice_change_no_bit(tmp_path, data, base):
+    weights = []
+    for name, minutes in (("free", None), ("limited", 30.0)):
+        finetune(data, tmp_path / name, quick_recipe(base, "lora", minutes=minutes, start="random"))
+        weights.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+    for name, tensor in weights[0].items():
+        assert torch.equal(tensor, weights[1][name]), name
 
 
 @pytest.fixture(scope="module")

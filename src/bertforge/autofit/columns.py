@@ -43,11 +43,11 @@ def choose_columns(table: Path, label: str | None, text: tuple[str, ...], seed: 
     if label is None:  # `prepare` says what is missing, and proposes columns, where this is another table
         beside = load_recipe("columns").tabular if set(QUESTIONS.required_columns) <= set(names) else None
         return Columns(PrepareOptions(text_columns=text, seed=seed), beside, ())
-    require_columns((label, *text), names, "the named columns must exist")
+    require_columns((label, *text), names)
     guessed = guess_columns(sample, label)
     chosen = text or guessed.text
     if not chosen:
-        raise DataError(f"no column of {table} reads like text; name one with --text-columns: {', '.join(names)}")
+        raise DataError(f"no column of the table reads like text; name one with --text-columns: {', '.join(names)}")
     beside = _beside(guessed, chosen)
     told = [f"text: {', '.join(chosen)}; label: {label}"]
     if beside:

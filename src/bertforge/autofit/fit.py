@@ -4,18 +4,21 @@ Each stage leaves a folder: `data`, `run`, `model` (an adapter merged), `engine`
 what was decided and how much of the time is used, so that the same call goes on where an interrupted one stopped. The
 last thing written is `bertforge.json`: the folder then stands for its engine, and `predict` takes it by name.
 
-Of the time, a part is set aside for what follows training; short trials and the run share the rest (search.py). Test
-rows are read once, at the end.
+Of the time, a part is set aside for what follows training; short trials and the run share the rest (search.py). What
+takes its time whatever the settings, the table and the baselines, comes first, so that all else can be cut to what is
+left. Test rows are read once, at the end.
 """
 
 from __future__ import annotations
 
 import atexit
 import json
+import math
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,15 +28,16 @@ import pyarrow as pa
 
 from bertforge.artifact import MANIFEST, RUNNING, hash_file, read_manifest, write_json, write_manifest
 from bertforge.autofit.columns import Columns, choose_columns
-from bertforge.autofit.search import Trial, Workbench, search
-from bertforge.benchmark.fastest import AUTO, Candidate, candidates, compile_fastest
+from bertforge.autofit.search import Log, Say, Trial, Workbench, search
+from bertforge.benchmark.fastest import AUTO, candidates, compile_fastest
 from bertforge.data.concerns import concerns
 from bertforge.data.prepare import prepare
 from bertforge.data.prepared import PreparedData
 from bertforge.data.tokens import Tokenizer
 from bertforge.errors import ArtifactError, DataError, MachineError, UsageError, reason
+from bertforge.evaluation.baselines import baselines
 from bertforge.hardware import detect
-from bertforge.inference.evaluate import Evaluation, evaluate_run
+from bertforge.inference.evaluate import evaluate_run
 from bertforge.inference.merge import merge_run
 from bertforge.inference.predictor import Predictor
 from bertforge.lora.adapter_io import ADAPTER_CONFIG
@@ -44,8 +48,8 @@ from bertforge.training.finetune import finetune
 STATE = "fit.json"
 LEAST_MINUTES = 1.0
 _AFTER_SHARE, _AFTER_LEAST, _AFTER_MOST = 0.3, 30.0, 180.0  # of the time, for what follows training; seconds
+_TRAINING_LEAST = 0.2  # of the time, for training, however long the table took
 
-Say = Callable[[str], object]
 Train = Callable[[Path, Path, Recipe, bool], dict[str, Any]]
 """Prepared data, the run's folder, the recipe and whether to resume -> the run's manifest."""
 
@@ -65,19 +69,10 @@ class FitOptions:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        if not self.minutes >= LEAST_MINUTES:
-            raise UsageError(f"--minutes {self.minutes:g} is too short to train in; name {LEAST_MINUTES:g} or more")
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """What a fit ended with."""
-
-    out: Path
-    manifest: dict[str, Any]
-    evaluation: Evaluation
-    engines: list[Candidate]
-    """The kept one first; empty where the folder was complete already."""
+        if not LEAST_MINUTES <= self.minutes < math.inf:
+            raise UsageError(
+                f"--minutes {self.minutes:g} cannot be kept; name a number of minutes, {LEAST_MINUTES:g} or more"
+            )
 
 
 def fit(
@@ -95,23 +90,24 @@ def fit(
 
     `table` is a frame or a file that `bertforge prepare` reads; `text` names its text columns where the guess is wrong.
     All goes into the folder `out`; without one, into a folder that is removed when Python ends. A call that was
-    interrupted goes on when it is made again with the same `out`. `Predictor.load(out)` loads the result later.
+    interrupted goes on when it is made again with the same `out`, and one that was finished returns its model.
+    `Predictor.load(out)` loads the result later.
 
     Raises DataError for a table that cannot be learnt from, UsageError for options that cannot be, and ArtifactError
     when `out` holds something else.
     """
     options = FitOptions(label, (text,) if isinstance(text, str) else tuple(text), minutes, model, seed)
     folder = Path(out) if out is not None else _passing_folder()
-    if isinstance(table, pd.DataFrame):
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "table.parquet"
+    if not isinstance(table, pd.DataFrame):
+        fit_table(Path(table), folder, options, say=say)
+        return Predictor.load(folder)
+    with tempfile.TemporaryDirectory(prefix="bertforge-") as stored:
+        path = Path(stored) / "table.parquet"
         try:
-            table.to_parquet(path, index=False)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, ValueError) as error:
+            table.rename(columns=str).to_parquet(path, index=False)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, ValueError) as error:
             raise DataError(f"the frame cannot be stored ({error}); give each column one type") from error
-    else:
-        path = Path(table)
-    fit_table(path, folder, options, say=say)
+        fit_table(path, folder, options, say=say)
     return Predictor.load(folder)
 
 
@@ -122,42 +118,72 @@ def fit_table(
     *,
     say: Say = print,
     train: Train = lambda data, run, recipe, resume: finetune(data, run, recipe, resume=resume),
-) -> Fitted:
-    """Does all that is not done yet in `out`; see `fit`. `say` is told each stage, `train` trains and shows how far."""
+) -> dict[str, Any]:
+    """Does all that is not done yet in `out`, and returns its manifest; see `fit`.
+
+    `say` is told each stage, `train` trains and shows how far it is.
+    """
     state = _State.open(table, out, options)
-    data, run = out / "data", out / "run"
+    if state.is_finished:
+        say(f"{out} holds this fit, finished: nothing to do")
+        return read_manifest(out, "fit")
+    try:
+        _all_stages(table, out, options, state, say, train)
+    except BaseException:
+        if state.path.is_file():
+            state.save()  # the time that was used
+        else:
+            with suppress(OSError):  # it holds something
+                out.rmdir()
+        raise
+    state.path.unlink()
+    return read_manifest(out, "fit")
+
+
+def _all_stages(table: Path, out: Path, options: FitOptions, state: _State, say: Say, train: Train) -> None:
     chosen = choose_columns(table, options.label_column, options.text_columns, options.seed)
+    data, run = out / "data", out / "run"
     prepared = _prepared(table, data, chosen, options, say)
-    recipe = state.recipe
-    after = min(_AFTER_MOST, max(_AFTER_LEAST, _AFTER_SHARE * state.seconds))
-    if recipe is None:
+    state.save()  # not before: a table that cannot be learnt from leaves nothing behind
+    if state.recipe is None:
+        say("fitting simple baselines, to see what the model is worth")
+        baselines(prepared, prepared.split_name(), chosen.beside)
+        after = min(_AFTER_MOST, max(_AFTER_LEAST, _AFTER_SHARE * state.seconds))
+        seconds = max(state.left() - after, _TRAINING_LEAST * state.seconds)
         bench = Workbench(prepared, options.model, chosen.beside, options.seed)
-        recipe = search(bench, state.left() - after, state.trials, state.add, say)
-        state.decide(recipe)
-    if not (run / MANIFEST).is_file():
-        train(data, run, recipe, (run / RUNNING).is_file())
+        state.recipe = search(bench, seconds, state.log, say)
         state.save()
-    say("evaluating on the test rows")
-    evaluation = evaluate_run(run, data, "test")
+    if not (run / MANIFEST).is_file():
+        train(data, run, state.recipe, (run / RUNNING).is_file())
+        state.save()
     model = out / "model" if (run / ADAPTER_CONFIG).is_file() else run
     if not (model / MANIFEST).is_file():
         say("merging the adapter")
         merge_run(run, model)
-    engines = _engines(model, data, out / "engine", state, say)
-    evaluation.write_report(out / "report.html")
-    manifest = {
-        "serves": "engine" if (out / "engine" / MANIFEST).is_file() else model.name,
-        "model": model.name,
-        "options": asdict(options),
-        "table": state.identity["table"],
-        "recipe": recipe.to_dict(),
-        "trials": [trial.to_dict() for trial in state.trials],
-        "metrics": evaluation.metrics.to_dict(),
-        "seconds": round(state.used(), 1),
-    }
-    write_manifest(out, "fit", **manifest)
-    (out / STATE).unlink()
-    return Fitted(out, read_manifest(out, "fit"), evaluation, engines)
+    say("evaluating on the test rows")
+    evaluation = evaluate_run(run, data, "test")
+    if state.engines is None:
+        state.engines = _engines(model, data, out / "engine", state, say)
+        state.save()
+    ranked = sorted(state.log.trials, key=lambda trial: (-trial.rows_seen, trial.loss))
+    trials = [{"name": trial.candidate.name, **trial.to_dict()} for trial in ranked]
+    try:
+        evaluation.write_report(out / "report.html", trials, state.engines)
+    except MachineError as error:
+        say(f"note: no report was written: {error}")
+    write_manifest(
+        out,
+        "fit",
+        serves="engine" if (out / "engine" / MANIFEST).is_file() else model.name,
+        **state.identity,
+        recipe=state.recipe.to_dict(),
+        trials=trials,
+        metrics=evaluation.metrics.to_dict(),
+        baselines=evaluation.standing.to_dict() if evaluation.standing else None,
+        calibration=evaluation.calibration,
+        engines=state.engines,
+        seconds=round(state.used(), 1),
+    )
 
 
 def _prepared(table: Path, data: Path, chosen: Columns, options: FitOptions, say: Say) -> PreparedData:
@@ -174,14 +200,13 @@ def _prepared(table: Path, data: Path, chosen: Columns, options: FitOptions, say
     return prepared
 
 
-def _engines(model: Path, data: Path, out: Path, state: _State, say: Say) -> list[Candidate]:
-    """The engines tried, the kept one first; none where one is there already or none can be had."""
-    if (out / MANIFEST).is_file():
-        return []
+def _engines(model: Path, data: Path, out: Path, state: _State, say: Say) -> list[dict[str, Any]]:
+    """The engines tried, the kept one first; none where none can be had."""
+    shutil.rmtree(out, ignore_errors=True)  # of a fit that was stopped before it had noted what it tried
     try:
         wanted = candidates(model, AUTO, AUTO, detect(), data)
-        return compile_fastest(model, wanted, data, out, say, seconds=state.left())
-    except (MachineError, ArtifactError) as error:
+        return [tried.to_dict() for tried in compile_fastest(model, wanted, data, out, say, seconds=state.left())]
+    except Exception as error:  # of any library: the model is there, whatever is wrong with its engines
         say(f"note: no engine was compiled, so PyTorch serves the model ({reason(error)})")
         return []
 
@@ -195,10 +220,14 @@ def _passing_folder() -> Path:
 class _State:
     """`fit.json`: what an interrupted fit has decided, and the time it has used."""
 
-    def __init__(self, path: Path, identity: dict[str, Any], seconds: float, saved: dict[str, Any]) -> None:
-        self.path, self.identity, self.seconds = path, identity, seconds
-        self.trials = [Trial.from_dict(trial) for trial in saved.get("trials", [])]
+    def __init__(self, out: Path, identity: dict[str, Any], saved: dict[str, Any]) -> None:
+        self.path, self.identity = out / STATE, identity
+        self.seconds: float = 60.0 * identity["options"]["minutes"]
+        self.is_finished = (out / MANIFEST).is_file()
+        trials = [Trial.from_dict(trial) for trial in saved.get("trials", [])]
+        self.log = Log(self.save, trials, *saved.get("plan", (0, 0)))
         self.recipe = Recipe.from_dict(saved["recipe"]) if saved.get("recipe") else None
+        self.engines: list[dict[str, Any]] | None = saved.get("engines")
         self._before, self._began = float(saved.get("seconds", 0.0)), time.monotonic()
 
     @classmethod
@@ -210,22 +239,20 @@ class _State:
         identity = json.loads(json.dumps(identity))  # lists for tuples, as they come back from a file
         path = out / STATE
         if (out / MANIFEST).is_file():
-            raise ArtifactError(f"{out} holds a finished fit; use it, or name another folder with --out")
+            found = read_manifest(out, "fit")
+            _check_same(out, found, identity)
+            return cls(out, identity, {})
         if not path.is_file():
-            if out.is_file() or (out.exists() and any(entry != table for entry in out.iterdir())):
+            if out.is_file() or (out.exists() and any(not entry.name.startswith(".data.") for entry in out.iterdir())):
                 raise ArtifactError(f"{out} is not an empty folder; name another one with --out")
-            state = cls(path, identity, 60 * options.minutes, {})
-            state.save()
-            return state
+            return cls(out, identity, {})
         try:
             saved = json.loads(path.read_text())
             found = saved["identity"]
-            state = cls(path, identity, 60 * options.minutes, saved)
-        except (ValueError, KeyError, TypeError) as error:
+            state = cls(out, identity, saved)
+        except (ValueError, KeyError, TypeError, UsageError) as error:
             raise ArtifactError(f"{path} is damaged ({error!r}); start anew: rm -r {out}") from error
-        for part in ("table", "options"):
-            if found[part] != identity[part]:
-                raise ArtifactError(f"{out} holds a fit that was begun with other {part}; name another --out")
+        _check_same(out, found, identity)
         return state
 
     def used(self) -> float:
@@ -236,18 +263,25 @@ class _State:
         """Seconds of the time that there was."""
         return self.seconds - self.used()
 
-    def add(self, trial: Trial) -> None:
-        """Keeps a trial."""
-        self.trials.append(trial)
-        self.save()
-
-    def decide(self, recipe: Recipe) -> None:
-        """Keeps what the search chose."""
-        self.recipe = recipe
-        self.save()
-
     def save(self) -> None:
         """Writes the file."""
-        recipe = None if self.recipe is None else self.recipe.to_dict()
-        trials = [trial.to_dict() for trial in self.trials]
-        write_json(self.path, {"identity": self.identity, "seconds": self.used(), "trials": trials, "recipe": recipe})
+        state = {
+            "identity": self.identity,
+            "seconds": self.used(),
+            "trials": [trial.to_dict() for trial in self.log.trials],
+            "plan": [self.log.count, self.log.short],
+            "recipe": None if self.recipe is None else self.recipe.to_dict(),
+            "engines": self.engines,
+        }
+        write_json(self.path, state)
+
+
+def _check_same(out: Path, found: dict[str, Any], given: dict[str, Any]) -> None:
+    """Raises ArtifactError naming what was different when the fit in `out` was begun."""
+    other = f"name another folder with --out, or start anew: rm -r {out}"
+    if found["table"]["hash"] != given["table"]["hash"]:
+        raise ArtifactError(f"{out} holds a fit of another table, {found['table']['name']}; {other}")
+    for name, value in given["options"].items():
+        if found["options"][name] != value:
+            option = f"--{name.replace('_', '-')}"
+            raise ArtifactError(f"{out} holds a fit with {option} {found['options'][name]}, not {value}; {other}")

@@ -47,6 +47,12 @@ class Candidate:
         """The same in one line."""
         return reason(self.error) if self.error else ""
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, for a table of those that were tried."""
+        accuracy = self.receipt["validation_accuracy"] if self.receipt else None
+        speed = {"questions_per_s": self.questions_per_s, "accuracy": accuracy}
+        return {"target": self.target, "precision": self.precision, **speed, "why": self.why}
+
     @property
     def name(self) -> str:
         """As its folder is called."""

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
-
-if TYPE_CHECKING:
-    from bertforge.benchmark.fastest import Candidate
 
 from bertforge.artifact import compile_command
 
@@ -82,7 +79,7 @@ def compile_(
         else:
             folder = out or model / "engines" / AUTO
             tried = compile_fastest(model, wanted, data, folder, say)
-            console.print(comparison(tried))
+            console.print(comparison([candidate.to_dict() for candidate in tried]))
             receipt = tried[0].receipt or {}
     _say_layers(console, receipt)
     size, seconds = receipt["bytes"] / 1e6, receipt["build_seconds"]
@@ -97,20 +94,19 @@ def compile_(
         console.print(f"next, where it runs: {command} --verify")
 
 
-def comparison(tried: list[Candidate]) -> Table:
-    """Every candidate, and why all but the first were not kept."""
+def comparison(tried: list[dict[str, Any]]) -> Table:
+    """Every candidate as `Candidate.to_dict` gives it, and why all but the first were not kept."""
     table = Table(box=SIMPLE, pad_edge=False)
     for title in ("engine", "rows/s", "accuracy"):
         table.add_column(title, no_wrap=True)
     table.add_column("")
     for place, candidate in enumerate(tried):
-        name = f"{candidate.target} {candidate.precision}"
-        if candidate.receipt is None:
-            table.add_row(name, "-", "-", candidate.why)
+        name = f"{candidate['target']} {candidate['precision']}"
+        if candidate["why"]:
+            table.add_row(name, "-", "-", candidate["why"])
             continue
         why = "the fastest: kept" if place == 0 else "slower"
-        accuracy = candidate.receipt["validation_accuracy"]
-        table.add_row(name, f"{candidate.questions_per_s:,.1f}", f"{accuracy:.2%}", why)
+        table.add_row(name, f"{candidate['questions_per_s']:,.1f}", f"{candidate['accuracy']:.2%}", why)
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import signal
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from bertforge.autofit.fit import FitOptions, Fitted
+    from bertforge.autofit.fit import FitOptions
     from bertforge.training.config import Recipe
 
 
@@ -52,53 +53,56 @@ def fit(
     names = tuple(name.strip() for name in text_columns.split(",") if name.strip())
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does, so that nothing half-made stays
     show_fit(table, out, FitOptions(label_column, names, minutes, model, seed))
+    show_next(out)
 
 
-def show_fit(table: Path, out: Path, options: FitOptions) -> Fitted:
+def show_fit(table: Path, out: Path, options: FitOptions) -> None:
     """Runs the fit, shows each stage, and what came out of it."""
-    from bertforge.autofit.fit import fit_table
+    from bertforge.autofit.fit import STATE, fit_table
+    from bertforge.cli.engines import comparison
     from bertforge.cli.train import run as train
+    from bertforge.evaluation.metrics import Metrics
     from bertforge.evaluation.report import metrics_markdown
+    from bertforge.evaluation.standing import Standing
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
+    again = "the same command goes on"
 
     def shown(data: Path, folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any]:
-        return train(data, folder, recipe, resume=resume)
+        return train(data, folder, recipe, resume=resume, again=again)
 
-    done = fit_table(table, out, options, say=console.print, train=shown)
-    console.print(_trials(done.manifest["trials"]))
-    console.print(metrics_markdown(done.evaluation.metrics))
-    if done.evaluation.standing:
-        console.print(done.evaluation.standing.markdown())
-    console.print(done.evaluation.calibration)
-    if done.engines:
-        console.print(_engines(done))
-    console.print(f"wrote {out} in {done.manifest['seconds'] / 60:.1f} minutes; the report: {out / 'report.html'}")
+    try:
+        done = fit_table(table, out, options, say=console.print, train=shown)
+    except KeyboardInterrupt:
+        if (out / STATE).is_file():
+            console.print(again)
+        raise
+    console.print(_trials(done["trials"]))
+    console.print(metrics_markdown(Metrics.from_dict(done["metrics"])))
+    if done["baselines"]:
+        console.print(f"\n{Standing.from_dict(done['baselines']).markdown()}")
+    console.print(done["calibration"])
+    if done["engines"]:
+        console.print(comparison(done["engines"]))
+    report = out / "report.html"
+    console.print(f"wrote {out} in {done['seconds'] / 60:.1f} minutes" + f"; the report: {report}" * report.is_file())
+
+
+def show_next(out: Path) -> None:
+    """What to type to use a fit."""
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    program = f'from bertforge import Predictor; print(Predictor.load({json.dumps(str(out))}).predict(["..."]))'
     console.print("next:")
     console.print(f"  {shlex.join(['bertforge', 'predict', str(out), 'TABLE', '--out', 'predictions.csv'])}")
-    console.print(f'  python -c \'from bertforge import Predictor; print(Predictor.load("{out}").predict(["..."]))\'')
-    return done
+    console.print(f"  {shlex.join(['python', '-c', program])}")
 
 
 def _trials(trials: list[dict[str, Any]]) -> Table:
-    from bertforge.autofit.search import Trial
-
     table = Table(title="trials on validation rows", title_justify="left", box=SIMPLE, pad_edge=False)
     table.add_column("settings", no_wrap=True)
     for title in ("rows seen", "loss", "accuracy", "seconds"):
         table.add_column(title, justify="right")
-    for trial in sorted(map(Trial.from_dict, trials), key=lambda trial: (-trial.rows_seen, trial.loss)):
-        table.add_row(
-            trial.candidate.name,
-            f"{trial.rows_seen:,}",
-            f"{trial.loss:.4f}",
-            f"{trial.accuracy:.2%}",
-            f"{trial.seconds:.0f}",
-        )
+    for trial in trials:
+        figures = f"{trial['rows_seen']:,}", f"{trial['loss']:.4f}", f"{trial['accuracy']:.2%}"
+        table.add_row(trial["name"], *figures, f"{trial['seconds']:.0f}")
     return table
-
-
-def _engines(done: Fitted) -> Table:
-    from bertforge.cli.engines import comparison
-
-    return comparison(done.engines)

@@ -129,8 +129,15 @@ def train(
     console.print(f"next: bertforge evaluate {out} --data {data} --split test")
 
 
-def run(data: Path, out: Path, recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
-    """Trains and shows how far it is; an interrupt says how to go on."""
+def run(
+    data: Path,
+    out: Path,
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    again: str = "the same command with --resume goes on",
+) -> dict[str, Any]:
+    """Trains and shows how far it is; an interrupt says how to go on: `again`."""
     from bertforge.artifact import RUNNING
     from bertforge.training.finetune import finetune
 
@@ -165,7 +172,7 @@ def run(data: Path, out: Path, recipe: Recipe, *, resume: bool = False) -> dict[
     except KeyboardInterrupt:
         display.bar.stop()
         if (out / RUNNING).is_file():
-            console.print(f"stopped at a checkpoint in {out}; the same command with --resume goes on")
+            console.print(f"stopped at a checkpoint in {out}; {again}")
         raise
     finally:
         display.bar.stop()

@@ -247,7 +247,7 @@ def _leak(column: _Column, answer: Ints, labels: Sequence[str]) -> str:
     guessed = table.argmax(axis=1)[codes]  # [rows]
     sizes = table.sum(axis=0)
     for code in np.argsort(-sizes, kind="stable").tolist():  # the largest class is the one to speak of
-        if sizes[code] < _LEAK_ROWS:
+        if sizes[code] < _LEAK_ROWS or sizes[code] == len(answer):  # or the only class
             break
         true = answer == code
         errors = np.count_nonzero(true != (guessed == code))

@@ -77,8 +77,10 @@ class Report:
     recipe: Mapping[str, Any] | None = None
     fingerprint: Mapping[str, Any] | str | None = None
     versions: Mapping[str, str] | None = None
+    trials: Sequence[Mapping[str, Any]] | None = None
+    """Of settings by `bertforge fit`, the best of the longest first: name, rows_seen, loss, accuracy, seconds."""
     engines: Sequence[Mapping[str, Any]] | None = None
-    """Rows of `bertforge benchmark`."""
+    """Tried by `bertforge fit`, the kept one first: target, precision, and questions_per_s and accuracy or `why` not."""
     quantization: Mapping[str, Any] | None = None
     """What `bertforge quantize` measured."""
 

@@ -74,10 +74,10 @@ class Evaluation:
     def write_report(
         self,
         path: Path,
+        trials: Sequence[Mapping[str, Any]] | None = None,
         engines: Sequence[Mapping[str, Any]] | None = None,
-        quantization: Mapping[str, Any] | None = None,
     ) -> Path:
-        """The HTML report, with a benchmark's rows and what `quantize_model` measured, if given.
+        """The HTML report, with the trials and engines of `fit` where there were any.
 
         Raises MachineError without the `report` extra.
         """
@@ -104,8 +104,9 @@ class Evaluation:
             recipe=recipe,
             fingerprint=scored.fingerprint or self.manifest["data"],
             versions=self.manifest["versions"],
+            trials=trials,
             engines=engines,
-            quantization=quantization or self.manifest.get("quantization"),
+            quantization=self.manifest.get("quantization"),
         )
         return write_report(path, report)
 

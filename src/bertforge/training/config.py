@@ -92,6 +92,9 @@ class Recipe:
     """Share of all steps in which the learning rate rises; it then falls linearly to 0."""
     start: str = ""
     """Where a new classifier starts: `probe`, a logistic regression on the pretrained model's features, or `random`."""
+    minutes: float | None = None
+    """Most minutes of steps and validation, wherever they end in an epoch; the learning rate falls to 0 by then. None
+    takes the time that the epochs need."""
     patience: int | None = None
     """Epochs without a lower validation loss before training stops; None never stops early."""
     weight_decay: float = 0.01
@@ -132,7 +135,8 @@ class Recipe:
                 raise UsageError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
         if not 0 <= self.label_smoothing < 1 or not 0 <= (self.warmup or 0) <= 1 or not 0 <= self.attention_dropout < 1:
             raise UsageError("label_smoothing, warmup and attention_dropout are shares between 0 and 1")
-        for name in ("epochs", "patience", "lr", "head_lr", "max_grad_norm", "rows_per_step", "tokens_per_step"):
+        sizes = ("epochs", "minutes", "patience", "rows_per_step", "tokens_per_step")
+        for name in (*sizes, "lr", "head_lr", "max_grad_norm"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise UsageError(f"{name}={value} must be above 0")
         for name in ("weight_decay", "seed", "checkpoint_seconds"):

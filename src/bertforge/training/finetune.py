@@ -12,6 +12,7 @@ import json
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from bertforge.training.config import Recipe
 from bertforge.training.distributed import World, joined
 from bertforge.training.loop import BEST, CHECKPOINT, Trainer
 from bertforge.training.schedule import Schedule
-from bertforge.training.start import is_probed, probe
+from bertforge.training.start import PROBE_SHARE, is_probed, probe
 
 START = "start.safetensors"
 
@@ -129,7 +130,7 @@ def finetune(
             "processes": world.size,
             "trainable_parameters": plan.trainable_parameters,
             "probe": plan.probe,
-            "metrics": _summary(progress, plan.train_rows),
+            "metrics": _summary(progress, trainer),
             "history": progress.history,
             "temperature": fit_temperature(logits, run.split.examples.labels[run.split.validation]),
             "golden": GoldenRows.record(run.model, run.split.examples, run.split.validation).to_dict(),
@@ -222,7 +223,9 @@ def _start_from_probe(run: Run, trainer: Trainer, out: Path) -> dict[str, Any]:
     """
     path = out / START
     if not path.is_file():
-        found = probe(run.model, run.split, trainer.precision, trainer.recipe.seed)
+        minutes = trainer.recipe.minutes
+        seconds = None if minutes is None else PROBE_SHARE * 60 * minutes
+        found = probe(run.model, run.split, trainer.precision, trainer.recipe.seed, seconds)
         values = {name: value.cpu().contiguous() for name, value in _probed_values(run.model).items()}
         write_atomic(path, to_bytes(values, metadata={"found": json.dumps(found)}))
         return found
@@ -393,7 +396,8 @@ def _save(run: Run, recipe: Recipe, out: Path) -> None:
         save_adapter(run.model, run.lora, out, base)
 
 
-def _summary(progress: Progress, train_rows: int) -> dict[str, Any]:
+def _summary(progress: Progress, trainer: Trainer) -> dict[str, Any]:
+    seen = sum(map(len, islice(chain.from_iterable(trainer.plans), progress.step)))  # of the last epoch maybe a part
     epochs = [point for point in progress.history if "epoch" in point]
     best = epochs[progress.best_epoch - 1]
     return {
@@ -403,6 +407,6 @@ def _summary(progress: Progress, train_rows: int) -> dict[str, Any]:
         "validation_loss": best["epoch/validation_loss"],
         "validation_accuracy": best["epoch/validation_accuracy"],
         "seconds": progress.seconds,
-        "questions_per_s": progress.epoch * train_rows / progress.seconds,
+        "questions_per_s": seen / progress.seconds,
         "idle": progress.idle,
     }

@@ -44,6 +44,7 @@ from bertforge.training.step import EagerStep, GraphedStep
 
 CHECKPOINT = "checkpoint.safetensors"
 BEST = "best.safetensors"
+_LEEWAY = 0.05  # of a run's `minutes` by which its steps may lie behind before its learning rate falls with the time
 CPU_SHAPES = 16  # of packs: on average half a sixteenth of the largest pack is filled up
 _POINT_STEPS = 20  # steps between two points of the loss curve; reading the loss waits for the GPU
 
@@ -105,7 +106,7 @@ class Trainer:
             self.prefix = FrozenPrefix(
                 below, split, schedule.epochs, recipe.prefix_cache_gb, directory, world, graphed=graphed
             )
-        self._saved_at = time.monotonic()
+        self._started = self._saved_at = time.monotonic()
 
     def resume(self) -> None:
         """Goes on from the folder's checkpoint; without one, the run starts from its beginning."""
@@ -140,7 +141,7 @@ class Trainer:
         with History(files, self.progress.history) as history, _interruptible() as interrupted:
             self._saved_at = time.monotonic()
             self._started = self._saved_at - self.progress.seconds
-            while self.progress.epoch < self.schedule.epochs and not self._out_of_patience():
+            while self.progress.epoch < self.schedule.epochs and not self._is_enough():
                 self.train_epoch(history.add, interrupted, show)
                 self._validate(history)
                 self._save()
@@ -159,20 +160,26 @@ class Trainer:
         losses: list[Tensor] = []  # read together, so that the GPU is not waited for at every step
         loss_value = progress.history[-1].get("train/loss", float("nan")) if progress.history else float("nan")
         todo = plan[progress.step_in_epoch :]
+        used = self._time_used()
         examples, world, meter, idle = self.split.examples, self.world, IdleMeter(self.device), 0.0
         mine = [examples.shares(rows, world.size)[world.rank] for rows in todo]
         packs = load(examples, mine, self.device, self.shape)
         if self.prefix:
             packs = self.prefix.feed(packs, mine, self.shape.tokens, meter.work)
         for rows, (batch, labels) in zip(todo, packs, strict=True):
-            scale = lr_scale(progress.step, self.total_steps, self.schedule.warmup)
+            # With too little time for all steps, the next one's learning rate is that of a later step.
+            late = int((used - _LEEWAY) / (1 - _LEEWAY) * self.total_steps)
+            place = max(progress.step, min(late, self.total_steps - 1))
+            scale = lr_scale(place, self.total_steps, self.schedule.warmup)
             set_lr(self.optimizer, scale)
             with meter.work():
                 losses.append(self.step(batch, labels) * len(rows))
             progress.step += 1
             progress.step_in_epoch += 1
             progress.sequences += len(rows)
-            due = progress.step_in_epoch % _POINT_STEPS == 0 or progress.step_in_epoch == len(plan)
+            used = self._time_used()
+            last = progress.step_in_epoch == len(plan) or used > 1
+            due = progress.step_in_epoch % _POINT_STEPS == 0 or last
             # Asked once: an interrupt after this waits for the next step. All processes stop and save at one step.
             stop, save = world.any(interrupted.is_set(), self._checkpoint_due())
             save = save or stop
@@ -187,6 +194,8 @@ class Trainer:
             if stop:
                 raise KeyboardInterrupt
             show(progress, len(rows), loss_value)
+            if used > 1:
+                break
 
     def _read_losses(self, losses: list[Tensor]) -> float:
         """Adds the waiting losses to the epoch's sum and returns the mean of the epoch so far."""
@@ -257,9 +266,18 @@ class Trainer:
     def _checkpoint_due(self) -> bool:
         return time.monotonic() - self._saved_at > self.recipe.checkpoint_seconds
 
-    def _out_of_patience(self) -> bool:
-        patience = self.recipe.patience
-        return patience is not None and self.progress.epoch - self.progress.best_epoch >= patience
+    def _is_enough(self) -> bool:
+        """Whether the time or the patience is used up, once there is an epoch to keep."""
+        patience, since = self.recipe.patience, self.progress.epoch - self.progress.best_epoch
+        impatient = patience is not None and since >= patience
+        return impatient or (self._time_used() > 1 and self.progress.best_epoch > 0)
+
+    def _time_used(self) -> float:
+        """The share of the run's `minutes`, 0 without; all processes go by the clock of the first."""
+        if self.recipe.minutes is None:
+            return 0.0
+        seconds = torch.tensor(time.monotonic() - self._started)
+        return float(self.world.gather(seconds)[0]) / (60 * self.recipe.minutes)
 
 
 def _class_weights(split: Split, recipe: Recipe) -> Tensor:

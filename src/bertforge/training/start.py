@@ -17,6 +17,7 @@ transformers' BERT has none.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -35,6 +36,8 @@ from bertforge.training.config import Recipe
 
 PENALTIES = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # strongest first: each fit starts from the one before
 MOST_ROWS = 10_000  # of each part: more rows move a linear classifier little, and a pass over them takes its time
+PROBE_SHARE = 0.1  # of a run's `minutes`, that reading rows may take besides
+_PIECE = 512  # rows between two looks at the clock
 _SPREAD = 0.5
 _ITERATIONS = 100
 
@@ -44,17 +47,21 @@ def is_probed(recipe: Recipe, model: BertForSequenceClassification) -> bool:
     return recipe.start == "probe" or (not recipe.start and "classifier" in model.new_heads)
 
 
-def probe(model: BertForSequenceClassification, split: Split, precision: str, seed: int) -> dict[str, Any]:
+def probe(
+    model: BertForSequenceClassification, split: Split, precision: str, seed: int, seconds: float | None = None
+) -> dict[str, Any]:
     """Sets the pooler and the classifier of `model`; returns what was found, JSON-ready.
 
-    The part of the classifier that reads columns becomes zero: training starts from what the text says.
+    It reads as many rows as it can in `seconds`, at most MOST_ROWS of each part; None sets no limit of time. The part
+    of the classifier that reads columns becomes zero: training starts from what the text says.
     """
     began = time.perf_counter()
     device = next(model.parameters()).device
     parts = [_at_most(rows, seed) for rows in (split.train, split.validation)]
-    first = _FirstTokens(model.bert)
-    hidden = [torch.from_numpy(predict_logits(first, split.examples, rows, precision)).to(device) for rows in parts]
-    train, validation = (torch.from_numpy(split.examples.labels[rows]).to(device) for rows in parts)  # [rows]
+    shares = [None if seconds is None else seconds * len(rows) / sum(map(len, parts)) for rows in parts]
+    read = [_read(model, split, *part, precision, seed) for part in zip(parts, shares, strict=True)]
+    hidden = [torch.from_numpy(values).to(device) for _, values in read]  # [rows, hidden]
+    train, validation = (torch.from_numpy(split.examples.labels[rows]).to(device) for rows, _ in read)  # [rows]
     mean, std = hidden[0].mean(dim=0), hidden[0].std(dim=0, correction=0).clamp_min(1e-6)  # [hidden]
     scale = _SPREAD / std
     features = [torch.tanh((h - mean) * scale) for h in hidden]  # [rows, hidden]
@@ -75,7 +82,7 @@ def probe(model: BertForSequenceClassification, split: Split, precision: str, se
         model.classifier.bias.copy_(best[:, -1])
     right = (_logits(features[1], best).argmax(dim=1) == validation).double().mean()
     return {
-        "rows": len(parts[0]),
+        "rows": len(train),
         "penalty": chosen,
         "validation_loss": least,
         "validation_accuracy": float(right),
@@ -93,6 +100,27 @@ class _FirstTokens(nn.Module):
     def forward(self, batch: PackedBatch) -> Tensor:
         """`[sequences, hidden]`."""
         return self.bert.first(batch)
+
+
+def _read(
+    model: BertForSequenceClassification,
+    split: Split,
+    rows: np.ndarray,
+    seconds: float | None,
+    precision: str,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Those of `rows` that were read, and what the pooler reads of each `[rows, hidden]`."""
+    first = _FirstTokens(model.bert)
+    if seconds is None:
+        return rows, predict_logits(first, split.examples, rows, precision)
+    end, pieces, found = time.perf_counter() + seconds, [], []
+    for piece in np.array_split(generator(seed, "probe", 1).permutation(rows), math.ceil(len(rows) / _PIECE)):
+        pieces.append(piece)
+        found.append(predict_logits(first, split.examples, piece, precision))
+        if time.perf_counter() > end:
+            break
+    return np.concatenate(pieces), np.concatenate(found)
 
 
 def _at_most(rows: np.ndarray, seed: int) -> np.ndarray:
