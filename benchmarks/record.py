@@ -11,18 +11,18 @@ from typing import Any
 
 from bertforge.artifact import versions
 from bertforge.hardware import detect
+from bertforge.threads import usable_cores
 
 
 def record(benchmark: str, rows: list[dict[str, Any]], seed: int | list[int], *libraries: str) -> dict[str, Any]:
     """`rows` with what is needed to measure them again; `libraries` are the peers' names on PyPI."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    hardware = detect()
     return {
         "benchmark": benchmark,
         "command": shlex.join(["python", *sys.argv]),
         "commit": commit if len(commit) == 40 else None,
         "date": datetime.now(UTC).date().isoformat(),
-        "device": f"{hardware.name}, {hardware.cores} CPU cores",
+        "device": f"{detect().name}, {usable_cores()} CPU cores",
         "versions": versions() | {name: metadata.version(name) for name in libraries},
         "seed": seed,
         "rows": rows,

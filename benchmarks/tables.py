@@ -1,401 +1,271 @@
-"""Writes the tables of README.md and docs/ from the records under benchmarks/results.
+"""The suite: bertforge's defaults, and what one would use instead, on public tables, each on the same rows.
 
-    python benchmarks/tables.py            # writes them anew
-    python benchmarks/tables.py --check    # says which differ, and ends with 1 if one does
+    python benchmarks/tables.py --tables DIR --json tables.json                  # all in one process, but `fit`
+    python benchmarks/tables.py --tables DIR --minutes 5 --systems fit --json fit.json
+    python benchmarks/tables.py --tables DIR --part 3/10 --json part3.json       # the third of ten processes' share
+    python benchmarks/tables.py --join part*.json --json tables.json             # one record of several, and a summary
+    python benchmarks/tables.py --tables DIR --skip tables.json --json more.json # what that record lacks
 
-A table stands in a document between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a function below.
+DIR holds the files that public_tables.py names; table_systems.py has the systems. A seed decides the split as well as
+the training. A row is a system on the test rows of one split, with bootstrapped 95% intervals. Validation rows choose
+whatever is chosen. The record is written anew after each system, so a process that is stopped leaves what it has.
+
+Shares of several processes are dealt by expected seconds, the longest first. They may stand in one WORK folder: a table
+is prepared once a seed, by the process that needs it first. Seconds of processes that share a device say little.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import json
-import re
 import statistics
-import sys
-from collections.abc import Callable, Iterable
+import tempfile
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bertforge.evaluation.groups import wilson_interval
+import numpy as np
+import pandas as pd
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+from bertforge.artifact import write_json
+from bertforge.autofit.columns import choose_columns
+from bertforge.data.prepare import prepare
+from bertforge.data.tokens import Tokenizer
+from bertforge.evaluation.metrics import classification_metrics
+from bertforge.models import resolve
+from public_tables import TABLES, PublicTable
+from record import record
+from table_systems import SYSTEMS, Answers, Task
 
-TABLES: dict[str, Callable[[], str]] = {}
-
-
-def table(make: Callable[[], str]) -> Callable[[], str]:
-    """Registers a function under its name, written with hyphens."""
-    TABLES[make.__name__.replace("_", "-")] = make
-    return make
-
-
-@table
-def variants() -> str:
-    """What each variant reaches on validation rows."""
-    found = _record("variants")
-    rows = []
-    ours = [row for row in found["rows"] if row["system"] == "bertforge"]
-    peers = [row | {"variant": f"{row['system']}: {row['variant']}"} for row in found["rows"] if row not in ours]
-    for name, all_runs in _by([*ours, *peers], "variant").items():
-        runs = [run for run in all_runs if run["split"].endswith("validation")]
-        tested = [run["accuracy"] for run in all_runs if run["split"].endswith("test")]
-        accuracies = [run["accuracy"] for run in runs]
-        mean, count = statistics.mean(accuracies), runs[0]["rows"]
-        low, high = wilson_interval(round(mean * count), count)
-        parameters = next((run["trainable_parameters"] for run in runs if "trainable_parameters" in run), None)
-        rows.append(
-            [
-                f"`{name}`" if ":" not in name else name,
-                f"{parameters:,}" if parameters else "-",
-                _percent(mean),
-                _interval(low, high),
-                ", ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies),
-                f"{statistics.mean(run['loss'] for run in runs):.4f}",
-                _percent(statistics.mean(tested)) if tested else "-",
-            ]
-        )
-    header = ["variant", "trainable parameters", "validation accuracy", "95% interval", "seed by seed", "loss", "test"]
-    return _markdown(header, rows) + _source("variants", found)
+NAMES = {table.name: table for table in TABLES}
+LIBRARIES = ("scikit-learn", "transformers", "accelerate")
 
 
-@table
-def main_job() -> str:
-    """The five commands on the real table."""
-    found = _record("main_job")
-    rows = []
-    for row in found["rows"]:
-        result = []
-        if "accuracy" in row:
-            interval = _interval(row["accuracy_low"], row["accuracy_high"])
-            result.append(f"accuracy {_percent(row['accuracy'])} ({interval})")
-        if "max_logit_difference" in row:
-            result.append(f"largest logit difference {row['max_logit_difference']:.1e}")
-        if "questions_per_s" in row:
-            result.append(f"{row['questions_per_s']:,.0f} questions/s")
-        rows.append([f"`{row['command']}`", f"{row['seconds']:,.0f} s", ", ".join(result)])
-    return _markdown(["command", "time", "result"], rows) + _source("main_job", found)
+@dataclass(frozen=True)
+class Job:
+    """A system on a table with a seed."""
+
+    table: PublicTable
+    system: str
+    seed: int
+
+    def seconds(self, most_rows: int | None, minutes: float) -> float:
+        """That it may take, roughly."""
+        system = SYSTEMS[self.system]
+        rows = min(self.table.rows, most_rows or self.table.rows)
+        return 60 * minutes if self.system == "fit" else system.fixed_s + system.thousand_s * rows / 1000
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.table.name, self.system, self.seed
 
 
-@table
-def train_rate_cpu() -> str:
-    """LoRA training on a CPU beside the peer."""
-    return _train_rate("train_rate_cpu")
+def main() -> None:
+    """Runs a share of the jobs, or joins records."""
+    options = parse()
+    if options.join:
+        joined = join([json.loads(path.read_text()) for path in options.join])
+        print(summary(joined["rows"]))
+        if options.json:
+            write_json(options.json, joined)
+        return
+    done = {key(row) for path in options.skip for row in json.loads(path.read_text())["rows"] if "missing" not in row}
+    jobs = [job for job in all_jobs(options) if job.key not in done]
+    mine = share(jobs, *options.part, lambda job: job.seconds(options.rows, options.minutes))
+    rows: list[dict[str, Any]] = []
+    with work_folder(options.work) as work:
+        for number, job in enumerate(mine, start=1):
+            print(f"{number}/{len(mine)} {' '.join(map(str, job.key))}", flush=True)
+            rows += attempt(job, options, work)
+            if options.json:
+                write_json(options.json, record("tables", rows, options.seeds, *LIBRARIES))
+    print(summary(rows))
 
 
-@table
-def train_rate_cpu_short() -> str:
-    """The same on texts of some 16 tokens."""
-    return _train_rate("train_rate_cpu_short")
-
-
-def _train_rate(name: str) -> str:
-    found = _record(name)
-    rows = [
-        [
-            row["system"],
-            row["precision"],
-            f"{row['questions_per_s']:.1f}",
-            f"{row['questions_per_s_low']:.1f} to {row['questions_per_s_high']:.1f}",
-            _percent(row["accuracy"]),
-        ]
-        for row in found["rows"]
-    ]
-    header = ["system", "precision", "questions/s", "spread", "accuracy so far"]
-    return _markdown(header, rows) + _source(name, found)
-
-
-@table
-def train_rate_gpu() -> str:
-    """Training on a GPU beside the peer padded to 512 tokens."""
-    return _train_rates("train_rate_gpu")
-
-
-@table
-def train_rate_gpu_by_length() -> str:
-    """The same beside the peer in batches of like length."""
-    return _train_rates("train_rate_gpu_by_length")
-
-
-def _train_rates(name: str) -> str:
-    found = _record(name)
-    rows = [
-        [
-            _run(row),
-            row["system"],
-            row["precision"],
-            row["batch"],
-            f"{row['questions_per_s']:,.0f}",
-            f"{row['seconds_per_112217']:.1f} s",
-            f"{row['tflops']:.0f}",
-            f"{row['share_of_ceiling']:.0%}",
-            f"{row['peak_memory_gb']:.1f} GB",
-            f"{row['padding_waste']:.0%}",
-            f"{row['set_up_s']:.0f} s",
-        ]
-        for row in found["rows"]
-        if "missing" not in row
-    ]
-    speed = ["questions/s", "112,217 questions", "TFLOP/s", f"of {found['ceiling_tflops']}"]
-    header = ["variant", "system", "precision", "batch", *speed, "memory", "padding", "set-up"]
-    return _markdown(header, rows) + _absent(found, "variant", "system") + _source(name, found)
-
-
-def _run(row: dict[str, Any]) -> str:
-    """A variant, and which of its epochs where they differ."""
-    return f"`{row['variant']}`" + (f", {row['part']}" if row["part"] else "")
-
-
-@table
-def train_time_shares() -> str:
-    """Where a training step's time goes on a GPU."""
-    found = _record("train_rate_gpu")
-    shown = [row for row in found["rows"] if "time_shares" in row]
-    runs = {_run(row): row["time_shares"] for row in shown}
-    largest = {name: max(each.get(name, 0.0) for each in runs.values()) for shares in runs.values() for name in shares}
-    families = sorted(largest, key=lambda name: (name == "other", -largest[name]))
-    rows = [[name, *(f"{shares.get(name, 0.0):.0%}" for shares in runs.values())] for name in families]
-    return _markdown(["kernels", *runs], rows) + _source("train_rate_gpu", found)
-
-
-@table
-def frozen_prefix() -> str:
-    """First and later epochs by where the frozen layers' output is kept."""
-    found = _record("frozen_prefix")
-    rows = [
-        [
-            row["kept"],
-            f"{row['seconds_per_112217_first_epoch']:.1f} s",
-            f"{row['seconds_per_112217_later_epoch']:.1f} s",
-        ]
-        for row in found["rows"]
-    ]
-    header = ["kept", "first epoch, 112,217 questions", "later epochs"]
-    return _markdown(header, rows) + _source("frozen_prefix", found)
-
-
-@table
-def fused() -> str:
-    """Fused kernels beside PyTorch's operators."""
-    found = _record("fused")
-    times = {(row["model"], row["kernel"], row["pass"], row["system"]): row["us_all_layers"] for row in found["rows"]}
-    rows = [
-        [model, kernel, name, f"{ours:,.0f} us", f"{theirs:,.0f} us", f"{theirs / ours:.2f}"]
-        for (model, kernel, name, system), ours in times.items()
-        if system == "bertforge" and (theirs := times.get((model, kernel, name, "torch")))
-    ]
-    header = ["model", "kernel", "pass", "bertforge, all layers", "PyTorch", "speed-up"]
-    return _markdown(header, rows) + _source("fused", found)
-
-
-@table
-def inference_cpu() -> str:
-    """Engines on a CPU beside their peers."""
-    return _inference("inference_cpu")
-
-
-@table
-def inference_cpu_short() -> str:
-    """The same on texts of some 16 tokens."""
-    return _inference("inference_cpu_short")
-
-
-def _inference(name: str) -> str:
-    found = _record(name)
-    slowest = found["rows"][0]["questions_per_s"]
-    rows = [
-        [
-            row["system"],
-            row["framework"],
-            row["precision"],
-            f"{row['questions_per_s']:.1f}",
-            f"{row['questions_per_s'] / slowest:.1f}",
-            f"{row['p50_ms']:.1f} ms" if "p50_ms" in row else "-",
-            _percent(row["accuracy"]),
-            f"{row['recovery']:.2%}" if "recovery" in row else "-",
-        ]
-        for row in found["rows"]
-        if "missing" not in row
-    ]
-    header = ["system", "framework", "precision", "questions/s", "speed-up", "p50 of one", "accuracy", "recovery"]
-    absent = _absent(found, "system", "framework", "precision")
-    return _markdown(header, rows) + absent + _source(name, found)
-
-
-@table
-def quantization() -> str:
-    """Accuracy in 8 bits."""
-    found = _record("quantization")
-    rows = [
-        [
-            row["precision"],
-            row["split"],
-            f"{row['rows']:,}",
-            _percent(row["accuracy"]),
-            _percent(row["accuracy_fp32"]),
-            f"{_percent(row['recovery'])} ({_interval(row['recovery_low'], row['recovery_high'])})",
-            f"{row['changed_labels']:,}",
-        ]
-        for row in found["rows"]
-    ]
-    header = ["precision", "split", "rows", "accuracy", "in float32", "recovery", "labels changed"]
-    return _markdown(header, rows) + _source("quantization", found)
-
-
-@table
-def sensitivity() -> str:
-    """What each layer and component costs in INT8."""
-    found = _record("quantization")
-    rows = [
-        [
-            row["name"],
-            f"{row['work']:.0%}",
-            f"{row['alone']['divergence']:.5f}",
-            f"{row['spared']['divergence']:.5f}",
-            str(row["alone"]["changed_labels"]),
-        ]
-        for row in found["sensitivity"]["int8"]
-    ]
-    header = ["quantized", "share of the work", "divergence alone", "of all but it", "labels changed alone"]
-    return _markdown(header, rows) + _source("quantization", found)
-
-
-@table
-def inference_gpu() -> str:
-    """Systems on a GPU, in their own best precision there."""
-    found = _record("inference_gpu")
-    rows = [
-        [
-            row["model"],
-            row["system"],
-            row["framework"],
-            row["precision"],
-            row["batch"],
-            f"{row['questions_per_s']:,.0f}",
-            f"{row['share_of_ceiling']:.0%}",
-            f"{row['padding_waste']:.0%}",
-            f"{row['peak_memory_gb']:.1f} GB",
-            f"{row['max_logit_difference']:.4f}",
-        ]
-        for row in found["rows"]
-        if "questions_per_s" in row
-    ]
-    header = [
-        "model",
-        "system",
-        "framework",
-        "precision",
-        "batch",
-        "questions/s",
-        "of the ceiling",
-        "padding",
-        "memory",
-    ]
-    return _markdown([*header, "largest logit difference"], rows) + _source("inference_gpu", found)
-
-
-@table
-def prepare_rate() -> str:
-    """Preparing beside the bare tokenizer, and memory."""
-    found = _record("prepare_rate")
-    rows = [
-        [
-            row["system"],
-            row["format"],
-            f"{row['rows']:,}",
-            f"{row['rows_per_s']:,.0f}",
-            f"{row['share_of_ceiling']:.2f}" if "share_of_ceiling" in row else "-",
-            f"{row['peak_memory_gb']:.2f} GB",
-        ]
-        for row in found["rows"]
-    ]
-    header = ["system", "table", "rows", "rows/s", "share of `encode_batch`", "peak memory"]
-    return _markdown(header, rows) + _source("prepare_rate", found)
-
-
-@table
-def columns_alone() -> str:
-    """Gradient boosting without the text."""
-    found = _record("tabular_boosting")
-    rows = [
-        [
-            row["variant"],
-            str(len(row["columns"])),
-            _percent(row["accuracy"]),
-            _interval(row["accuracy_low"], row["accuracy_high"]),
-            f"{row['loss']:.4f}",
-        ]
-        for row in found["rows"]
-    ]
-    header = ["columns", "number", "validation accuracy", "95% interval", "loss"]
-    return _markdown(header, rows) + _source("tabular_boosting", found)
-
-
-def rewritten(text: str) -> str:
-    """`text` with every table made anew; raises KeyError for a name that is no table."""
-    return TABLE.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}{match[3]}", text)
-
-
-def documents() -> list[Path]:
-    """Every document that may hold a table."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def main() -> int:
-    """Writes or checks; returns the exit code."""
+def parse() -> argparse.Namespace:
+    """The options, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    check = parser.parse_args().check
-    stale = [path for path in documents() if rewritten(path.read_text()) != path.read_text()]
-    for path in stale:
-        print(f"{path.relative_to(ROOT)}: {'differs from the records' if check else 'written'}")
-        if not check:
-            path.write_text(rewritten(path.read_text()))
-    return int(check and bool(stale))
+    parser.add_argument("--tables", type=Path, metavar="DIR", help="the folder of the tables' files")
+    parser.add_argument("--only", default=",".join(NAMES), help="tables, separated by commas; default: %(default)s")
+    usual = ",".join(name for name in SYSTEMS if name != "fit")
+    parser.add_argument("--systems", default=usual, help="separated by commas; default: %(default)s; also fit")
+    parser.add_argument("--seeds", default="42,43,44")
+    parser.add_argument("--model", default="minilm")
+    parser.add_argument("--rows", type=int, help="use so many rows of each table, to try the script")
+    parser.add_argument("--minutes", type=float, default=5.0, help="that `fit` may take")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep prepared tables here, for other processes too")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="run the I-th of N shares")
+    parser.add_argument("--skip", type=Path, nargs="*", default=[], metavar="FILE", help="records of what is done")
+    parser.add_argument("--join", type=Path, nargs="+", metavar="FILE", help="join these records, run nothing")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
+    options = parser.parse_args()
+    options.seeds = [int(seed) for seed in options.seeds.split(",")]
+    options.part = tuple(int(number) for number in options.part.split("/"))
+    options.only, options.systems = options.only.split(","), options.systems.split(",")
+    for given, known in ((options.only, NAMES), (options.systems, SYSTEMS)):
+        if unknown := [name for name in given if name not in known]:
+            parser.error(f"{unknown[0]!r} is not one of {', '.join(known)}")
+    if not options.join and not options.tables:
+        parser.error("name the folder of the tables with --tables")
+    return options
 
 
-def _record(name: str) -> dict[str, Any]:
-    path = RESULTS / f"{name}.json"
-    if not path.is_file():
-        sys.exit(f"{path.relative_to(ROOT)} is missing; the script of that name under benchmarks/ makes it")
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+def all_jobs(options: argparse.Namespace) -> list[Job]:
+    """What was asked for and can be: columns where there are some, `fit` where it draws the test rows itself."""
+    return [
+        Job(NAMES[name], system, seed)
+        for name in options.only
+        for system in options.systems
+        for seed in options.seeds
+        if (system != "columns" or NAMES[name].columns) and (system != "fit" or not NAMES[name].test_rows)
+    ]
 
 
-def _by(rows: Iterable[dict[str, Any]], key: str) -> dict[str, list[dict[str, Any]]]:
-    groups: dict[str, list[dict[str, Any]]] = {}
+def share(jobs: list[Job], part: int, parts: int, seconds: Any) -> list[Job]:
+    """The jobs of share `part` of `parts`, from 1: each job, the longest first, goes to whom has the least so far."""
+    loads, dealt = [0.0] * parts, []
+    for job in sorted(jobs, key=seconds, reverse=True):
+        least = loads.index(min(loads))
+        loads[least] += seconds(job)
+        if least == part - 1:
+            dealt.append(job)
+    return sorted(dealt, key=lambda job: not SYSTEMS[job.system].first)
+
+
+def attempt(job: Job, options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+    """The rows of a job; where it fails, one that says why."""
+    where = {"table": job.table.name, "job": job.system, "seed": job.seed, "processes": options.part[1]}
+    try:
+        task = prepared(job, options, work)
+        return [where | scored(task, answers) for answers in SYSTEMS[job.system].run(task)]
+    except Exception as error:
+        traceback.print_exc()
+        return [where | {"system": job.system, "missing": f"{type(error).__name__}: {error}"}]
+
+
+def prepared(job: Job, options: argparse.Namespace, work: Path) -> Task:
+    """The job's table in `work`, prepared there by the first process that asks for it."""
+    table = job.table
+    folder = work / f"{table.name}-{job.seed}-{options.rows or 'all'}"
+    with locked(folder):
+        file, test = files(table, table.find(options.tables), folder, options.rows)
+        chosen = choose_columns(file, table.label, table.text, job.seed).options
+        prepare(file, folder / "data", Tokenizer.load(resolve(options.model)), chosen, test=test)
+    return Task(table, file, folder / "data", options.model, job.seed, options.minutes)
+
+
+def files(table: PublicTable, source: Path, folder: Path, most_rows: int | None) -> tuple[Path, Path | None]:
+    """The table and, where its last rows are the published test rows, a file of these; cut to `most_rows` in all."""
+    if not table.test_rows and not most_rows:
+        return source, None
+    found = [folder / "table.parquet", folder / "test.parquet" if table.test_rows else None]
+    if not found[0].is_file():
+        frame = pd.read_csv(source, encoding="latin-1") if source.suffix == ".csv" else pd.read_parquet(source)
+        own = len(frame) - table.test_rows
+        for path, rows in zip(found, (frame[:own], frame[own:]), strict=True):
+            if path:
+                kept = min(len(rows), round((most_rows or len(frame)) * len(rows) / len(frame)))
+                rows.sample(kept, random_state=0).to_parquet(path, index=False)
+    return found[0], found[1]
+
+
+def scored(task: Task, answers: Answers) -> dict[str, Any]:
+    """Test metrics with their intervals, validation accuracy, and what the system says of itself."""
+    data = task.data
+    split, labels = data.split_name(), np.asarray(data.labels)
+    metrics = classification_metrics(answers.logits["test"], labels[data.rows(split, "test")], data.label_names)
+    row: dict[str, Any] = {
+        "system": answers.system,
+        "split": split,
+        "train_rows": len(data.rows(split, "train")),
+        "rows": metrics.rows,
+    }
+    for name, found in (("accuracy", metrics.accuracy), ("macro_f1", metrics.macro_f1)):
+        row |= {name: _round(found.value), f"{name}_low": _round(found.low), f"{name}_high": _round(found.high)}
+    if "validation" in answers.logits:
+        right = answers.logits["validation"].argmax(axis=1) == labels[data.rows(split, "validation")]
+        row["validation_accuracy"] = _round(float(right.mean()))
+    return row | answers.facts
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None else round(value, 5)
+
+
+def key(row: dict[str, Any]) -> tuple[str, str, int]:
+    """Of the job that the row comes from."""
+    return row["table"], row["job"], row["seed"]
+
+
+def join(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """One record; of rows about the same the last measured one counts. Exits where the records may not be compared."""
+    first = records[0]
+    for other in records[1:]:
+        for name in ("benchmark", "commit", "device", "versions"):
+            if other[name] != first[name]:
+                raise SystemExit(f"records of different {name}: {first[name]} and {other[name]}; measure one again")
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    measured = {key(row) for found in records for row in found["rows"] if "missing" not in row}
+    for row in (row for found in records for row in found["rows"]):
+        if "missing" not in row or key(row) not in measured:
+            rows[(*map(str, key(row)), row["system"])] = row
+    places = {name: place for place, name in enumerate([*NAMES, *SYSTEMS])}
+    ordered = sorted(rows.values(), key=lambda row: (places[row["table"]], places[row["job"]], row["seed"]))
+    seeds = sorted({row["seed"] for row in ordered})
+    return first | {"date": max(found["date"] for found in records), "seed": seeds, "rows": ordered}
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Means over the seeds, and for each table whether `bertforge train` is at least the best of the others."""
+    groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
-        groups.setdefault(row[key], []).append(row)
-    return groups
-
-
-def _percent(share: float) -> str:
-    return f"{share:.2%}"
-
-
-def _interval(low: float, high: float) -> str:
-    return f"{_percent(low)} to {_percent(high)}"
-
-
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def _absent(found: dict[str, Any], *keys: str) -> str:
-    """A line for each row that was not measured, named by its `keys`."""
+        if "missing" not in row:
+            groups.setdefault(row["table"], {}).setdefault(row["system"], []).append(row)
     lines = []
-    for row in found["rows"]:
-        if "missing" in row:
-            lines.append(f"\n{', '.join(row[key] for key in keys)}: not measured, {row['missing'].splitlines()[0]}.\n")
-    return "".join(lines)
+    for table, systems in groups.items():
+        lines.append(table)
+        means = {}
+        for system, runs in systems.items():
+            mean = {name: statistics.mean(run[name] for run in runs) for name in ("accuracy", "macro_f1", "seconds")}
+            means[system] = mean["accuracy"]
+            each = ", ".join(f"{run['accuracy']:.2%}" for run in runs)
+            lines.append(
+                f"  {system:32} accuracy {mean['accuracy']:.2%} ({each})"
+                f"  macro F1 {mean['macro_f1']:.2%}  {mean['seconds']:.0f} s"
+            )
+        others = {system: mean for system, mean in means.items() if not system.startswith("bertforge")}
+        if "bertforge" in means and others:
+            best = max(others, key=lambda system: others[system])
+            lead = means["bertforge"] - others[best]
+            high = statistics.mean(run["accuracy_high"] for run in systems["bertforge"])
+            verdict = "ahead" if lead >= 0 else "within the interval" if others[best] <= high else "BEHIND"
+            lines.append(f"  bertforge beside {best}: {100 * lead:+.2f} points, {verdict}")
+    lines += [f"missing: {key(row)}: {row['missing']}" for row in rows if "missing" in row]
+    return "\n".join(lines)
 
 
-def _source(name: str, found: dict[str, Any]) -> str:
-    return f"\n{found['device']}, {found['date']}. Record: `benchmarks/results/{name}.json`.\n"
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time; the others wait."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def work_folder(named: Path | None) -> Iterator[Path]:
+    """The folder named, or one that is removed at the end."""
+    if named:
+        yield named
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

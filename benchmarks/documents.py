@@ -1,0 +1,463 @@
+"""Writes the tables of README.md and docs/ from the records under benchmarks/results.
+
+    python benchmarks/documents.py            # writes them anew
+    python benchmarks/documents.py --check    # says which differ, and ends with 1 if one does
+
+A table stands in a document between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a function below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from bertforge.evaluation.groups import wilson_interval
+from public_tables import TABLES as PUBLIC_TABLES
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+NOT_YET = "Not measured yet: `benchmarks/tables.py` makes the record.\n"
+
+TABLES: dict[str, Callable[[], str]] = {}
+
+
+def table(make: Callable[[], str]) -> Callable[[], str]:
+    """Registers a function under its name, written with hyphens."""
+    TABLES[make.__name__.replace("_", "-")] = make
+    return make
+
+
+@table
+def variants() -> str:
+    """What each variant reaches on validation rows."""
+    found = _record("variants")
+    rows = []
+    ours = [row for row in found["rows"] if row["system"] == "bertforge"]
+    peers = [row | {"variant": f"{row['system']}: {row['variant']}"} for row in found["rows"] if row not in ours]
+    for name, all_runs in _by([*ours, *peers], "variant").items():
+        runs = [run for run in all_runs if run["split"].endswith("validation")]
+        tested = [run["accuracy"] for run in all_runs if run["split"].endswith("test")]
+        accuracies = [run["accuracy"] for run in runs]
+        mean, count = statistics.mean(accuracies), runs[0]["rows"]
+        low, high = wilson_interval(round(mean * count), count)
+        parameters = next((run["trainable_parameters"] for run in runs if "trainable_parameters" in run), None)
+        rows.append(
+            [
+                f"`{name}`" if ":" not in name else name,
+                f"{parameters:,}" if parameters else "-",
+                _percent(mean),
+                _interval(low, high),
+                ", ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies),
+                f"{statistics.mean(run['loss'] for run in runs):.4f}",
+                _percent(statistics.mean(tested)) if tested else "-",
+            ]
+        )
+    header = ["variant", "trainable parameters", "validation accuracy", "95% interval", "seed by seed", "loss", "test"]
+    return _markdown(header, rows) + _source("variants", found)
+
+
+@table
+def main_job() -> str:
+    """The five commands on the real table."""
+    found = _record("main_job")
+    rows = []
+    for row in found["rows"]:
+        result = []
+        if "accuracy" in row:
+            interval = _interval(row["accuracy_low"], row["accuracy_high"])
+            result.append(f"accuracy {_percent(row['accuracy'])} ({interval})")
+        if "max_logit_difference" in row:
+            result.append(f"largest logit difference {row['max_logit_difference']:.1e}")
+        if "questions_per_s" in row:
+            result.append(f"{row['questions_per_s']:,.0f} questions/s")
+        rows.append([f"`{row['command']}`", f"{row['seconds']:,.0f} s", ", ".join(result)])
+    return _markdown(["command", "time", "result"], rows) + _source("main_job", found)
+
+
+@table
+def train_rate_cpu() -> str:
+    """LoRA training on a CPU beside the peer."""
+    return _train_rate("train_rate_cpu")
+
+
+@table
+def train_rate_cpu_short() -> str:
+    """The same on texts of some 16 tokens."""
+    return _train_rate("train_rate_cpu_short")
+
+
+def _train_rate(name: str) -> str:
+    found = _record(name)
+    rows = [
+        [
+            row["system"],
+            row["precision"],
+            f"{row['questions_per_s']:.1f}",
+            f"{row['questions_per_s_low']:.1f} to {row['questions_per_s_high']:.1f}",
+            _percent(row["accuracy"]),
+        ]
+        for row in found["rows"]
+    ]
+    header = ["system", "precision", "questions/s", "spread", "accuracy so far"]
+    return _markdown(header, rows) + _source(name, found)
+
+
+@table
+def train_rate_gpu() -> str:
+    """Training on a GPU beside the peer padded to 512 tokens."""
+    return _train_rates("train_rate_gpu")
+
+
+@table
+def train_rate_gpu_by_length() -> str:
+    """The same beside the peer in batches of like length."""
+    return _train_rates("train_rate_gpu_by_length")
+
+
+def _train_rates(name: str) -> str:
+    found = _record(name)
+    rows = [
+        [
+            _run(row),
+            row["system"],
+            row["precision"],
+            row["batch"],
+            f"{row['questions_per_s']:,.0f}",
+            f"{row['seconds_per_112217']:.1f} s",
+            f"{row['tflops']:.0f}",
+            f"{row['share_of_ceiling']:.0%}",
+            f"{row['peak_memory_gb']:.1f} GB",
+            f"{row['padding_waste']:.0%}",
+            f"{row['set_up_s']:.0f} s",
+        ]
+        for row in found["rows"]
+        if "missing" not in row
+    ]
+    speed = ["questions/s", "112,217 questions", "TFLOP/s", f"of {found['ceiling_tflops']}"]
+    header = ["variant", "system", "precision", "batch", *speed, "memory", "padding", "set-up"]
+    return _markdown(header, rows) + _absent(found, "variant", "system") + _source(name, found)
+
+
+def _run(row: dict[str, Any]) -> str:
+    """A variant, and which of its epochs where they differ."""
+    return f"`{row['variant']}`" + (f", {row['part']}" if row["part"] else "")
+
+
+@table
+def train_time_shares() -> str:
+    """Where a training step's time goes on a GPU."""
+    found = _record("train_rate_gpu")
+    shown = [row for row in found["rows"] if "time_shares" in row]
+    runs = {_run(row): row["time_shares"] for row in shown}
+    largest = {name: max(each.get(name, 0.0) for each in runs.values()) for shares in runs.values() for name in shares}
+    families = sorted(largest, key=lambda name: (name == "other", -largest[name]))
+    rows = [[name, *(f"{shares.get(name, 0.0):.0%}" for shares in runs.values())] for name in families]
+    return _markdown(["kernels", *runs], rows) + _source("train_rate_gpu", found)
+
+
+@table
+def frozen_prefix() -> str:
+    """First and later epochs by where the frozen layers' output is kept."""
+    found = _record("frozen_prefix")
+    rows = [
+        [
+            row["kept"],
+            f"{row['seconds_per_112217_first_epoch']:.1f} s",
+            f"{row['seconds_per_112217_later_epoch']:.1f} s",
+        ]
+        for row in found["rows"]
+    ]
+    header = ["kept", "first epoch, 112,217 questions", "later epochs"]
+    return _markdown(header, rows) + _source("frozen_prefix", found)
+
+
+@table
+def fused() -> str:
+    """Fused kernels beside PyTorch's operators."""
+    found = _record("fused")
+    times = {(row["model"], row["kernel"], row["pass"], row["system"]): row["us_all_layers"] for row in found["rows"]}
+    rows = [
+        [model, kernel, name, f"{ours:,.0f} us", f"{theirs:,.0f} us", f"{theirs / ours:.2f}"]
+        for (model, kernel, name, system), ours in times.items()
+        if system == "bertforge" and (theirs := times.get((model, kernel, name, "torch")))
+    ]
+    header = ["model", "kernel", "pass", "bertforge, all layers", "PyTorch", "speed-up"]
+    return _markdown(header, rows) + _source("fused", found)
+
+
+@table
+def inference_cpu() -> str:
+    """Engines on a CPU beside their peers."""
+    return _inference("inference_cpu")
+
+
+@table
+def inference_cpu_short() -> str:
+    """The same on texts of some 16 tokens."""
+    return _inference("inference_cpu_short")
+
+
+def _inference(name: str) -> str:
+    found = _record(name)
+    slowest = found["rows"][0]["questions_per_s"]
+    rows = [
+        [
+            row["system"],
+            row["framework"],
+            row["precision"],
+            f"{row['questions_per_s']:.1f}",
+            f"{row['questions_per_s'] / slowest:.1f}",
+            f"{row['p50_ms']:.1f} ms" if "p50_ms" in row else "-",
+            _percent(row["accuracy"]),
+            f"{row['recovery']:.2%}" if "recovery" in row else "-",
+        ]
+        for row in found["rows"]
+        if "missing" not in row
+    ]
+    header = ["system", "framework", "precision", "questions/s", "speed-up", "p50 of one", "accuracy", "recovery"]
+    absent = _absent(found, "system", "framework", "precision")
+    return _markdown(header, rows) + absent + _source(name, found)
+
+
+@table
+def quantization() -> str:
+    """Accuracy in 8 bits."""
+    found = _record("quantization")
+    rows = [
+        [
+            row["precision"],
+            row["split"],
+            f"{row['rows']:,}",
+            _percent(row["accuracy"]),
+            _percent(row["accuracy_fp32"]),
+            f"{_percent(row['recovery'])} ({_interval(row['recovery_low'], row['recovery_high'])})",
+            f"{row['changed_labels']:,}",
+        ]
+        for row in found["rows"]
+    ]
+    header = ["precision", "split", "rows", "accuracy", "in float32", "recovery", "labels changed"]
+    return _markdown(header, rows) + _source("quantization", found)
+
+
+@table
+def sensitivity() -> str:
+    """What each layer and component costs in INT8."""
+    found = _record("quantization")
+    rows = [
+        [
+            row["name"],
+            f"{row['work']:.0%}",
+            f"{row['alone']['divergence']:.5f}",
+            f"{row['spared']['divergence']:.5f}",
+            str(row["alone"]["changed_labels"]),
+        ]
+        for row in found["sensitivity"]["int8"]
+    ]
+    header = ["quantized", "share of the work", "divergence alone", "of all but it", "labels changed alone"]
+    return _markdown(header, rows) + _source("quantization", found)
+
+
+@table
+def inference_gpu() -> str:
+    """Systems on a GPU, in their own best precision there."""
+    found = _record("inference_gpu")
+    rows = [
+        [
+            row["model"],
+            row["system"],
+            row["framework"],
+            row["precision"],
+            row["batch"],
+            f"{row['questions_per_s']:,.0f}",
+            f"{row['share_of_ceiling']:.0%}",
+            f"{row['padding_waste']:.0%}",
+            f"{row['peak_memory_gb']:.1f} GB",
+            f"{row['max_logit_difference']:.4f}",
+        ]
+        for row in found["rows"]
+        if "questions_per_s" in row
+    ]
+    header = [
+        "model",
+        "system",
+        "framework",
+        "precision",
+        "batch",
+        "questions/s",
+        "of the ceiling",
+        "padding",
+        "memory",
+    ]
+    return _markdown([*header, "largest logit difference"], rows) + _source("inference_gpu", found)
+
+
+@table
+def prepare_rate() -> str:
+    """Preparing beside the bare tokenizer, and memory."""
+    found = _record("prepare_rate")
+    rows = [
+        [
+            row["system"],
+            row["format"],
+            f"{row['rows']:,}",
+            f"{row['rows_per_s']:,.0f}",
+            f"{row['share_of_ceiling']:.2f}" if "share_of_ceiling" in row else "-",
+            f"{row['peak_memory_gb']:.2f} GB",
+        ]
+        for row in found["rows"]
+    ]
+    header = ["system", "table", "rows", "rows/s", "share of `encode_batch`", "peak memory"]
+    return _markdown(header, rows) + _source("prepare_rate", found)
+
+
+@table
+def columns_alone() -> str:
+    """Gradient boosting without the text."""
+    found = _record("tabular_boosting")
+    rows = [
+        [
+            row["variant"],
+            str(len(row["columns"])),
+            _percent(row["accuracy"]),
+            _interval(row["accuracy_low"], row["accuracy_high"]),
+            f"{row['loss']:.4f}",
+        ]
+        for row in found["rows"]
+    ]
+    header = ["columns", "number", "validation accuracy", "95% interval", "loss"]
+    return _markdown(header, rows) + _source("tabular_boosting", found)
+
+
+@table
+def public_tables() -> str:
+    """The tables of the suite, and where a reader gets them."""
+    rows = []
+    for each in PUBLIC_TABLES:
+        columns = "its own" if each.label is None else ", ".join(f"`{name}`" for name in (*each.text, each.label))
+        rows.append([each.name, f"{each.rows:,}", each.about, f"`{each.file}`", columns, each.source])
+    return _markdown(["table", "rows", "what it is", "file", "columns", "source, licence"], rows)
+
+
+@table
+def measured_tables() -> str:
+    """Every system on every table."""
+    if not (found := _measured_tables()):
+        return NOT_YET
+    rows = []
+    for (name, system), runs in found.items():
+        mean = {key: statistics.mean(run[key] for run in runs) for key in runs[0] if key.startswith(("acc", "macro"))}
+        rows.append(
+            [
+                name,
+                system,
+                _percent(mean["accuracy"]),
+                _interval(mean["accuracy_low"], mean["accuracy_high"]),
+                ", ".join(f"{100 * run['accuracy']:.2f}" for run in runs),
+                _percent(mean["macro_f1"]),
+                _interval(mean["macro_f1_low"], mean["macro_f1_high"]),
+                f"{statistics.mean(run['seconds'] for run in runs):,.0f} s",
+            ]
+        )
+    head = ["table", "system", "accuracy", "95% interval", "seed by seed", "macro F1", "95% interval", "time"]
+    record = _record("tables")
+    return _markdown(head, rows) + _absent(record, "table", "system") + _source("tables", record)
+
+
+@table
+def measured_tables_short() -> str:
+    """Mean accuracy, a table a row."""
+    if not (found := _measured_tables()):
+        return NOT_YET
+    known = ["bertforge", "bertforge, columns", "bertforge fit", "TF-IDF + logistic regression"]
+    systems = [*known, "linear probe on embeddings", "transformers Trainer"]
+    shown = [system for system in systems if any(system == other for _, other in found)]
+    rows = []
+    for name in dict.fromkeys(name for name, _ in found):
+        runs = [found.get((name, system), []) for system in shown]
+        rows.append([name, *(_percent(statistics.mean(r["accuracy"] for r in each)) if each else "-" for each in runs)])
+    return _markdown(["table", *shown], rows) + _source("tables", _record("tables"))
+
+
+def _measured_tables() -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The suite's measured runs by table and system; none where the record is not there yet."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in _record("tables")["rows"] if (RESULTS / "tables.json").is_file() else []:
+        if "missing" not in row:
+            groups.setdefault((row["table"], row["system"]), []).append(row)
+    return groups
+
+
+def rewritten(text: str) -> str:
+    """`text` with every table made anew; raises KeyError for a name that is no table."""
+    return TABLE.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}{match[3]}", text)
+
+
+def documents() -> list[Path]:
+    """Every document that may hold a table."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def main() -> int:
+    """Writes or checks; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args().check
+    stale = [path for path in documents() if rewritten(path.read_text()) != path.read_text()]
+    for path in stale:
+        print(f"{path.relative_to(ROOT)}: {'differs from the records' if check else 'written'}")
+        if not check:
+            path.write_text(rewritten(path.read_text()))
+    return int(check and bool(stale))
+
+
+def _record(name: str) -> dict[str, Any]:
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        sys.exit(f"{path.relative_to(ROOT)} is missing; the script of that name under benchmarks/ makes it")
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def _by(rows: Iterable[dict[str, Any]], key: str) -> dict[str, list[dict[str, Any]]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row[key], []).append(row)
+    return groups
+
+
+def _percent(share: float) -> str:
+    return f"{share:.2%}"
+
+
+def _interval(low: float, high: float) -> str:
+    return f"{_percent(low)} to {_percent(high)}"
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _absent(found: dict[str, Any], *keys: str) -> str:
+    """A line for each row that was not measured, named by its `keys`."""
+    lines = []
+    for row in found["rows"]:
+        if "missing" in row:
+            lines.append(f"\n{', '.join(row[key] for key in keys)}: not measured, {row['missing'].splitlines()[0]}.\n")
+    return "".join(lines)
+
+
+def _source(name: str, found: dict[str, Any]) -> str:
+    return f"\n{found['device']}, {found['date']}. Record: `benchmarks/results/{name}.json`.\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
