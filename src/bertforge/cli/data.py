@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from bertforge.cli.tables import KINDS, Encoding, Separator, dialect
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 def prepare(
     table: Annotated[
         Path,
-        typer.Argument(help="CSV, TSV, JSON lines (each in .gz or .zip too), Parquet or Excel.", show_default=False),
+        typer.Argument(help=f"{KINDS}.", show_default=False),
     ],
     out: Annotated[
         Path, typer.Option("--out", help="Folder to write; an older prepared one is replaced.", show_default=False)
@@ -55,12 +57,8 @@ def prepare(
     date_column: Annotated[
         str, typer.Option(help="Of a table of your own: dates, for a split by time.", show_default=False)
     ] = "",
-    separator: Annotated[
-        str, typer.Option(help="Between the columns of a text table, e.g. ';' or tab.", show_default="detected")
-    ] = "",
-    encoding: Annotated[
-        str, typer.Option(help="Of a text table, e.g. cp1252 or utf-16.", show_default="detected")
-    ] = "",
+    separator: Separator = "",
+    encoding: Encoding = "",
     seed: Annotated[int, typer.Option(help="Of the random split and the folds.")] = 42,
 ) -> None:
     """Check a table, derive its columns, split it 80/10/10 and tokenize it.
@@ -95,7 +93,7 @@ def prepare(
         date_column=date_column or None,
         seed=seed,
         encoding=encoding,
-        separator=_SEPARATORS.get(separator.lower(), separator),
+        separator=dialect(encoding, separator).separator,
         split_column=split_column or None,
         folds=folds,
     )
@@ -105,11 +103,8 @@ def prepare(
     console = Console(highlight=False, soft_wrap=True, markup=False)
     _print_summary(console, data, data.tokens(tokenizer).lengths)
     train = ["bertforge", "train", "--data", str(out), "--out", "run", "--model", model]
-    done = f"{out} held this table prepared already: nothing to do" if data.reused else f"wrote {out}"
+    done = f"{out} is up to date" if data.reused else f"wrote {out}"
     console.print(f"\n{done}\nnext: {shlex.join(train)}")
-
-
-_SEPARATORS = {"tab": "\t", "\\t": "\t"}  # what can be typed
 
 
 def _names(joined: str) -> list[str]:
