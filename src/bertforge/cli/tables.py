@@ -11,9 +11,11 @@ if TYPE_CHECKING:
 
 KINDS = "CSV, TSV, JSON lines (each in .gz or .zip too), Parquet or Excel"
 Separator = Annotated[
-    str, typer.Option(help="Between the columns of a text table, e.g. ';' or tab.", show_default="detected")
+    str, typer.Option(help="What separates the columns of a text table, e.g. ';' or tab.", show_default="detected")
 ]
-Encoding = Annotated[str, typer.Option(help="Of a text table, e.g. cp1252 or utf-16.", show_default="detected")]
+Encoding = Annotated[
+    str, typer.Option(help="Encoding of a text table, e.g. cp1252 or utf-16.", show_default="detected")
+]
 _TYPED = {"tab": "\t", "\\t": "\t"}  # what can be typed
 
 
