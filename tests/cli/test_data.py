@@ -48,7 +48,7 @@ def test_prepare_says_what_it_kept_what_it_set_aside_and_what_comes_next(tmp_pat
     assert f"wrote {out}" in said
     assert next_command(said) == ["train", "--data", str(out), "--out", "run", "--model", "minilm"]
     again = run(str(table), "--out", str(out))
-    assert "nothing to do" in again
+    assert f"{out} is up to date" in again
     assert "96 rows kept" in again
 
 

@@ -123,6 +123,8 @@ def test_a_dialect_that_cannot_be_is_told_what_to_type() -> None:
         Dialect(separator=";;")
     with pytest.raises(UsageError, match="--encoding 'latin-99' is unknown; write utf-8, cp1252"):
         Dialect(encoding="latin-99")
+    with pytest.raises(UsageError, match="--encoding 'hex' is unknown"):
+        Dialect(encoding="hex")  # a codec that Python knows, but not of text
     assert Dialect(encoding="UTF8").codec == UTF8
     assert encoding_name(UTF8) == "UTF-8"
     assert encoding_name("cp1252") == "Windows-1252"

@@ -109,6 +109,8 @@ def test_labels_are_given_back_as_they_were() -> None:
         (("False", "True"), ["true", "False"], [1, 0]),  # of a model made before there was one spelling
         (("0", "1"), ["1.0", "0", "1.5"], [1, 0, -1]),
         (("no", "true"), ["True", "true"], [-1, 1]),
+        (("True", "true"), ["true", "True", "TRUE"], [1, 0, 0]),  # two classes of a table that says they are text
+        (("1", "1.0"), ["1.0", "1"], [1, 0]),
     ],
 )
 def test_booleans_and_numbers_match_in_every_spelling(

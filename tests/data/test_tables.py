@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import sys
 import zipfile
+from datetime import time, timedelta
 from pathlib import Path
 
 import numpy as np
+import openpyxl
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -335,6 +337,48 @@ def test_an_excel_workbook(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     assert chunks[-1].done == 1.0
     assert chunks[0].declared_text == {"text"}
     assert caplog.messages == [f"{path}: the first of 2 sheets is read, 'mails'"]
+
+
+def write_sheet(path: Path, *rows: list[object]) -> Path:
+    """A workbook whose sheet does not say how wide it is, as other programs write them."""
+    book = openpyxl.Workbook(write_only=True)
+    sheet = book.create_sheet("mails")
+    for row in rows:
+        sheet.append(row)
+    book.save(path)
+    return path
+
+
+def test_times_of_an_excel_sheet_have_no_quotes(tmp_path: Path) -> None:
+    path = write_sheet(tmp_path / "t.xlsx", ["a", "b"], [timedelta(hours=30), time(7, 30)])
+    assert read_all(path)[0].values.tolist() == [["1 day, 6:00:00", "07:30:00"]]
+
+
+def test_a_row_of_an_excel_sheet_that_is_wider_than_the_header_is_set_aside(tmp_path: Path) -> None:
+    path = write_sheet(tmp_path / "t.xlsx", ["a", "b"], ["1", "x", "lost"], ["2", "y", None], ["3"])
+    frame, lines, bad = read_all(path)
+    assert (frame.values.tolist(), lines) == ([["2", "y"], ["3", ""]], [3, 4])
+    assert bad == [BadRow(2, "3 fields instead of 2", "1\tx\tlost")]
+
+
+def test_a_damaged_excel_sheet_is_said_to_be_so(tmp_path: Path) -> None:
+    whole = write_sheet(tmp_path / "whole.xlsx", ["a", "b"], *([f"{row}", "x"] for row in range(99)))
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(tmp_path / "t.xlsx", "w") as copy:
+        for name in source.namelist():
+            content = source.read(name)
+            copy.writestr(name, content[: len(content) // 2] if "sheet1" in name else content)
+    with pytest.raises(DataError, match=r"t\.xlsx is not a readable Excel file"):
+        read_all(tmp_path / "t.xlsx")
+    assert len(read_all(whole)[0]) == 99
+
+
+def test_an_encoding_that_the_file_cannot_be_in_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_bytes("a,b\n1,x\n".encode("utf-16-le"))  # no mark says which byte of a letter comes first
+    with pytest.raises(DataError, match=r"is not in the encoding named .*; name another with --encoding"):
+        list(read_chunks(path, dialect=Dialect(encoding="utf-16")))
+    (chunk,) = read_chunks(path, dialect=Dialect(encoding="utf-16-le"))
+    assert chunk.table.to_pylist() == [{"a": "1", "b": "x"}]
 
 
 def test_an_excel_workbook_without_openpyxl_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,13 @@ import pandas as pd
 import pytest
 
 from bertforge.data import tables
+from bertforge.data.dialect import Dialect
 from bertforge.errors import DataError, UsageError
 from bertforge.inference import predict as module
 from bertforge.inference.predict import predict_table
 from bertforge.inference.predictor import Predictor
-from tests.runs import made_up
+from bertforge.inference.scoring import score
+from tests.runs import made_up, run_command
 
 BAD = {3: ("Title", " "), 5: ("PostCreationDate", "the other day"), 7: ("ReputationAtPostCreation", "many")}
 
@@ -167,11 +169,11 @@ def test_a_table_without_rows_is_an_error(tmp_path, predictor):
 class InterruptedPredictor:
     """Predicts one chunk and is interrupted in the second."""
 
-    transform = None
-
     def __init__(self, predictor):
-        self.schema, self.made_up, self.label_names = predictor.schema, predictor.made_up, predictor.label_names
         self._predictor, self._chunks = predictor, 0
+
+    def __getattr__(self, name):
+        return getattr(self._predictor, name)
 
     def predict(self, texts, columns):
         self._chunks += 1
@@ -200,3 +202,25 @@ def test_a_run_without_columns_needs_the_texts_alone(tmp_path, runs):
     one_label = replace(text_only, schema=replace(text_only.schema, text_columns=("Title",)))
     assert predict_table(one_label, tmp_path / "t.csv", tmp_path / "q.csv") == (4, 0, True)
     assert (tmp_path / "q.csv").read_text() != (tmp_path / "p.csv").read_text()
+
+
+def test_a_table_is_read_as_the_user_says_it_is_written(tmp_path, runs, capsys):
+    frame = made_up(4, seed=3)[["Title", "BodyMarkdown", "OpenStatus"]].assign(BodyMarkdown="Größe; Tür")
+    plain, other = tmp_path / "plain.csv", tmp_path / "other.csv"
+    frame.to_csv(plain, index=False)
+    frame.to_csv(other, index=False, sep="#", encoding="cp437")  # neither of which is found by itself
+    written = ("--separator", "#", "--encoding", "cp437")
+    for table, options in ((plain, ()), (other, written)):
+        assert run_command("predict", runs["full"], table, "--out", tmp_path / f"p-{table.name}", *options) == 0
+    assert read(tmp_path / "p-other.csv").equals(read(tmp_path / "p-plain.csv"))
+    assert run_command("predict", runs["full"], other, "--out", tmp_path / "p.csv") == 3
+    assert "the table has no columns Title, BodyMarkdown" in capsys.readouterr().err
+    predictor = Predictor.load(runs["full"], "fp32")
+    found, expected = score(predictor, other, dialect=Dialect("cp437", "#")), score(predictor, plain)
+    assert found.texts == expected.texts
+    assert np.array_equal(found.labels, expected.labels)
+
+
+def test_prepared_data_has_no_encoding_to_name(data, runs, capsys):
+    assert run_command("evaluate", runs["full"], "--data", data, "--separator", "tab") == 2
+    assert "is prepared already; leave --encoding and --separator out" in capsys.readouterr().err

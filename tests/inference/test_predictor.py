@@ -34,8 +34,8 @@ def copied(tmp_path, runs):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_loaded_run_is_the_model_that_was_trained(tmp_path, data, base, runs, kind):
+    seed_everything(42)  # as `finetune` does, which keeps the model to itself
     prepared, recipe = PreparedData.open(data), quick_recipe(base, kind)
-    seed_everything(recipe.seed)  # as `finetune` does, which keeps the model to itself
     run = assemble(prepared, recipe, torch.device("cpu"))
     Trainer(run.model, run.split, recipe, tmp_path, "fp32").fit(lambda progress, sequences, loss: None)
     rows = prepared.rows("random", "test")
@@ -177,7 +177,9 @@ def test_a_missing_file_is_named(copied, kind, name, said):
 
 
 def test_prepared_data_is_no_run(data):
-    with pytest.raises(ArtifactError, match="is of kind 'data', but run or model or quantized or engine or fit is needed"):
+    with pytest.raises(
+        ArtifactError, match="is of kind 'data', but run or model or quantized or engine or fit is needed"
+    ):
         Predictor.load(data)
 
 
@@ -233,6 +235,21 @@ def test_a_series_keeps_its_index_and_a_list_has_none(runs):
     pd.testing.assert_frame_equal(series.reset_index(drop=True), plain)
     for other in (tuple(texts), np.array(texts), (text for text in texts), pd.Series(texts, dtype="category")):
         pd.testing.assert_frame_equal(predictor.predict(other), plain)
+
+
+def test_labels_that_are_whole_numbers_stay_so_beside_a_row_without_text(tmp_path, base):
+    rows = made_up(80)
+    table = pd.DataFrame({"text": rows["Title"], "stars": (rows["OpenStatus"] == "open").astype(int)})
+    data = prepare_frame(table, tmp_path / "data", base, PrepareOptions(text_columns=("text",), label_column="stars"))
+    finetune(data, tmp_path / "run", quick_recipe(base, epochs=1))
+    predictor = Predictor.load(tmp_path / "run", "fp32")
+    texts = pd.Series(["How do I sort a list?", "", "Which laptop is best?"], index=["a", "a", "b"])
+    found = predictor.predict(texts)["label"]
+    assert [type(label) for label in found] == [int, type(None), int]
+    assert set(found.iloc[[0, 2]]) <= {0, 1}
+    whole = predictor.predict(texts.iloc[[0, 2]])["label"]
+    assert whole.dtype == np.int64
+    assert whole.tolist() == found.iloc[[0, 2]].tolist()
 
 
 def test_probabilities_are_a_column_a_label(runs):

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from bertforge.cli.tables import KINDS, Encoding, Separator, dialect
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -20,14 +22,17 @@ if TYPE_CHECKING:
 def prepare(
     table: Annotated[
         Path,
-        typer.Argument(help="CSV, TSV, JSON lines (each in .gz or .zip too), Parquet or Excel.", show_default=False),
+        typer.Argument(help=f"{KINDS}.", show_default=False),
     ],
     out: Annotated[
         Path, typer.Option("--out", help="Folder to write; an older prepared one is replaced.", show_default=False)
     ],
-    model: Annotated[str, typer.Option(help="Whose tokenizer: minilm, a folder, or a Hub id.")] = "minilm",
+    model: Annotated[str, typer.Option(help="Model whose tokenizer to use: minilm, a folder, or a Hub id.")] = "minilm",
     split: Annotated[
-        str, typer.Option(help="random, time or random,time.", show_default="random, and time if there are dates")
+        str,
+        typer.Option(
+            help="Splits to make: random, time or random,time.", show_default="random, and time if there are dates"
+        ),
     ] = "",
     validation: Annotated[
         Path | None,
@@ -37,7 +42,10 @@ def prepare(
         Path | None, typer.Option(help="A file of test rows; TABLE then holds the train rows.", show_default=False)
     ] = None,
     split_column: Annotated[
-        str, typer.Option(help="A column that says train, validation or test of each row.", show_default=False)
+        str,
+        typer.Option(
+            help="Column that says of each row whether it is for train, validation or test.", show_default=False
+        ),
     ] = "",
     folds: Annotated[
         int,
@@ -46,22 +54,19 @@ def prepare(
     text_columns: Annotated[
         str,
         typer.Option(
-            help="Of a table of your own: the columns that are the text, e.g. subject,message.", show_default=False
+            help="Columns that are the text of a table of your own, e.g. subject,message.", show_default=False
         ),
     ] = "",
     label_column: Annotated[
-        str, typer.Option(help="Of a table of your own: the column to predict; two values or more.", show_default=False)
+        str,
+        typer.Option(help="Column to predict in a table of your own; it has two values or more.", show_default=False),
     ] = "",
     date_column: Annotated[
-        str, typer.Option(help="Of a table of your own: dates, for a split by time.", show_default=False)
+        str, typer.Option(help="Column of dates in a table of your own, for a split by time.", show_default=False)
     ] = "",
-    separator: Annotated[
-        str, typer.Option(help="Between the columns of a text table, e.g. ';' or tab.", show_default="detected")
-    ] = "",
-    encoding: Annotated[
-        str, typer.Option(help="Of a text table, e.g. cp1252 or utf-16.", show_default="detected")
-    ] = "",
-    seed: Annotated[int, typer.Option(help="Of the random split and the folds.")] = 42,
+    separator: Separator = "",
+    encoding: Encoding = "",
+    seed: Annotated[int, typer.Option(help="Seed of the random split and the folds.")] = 42,
 ) -> None:
     """Check a table, derive its columns, split it 80/10/10 and tokenize it.
 
@@ -78,7 +83,7 @@ def prepare(
     each with its line and the reason. Rows with the same text never stand
     in two parts of a split. Preparing the same table again returns at once.
 
-    Train and test rows of your own are kept as they are:
+    If you have test rows of your own, name them, and validation rows alike:
 
         bertforge prepare train.csv --test test.csv --out data \\
             --text-columns message --label-column folder
@@ -95,7 +100,7 @@ def prepare(
         date_column=date_column or None,
         seed=seed,
         encoding=encoding,
-        separator=_SEPARATORS.get(separator.lower(), separator),
+        separator=dialect(encoding, separator).separator,
         split_column=split_column or None,
         folds=folds,
     )
@@ -105,11 +110,8 @@ def prepare(
     console = Console(highlight=False, soft_wrap=True, markup=False)
     _print_summary(console, data, data.tokens(tokenizer).lengths)
     train = ["bertforge", "train", "--data", str(out), "--out", "run", "--model", model]
-    done = f"{out} held this table prepared already: nothing to do" if data.reused else f"wrote {out}"
+    done = f"{out} is up to date" if data.reused else f"wrote {out}"
     console.print(f"\n{done}\nnext: {shlex.join(train)}")
-
-
-_SEPARATORS = {"tab": "\t", "\\t": "\t"}  # what can be typed
 
 
 def _names(joined: str) -> list[str]:

@@ -8,11 +8,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from bertforge.cli.tables import KINDS, Encoding, Separator, dialect
+
 _MADE_UP = (
     "made-up data: these rows, or the train rows, come from `bertforge sample-data`: no figure is about real data"
 )
 
-RunFolder = Annotated[Path, typer.Argument(help="Folder made by `bertforge train`, `merge`, `quantize` or `compile`.")]
+RunFolder = Annotated[
+    Path, typer.Argument(help="Folder made by `bertforge fit`, `train`, `merge`, `quantize` or `compile`.")
+]
 
 
 def evaluate(
@@ -30,6 +34,8 @@ def evaluate(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the metrics as JSON too.")
     ] = None,
+    separator: Separator = "",
+    encoding: Encoding = "",
 ) -> None:
     """Measure a run: loss, accuracy, precision, recall, F1, ROC-AUC, calibration, each with a 95% interval.
 
@@ -49,7 +55,7 @@ def evaluate(
     for path in (report, json_file):
         if path:
             check_output(path)
-    found = evaluate_run(run, data, split, against)
+    found = evaluate_run(run, data, split, against, dialect(encoding, separator))
     console.print(f"{run} on {found.scored.source}: {len(found.scored.labels):,} rows")
     if found.scored.made_up:
         console.print(_MADE_UP)
@@ -74,8 +80,10 @@ def evaluate(
 
 def predict(
     run: RunFolder,
-    table: Annotated[Path, typer.Argument(help="CSV, zipped CSV, Parquet or JSON lines; labels are not needed.")],
+    table: Annotated[Path, typer.Argument(help=f"{KINDS}; labels are not needed.")],
     out: Annotated[Path, typer.Option(help="File to write: .csv, .parquet or .jsonl.")],
+    separator: Separator = "",
+    encoding: Encoding = "",
 ) -> None:
     """Predict the label of every row of a table.
 
@@ -90,7 +98,7 @@ def predict(
     from bertforge.inference.predict import predict_table
     from bertforge.inference.predictor import Predictor
 
-    done = predict_table(Predictor.load(run), table, out)
+    done = predict_table(Predictor.load(run), table, out, dialect(encoding, separator))
     console = Console(highlight=False, soft_wrap=True, markup=False)
     if done.made_up:
         console.print(_MADE_UP)

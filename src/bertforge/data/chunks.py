@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from bertforge.errors import DataError
+
 CHUNK_ROWS = 8192
 STRING = pa.large_string()  # 64-bit offsets: a chunk of long documents may pass 2 GiB
 
@@ -41,6 +43,21 @@ class Chunk:
     """Share of the source read so far, 0 to 1, for progress bars."""
     declared_text: frozenset[str] = frozenset()
     """Columns that the source says are text, so that a "1" in them is no number. A CSV says nothing of the kind."""
+
+
+def name_columns(header: list[str], source: str) -> list[str]:
+    """The columns that a table's first row names; one without a name is called by its place, `column 3`.
+
+    Tables that were saved with an index or with commas at the ends of lines have such. Raises DataError when nothing is
+    named, or one name twice.
+    """
+    named = [name.strip() for name in header]
+    if not any(named):
+        raise DataError(f"{source} has no header: its first row is empty, but must name the columns")
+    columns = [name or f"column {place}" for place, name in enumerate(named, start=1)]
+    if repeated := sorted({name for name in columns if columns.count(name) > 1}):
+        raise DataError(f"{source} names a column twice in its header: {', '.join(repeated)}")
+    return columns
 
 
 def make_chunk(

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
+from bertforge.data.chunks import name_columns
 from bertforge.errors import DataError
 
 _BLANK, _UNPAIRED = "blank line", "broken quoting: unpaired quote"
@@ -60,9 +61,7 @@ class _Lines:
 class CsvRecords:
     """Iterates over the records below the header, of lines that keep their ends; blank lines are no records.
 
-    A column without a name is called by its place, `column 3`: tables that were saved with an index or with commas at
-    the ends of lines have such. Raises DataError when there is no header, or a header that is no text or names a column
-    twice.
+    Raises DataError when there is no header, or a header that is no text or names a column twice.
     """
 
     def __init__(self, text: Iterable[str], name: str, separator: str = ",") -> None:
@@ -71,17 +70,12 @@ class CsvRecords:
         self._lines = _Lines(text)
         self._reader = csv.reader(self._lines, strict=True, delimiter=separator)
         try:
-            named = [column.strip() for column in next(self._reader, [])]
+            named = next(self._reader, [])
         except csv.Error as error:
             raise DataError(f"{name} has a header line that is no CSV ({error})") from error
-        if not any(named):
-            raise DataError(f"{name} has no header: its first line is empty, but must name the columns")
         if any("\udc80" <= character <= "\udcff" or character == "\0" for character in "".join(named)):
             raise DataError(f"{name} has a header that is no text in its encoding; name another with --encoding")
-        self.header = [column or f"column {place}" for place, column in enumerate(named, start=1)]
-        repeated = sorted({column for column in self.header if self.header.count(column) > 1})
-        if repeated:
-            raise DataError(f"{name} names a column twice in its header: {', '.join(repeated)}")
+        self.header = name_columns(named, name)
 
     def __iter__(self) -> Iterator[Record]:
         """A broken record and the pieces of it that follow are one set-aside record: the lines after a broken quote

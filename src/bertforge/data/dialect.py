@@ -58,8 +58,8 @@ class Dialect:
         if self.separator and (len(self.separator) != 1 or self.separator in '"\r\n'):
             raise UsageError(f"--separator {self.separator!r} is not one character; write ',', ';', '|' or tab")
         try:
-            codecs.lookup(self.encoding or "utf-8")
-        except LookupError:
+            "".encode(self.codec or "utf-8")  # fails for codecs that are no text's, such as hex, too
+        except (LookupError, UnicodeError):
             raise UsageError(
                 f"--encoding {self.encoding!r} is unknown; write utf-8, cp1252 (Windows, Latin-1), utf-16 or the like"
             ) from None

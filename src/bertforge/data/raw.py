@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from bertforge.data.chunks import STRING, Chunk
 from bertforge.data.clean import find_problems
+from bertforge.data.dialect import Dialect
 from bertforge.data.features import derive, named_as_derived
 from bertforge.data.prepared import join_texts
 from bertforge.data.rows import Rows
@@ -42,14 +43,21 @@ class RawRows:
 
 
 def read_raw(
-    table: Path | pd.DataFrame, schema: Schema, *, require_labels: bool, numbers: Sequence[str] = ()
+    table: Path | pd.DataFrame,
+    schema: Schema,
+    *,
+    require_labels: bool,
+    numbers: Sequence[str] = (),
+    dialect: Dialect | None = None,
 ) -> Iterator[RawRows]:
     """Yields the whole table in order, in chunks; `numbers` are the columns that a model reads as numbers.
+
+    `dialect` is what is known of how a text table is written.
 
     Raises DataError when a text column is missing, or the label column with `require_labels`. Other columns may be
     missing: the derived columns that need them are then not in `frame`.
     """
-    for number, chunk in enumerate(read_chunks(table, named=schema.required_columns)):
+    for number, chunk in enumerate(read_chunks(table, named=schema.required_columns, dialect=dialect)):
         if number == 0:
             labels = (schema.label_column,) if require_labels else ()
             require_columns((*schema.text_columns, *labels), chunk.table.column_names, "the model needs")

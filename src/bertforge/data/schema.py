@@ -75,13 +75,14 @@ class Schema:
     def encode_labels(self, rows: Rows) -> NDArray[np.int64]:
         """[rows] index into `label_names`, -1 where the value is none of them.
 
-        Where all names are whole numbers or booleans, 1.0 is 1 and True is true, so that a model of a Parquet table
-        reads the CSV that pandas writes of it.
+        Where all names are whole numbers or booleans and none is spelled so, 1.0 is 1 and True is true, so that a model
+        of a Parquet table reads the CSV that pandas writes of it.
         """
         kind = kind_of_labels(self.label_names)
-        values = spell_labels(self.label_values(rows), kind)
-        names = spell_labels(pa.array(self.label_names, values.type), kind)
-        found = pc.index_in(values, value_set=names)
+        values = self.label_values(rows)
+        names = pa.array(self.label_names, values.type)
+        alike = pc.index_in(spell_labels(values, kind), value_set=spell_labels(names, kind))
+        found = pc.coalesce(pc.index_in(values, value_set=names), alike)
         codes: NDArray[np.int64] = pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64)
         return codes
 

@@ -100,6 +100,8 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
                 yield file, file
     except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise DataError(f"{path} is not a readable {kind} file ({error})") from error
+    except UnicodeError as error:  # UTF-16 that does not say which byte comes first, say
+        raise DataError(f"{path} is not in the encoding named ({error}); name another with --encoding") from error
 
 
 def _name_inside(path: Path) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from bertforge.artifact import versions
+from bertforge.data.dialect import Dialect
 from bertforge.data.prepared import PreparedData
 from bertforge.errors import DataError
 from bertforge.evaluation.compare import Comparison, compare
@@ -111,13 +112,15 @@ class Evaluation:
         return write_report(path, report)
 
 
-def evaluate_run(run: Path, data: Path, part: str | None = None, against: Path | None = None) -> Evaluation:
-    """Scores `run` on a part of prepared data, or on a raw table, and `against` on the same rows."""
+def evaluate_run(
+    run: Path, data: Path, part: str | None = None, against: Path | None = None, dialect: Dialect | None = None
+) -> Evaluation:
+    """Scores `run` and `against` on the same rows: a part of prepared data, or a raw table written in `dialect`."""
     predictor = Predictor.load(run)
-    raw, scored = _scored(predictor, data, part)
+    raw, scored = _scored(predictor, data, part, dialect)
     comparison = None
     if against is not None:
-        _, other = _scored(Predictor.load(against, predictor.precision), data, part)
+        _, other = _scored(Predictor.load(against, predictor.precision), data, part, dialect)
         if not (np.array_equal(other.lines, scored.lines) and np.array_equal(other.labels, scored.labels)):
             raise DataError(
                 f"{run} and {against} cannot be compared: one was scored on {scored.source}, the other on "
@@ -138,9 +141,9 @@ def evaluate_run(run: Path, data: Path, part: str | None = None, against: Path |
     )
 
 
-def _scored(predictor: Predictor, data: Path, part: str | None) -> tuple[np.ndarray, Scored]:
+def _scored(predictor: Predictor, data: Path, part: str | None, dialect: Dialect | None) -> tuple[np.ndarray, Scored]:
     """The model's own logits `[rows, labels]`, and the rows scored with those that `predict` makes probabilities of."""
-    scored = score(predictor, data, part)
+    scored = score(predictor, data, part, dialect)
     return scored.logits, replace(scored, logits=scored.logits / predictor.temperature)
 
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bertforge.artifact import check_output
+from bertforge.data.dialect import Dialect
 from bertforge.data.raw import RawRows, read_raw
 from bertforge.data.streaming import progress
 from bertforge.errors import DataError, UsageError
@@ -32,8 +33,10 @@ class Predicted(NamedTuple):
     """Rows of the table, or rows the model learnt from, come from `bertforge sample-data`."""
 
 
-def predict_table(predictor: Predictor, table: Path, out: Path) -> Predicted:
+def predict_table(predictor: Predictor, table: Path, out: Path, dialect: Dialect | None = None) -> Predicted:
     """Writes line, label, probability, each label's probability, and problem.
+
+    `dialect` is what is known of how a text table is written; the rest is detected.
 
     A row whose date or number cannot be read is predicted without it and says so under `problem`; only one with no
     readable text at all has no label. Raises UsageError for an `out` that is not one of FORMATS or is the table itself,
@@ -44,7 +47,7 @@ def predict_table(predictor: Predictor, table: Path, out: Path) -> Predicted:
     rows, unlabelled, made_up = 0, 0, False
     numbers = () if predictor.transform is None else predictor.transform.spec.numeric
     with _writer(out) as write, progress(f"predicting {table.name}") as report:
-        for chunk in read_raw(table, predictor.schema, require_labels=False, numbers=numbers):
+        for chunk in read_raw(table, predictor.schema, require_labels=False, numbers=numbers, dialect=dialect):
             predictions = _predict_chunk(predictor, chunk)
             write(predictions)
             rows += len(predictions)

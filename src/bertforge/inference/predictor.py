@@ -48,7 +48,7 @@ class Predictor:
 
     @classmethod
     def load(cls, directory: str | Path, precision: str = "auto") -> Self:
-        """Loads a folder made by `bertforge train`, `merge`, `quantize` or `compile` on the best device here.
+        """Loads a folder made by `bertforge fit`, `train`, `merge`, `quantize` or `compile` on the best device here.
 
         `precision` is that of a run or merged model: fp32, bf16, or auto; an engine has its own. Raises ArtifactError
         when a file is missing or damaged, when an adapter's base model is not the one it was trained on, when the
@@ -112,15 +112,17 @@ class Predictor:
     def predict(self, rows: Given, columns: pd.DataFrame | None = None) -> pd.DataFrame:
         """`label`, `probability` (of that label) and `p_<label>` for each label; see `predict_proba` for the rest.
 
-        Labels are of the type they had in the table that the model learnt from: text, int or bool.
+        Labels are of the type they had in the table that the model learnt from: text, int or bool, and None for a row
+        without text.
         """
         chances = self.predict_proba(rows, columns)
         values = chances.to_numpy()  # [rows, labels]
         best = np.where(np.isnan(values).any(axis=1), -1, values.argmax(axis=1))
         names = (*self.schema.original_labels(), None)
+        labels = pd.Series([names[index] for index in best], dtype=object)  # beside None, pandas would make 1 a 1.0
         return pd.DataFrame(
             {
-                "label": [names[index] for index in best],
+                "label": (labels if labels.hasnans else labels.infer_objects()).array,
                 "probability": values.max(axis=1),
                 **{f"p_{name}": values[:, column] for column, name in enumerate(self.label_names)},
             },

@@ -9,6 +9,7 @@ import numpy as np
 
 from bertforge.artifact import MANIFEST
 from bertforge.backends.run import run
+from bertforge.data.dialect import Dialect
 from bertforge.data.prepared import PreparedData
 from bertforge.data.raw import read_raw
 from bertforge.data.streaming import progress
@@ -44,17 +45,22 @@ class Scored:
     made_up: bool
 
 
-def score(predictor: Predictor, data: Path, part: str | None = None) -> Scored:
-    """Scores a part of a prepared folder's split (None: test), or the whole of a raw table.
+def score(predictor: Predictor, data: Path, part: str | None = None, dialect: Dialect | None = None) -> Scored:
+    """Scores a part of a prepared folder's split (None: test), or the whole of a raw table, written in `dialect`.
 
     Raises DataError when the labels are not those the model knows or no row can be scored, UsageError for a part of a
-    raw table.
+    raw table, and for an encoding or separator of prepared data.
     """
+    dialect = dialect or Dialect()
     if (data / MANIFEST).is_file():
+        if dialect != Dialect():
+            raise UsageError(
+                f"{data} is prepared already; leave --encoding and --separator out, they are of a raw table"
+            )
         return _score_prepared(predictor, PreparedData.open(data), part or "test")
     if part is not None and data.is_file():
         raise UsageError(f"{data} is a raw table and scored whole; leave --split {part} out, or prepare it first")
-    return _score_raw(predictor, data)
+    return _score_raw(predictor, data, dialect)
 
 
 def _score_prepared(predictor: Predictor, prepared: PreparedData, part: str) -> Scored:
@@ -86,13 +92,13 @@ def _score_prepared(predictor: Predictor, prepared: PreparedData, part: str) -> 
     )
 
 
-def _score_raw(predictor: Predictor, table: Path) -> Scored:
+def _score_raw(predictor: Predictor, table: Path, dialect: Dialect) -> Scored:
     logits, labels, lengths, lines, dates = [], [], [], [], []
     texts: list[str] = []
     left_out, made_up = 0, False
     schema, unknown = predictor.schema, dict[str, None]()  # a set in the order of the table
     with progress(f"scoring {table.name}") as report:
-        for chunk in read_raw(table, predictor.schema, require_labels=True):
+        for chunk in read_raw(table, predictor.schema, require_labels=True, dialect=dialect):
             assert chunk.labels is not None
             usable = np.array([not problem for problem in chunk.problems], dtype=bool) & (chunk.labels >= 0)
             left_out += int((~usable).sum())
