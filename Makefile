@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 .PHONY: demo test test-portable lint check clean help
 
 help:
-	@echo "make demo   the main job on bundled data and model: about 5 minutes on 2 CPU cores"
+	@echo "make demo   the main job on bundled data and model: about 4 minutes on 2 CPU cores"
 	@echo "make test   the test suite"
 	@echo "make test-portable  the tests that compute, as on another CPU: 2 minutes"
 	@echo "make lint   ruff and mypy"

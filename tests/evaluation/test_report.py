@@ -234,7 +234,7 @@ def test_each_input_fills_its_own_section(present, tmp_path):
 def test_what_fit_tried_is_shown_with_what_came_of_it(full):
     text = " ".join(Page(full).text.split())
     assert "LoRA, fast1,2800.5000 80.00%12" in text
-    assert "openvino bf16 29080.00% kept openvino int8 passed over: no time" in text
+    assert "openvino bf16 290 80.00%kept openvino int8 passed over: no time" in text
 
 
 def test_the_baselines_stand_beside_the_model_with_the_verdict(full):

@@ -248,7 +248,7 @@ def search(bench: Workbench, seconds: float, log: Log, say: Say) -> Recipe:
     recipe, _, schedule = bench.recipe(wanted[0])
     set_up = time.monotonic() - began
     least = min(bench.rows, LEAST_STEPS * (schedule.rows_per_step or 1))
-    gauge = log.trial(bench, wanted[0], least, time.monotonic() + seconds / 3, say)
+    gauge = log.trial(bench, wanted[0], least, time.monotonic() + seconds / 4, say)
     if gauge is None:
         say("no time to compare settings; more --minutes make a better model")
         return replace(recipe, minutes=0.75 * max(end - time.monotonic(), seconds / 2) / 60)

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 ROWS, NEW_ROWS = 2000, 20
-MINUTES = 3.0
+MINUTES = 4.0
 MARKER = ".bertforge-demo"  # what a folder holds that an earlier demo made
 
 
@@ -23,7 +23,7 @@ def demo(
 ) -> None:
     """Run `fit` on made-up questions, from the table to the fastest engine, and predict new ones.
 
-    Takes about three minutes on two CPU cores and needs no download: the
+    Takes about four minutes on two CPU cores and needs no download: the
     model comes with the `demo` extra. The questions are made up, so the
     figures say how bertforge works and nothing about Stack Overflow.
     """

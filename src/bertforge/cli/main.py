@@ -16,7 +16,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from bertforge import __version__, threads
-from bertforge.cli import data, demo, doctor, engines, fit, infer, quantize, sample, train
+from bertforge.cli import cross_validate, data, demo, doctor, engines, fit, infer, quantize, sample, train
 from bertforge.errors import ArtifactError, BertforgeError, MachineError
 
 
@@ -69,15 +69,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Fine-tune BERT on text and optional columns, then compile it for fast inference.",
-    epilog="Start with `bertforge demo`, or `bertforge prepare TABLE --out DIR` on a table of your own.",
+    epilog="Start with `bertforge demo`, or `bertforge fit TABLE --label-column NAME` on a table of your own.",
 )
 # In the order in which a user meets them.
 app.command("demo")(demo.demo)
+app.command("fit")(fit.fit)
 app.command("doctor")(doctor.doctor)
 app.command("sample-data")(sample.sample_data)
-app.command("fit")(fit.fit)
 app.command("prepare")(data.prepare)
 app.command("train")(train.train)
+app.command("cross-validate")(cross_validate.cross_validate)
 app.command("evaluate")(infer.evaluate)
 app.command("predict")(infer.predict)
 app.command("merge")(infer.merge)

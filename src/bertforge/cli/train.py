@@ -32,6 +32,30 @@ def _list_variants(variant: str | None) -> str | None:
     return variant
 
 
+Variant = Annotated[
+    str | None,
+    typer.Option(
+        help="A recipe that comes with bertforge; `--variant list` describes them.",
+        show_default="lora-r8-all",
+        callback=_list_variants,
+        is_eager=True,  # asked before --data is missed
+    ),
+]
+RecipeFile = Annotated[Path | None, typer.Option(help="A recipe of your own: a TOML file.")]
+Model = Annotated[
+    str | None,
+    typer.Option(help="Pretrained model: minilm, a folder or a Hugging Face id. Overrides the recipe's."),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE ...",
+        help="Change settings: --set epochs=2 lr=1e-3 lora.r=4; `--set list` names them all.",
+    ),
+]
+
+
 def train(
     data: Annotated[
         Path | None, typer.Option(help="Folder made by `bertforge prepare`.", show_default="needed")
@@ -39,28 +63,10 @@ def train(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run; made here.", show_default="needed, but for --estimate")
     ] = None,
-    variant: Annotated[
-        str | None,
-        typer.Option(
-            help="A recipe that comes with bertforge; `--variant list` describes them.",
-            show_default="lora-r8-all",
-            callback=_list_variants,
-            is_eager=True,  # asked before --data is missed
-        ),
-    ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="A recipe of your own: a TOML file.")] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Pretrained model: minilm, a folder or a Hugging Face id. Overrides the recipe's."),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE ...",
-            help="Change settings: --set epochs=2 lr=1e-3 lora.r=4; `--set list` names them all.",
-        ),
-    ] = None,
+    variant: Variant = None,
+    recipe: RecipeFile = None,
+    model: Model = None,
+    settings: Settings = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in OUT.")] = False,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Measure for a minute what a run would cost here; train nothing.")
@@ -92,19 +98,10 @@ def train(
     full fine-tuning, lora-r8 and lora-r8-last-4; no run is written.
     """
     from bertforge.cli.estimate import show_estimate
-    from bertforge.cli.settings import show_settings
     from bertforge.errors import UsageError
-    from bertforge.training.config import load_recipe
     from bertforge.training.distributed import is_first, launched
 
-    if variant and recipe:
-        raise UsageError("--variant and --recipe both name a recipe; give one of them")
-    chosen = load_recipe(variant, recipe)
-    chosen = replace(chosen, model=model or chosen.model)
-    chosen = chosen.with_settings([setting for setting in settings or [] if setting != "list"])
-    if "list" in (settings or []):
-        show_settings(chosen)
-        return
+    chosen = chosen_recipe(variant, recipe, model, settings)
     if data is None:
         raise UsageError("--data is missing; name the folder that `bertforge prepare` made: --data data")
     if estimate:
@@ -127,6 +124,23 @@ def train(
     console = Console(highlight=False, soft_wrap=True, markup=False)
     print_result(console, manifest, out)
     console.print(f"next: bertforge evaluate {out} --data {data} --split test")
+
+
+def chosen_recipe(variant: str | None, recipe: Path | None, model: str | None, settings: list[str] | None) -> Recipe:
+    """The recipe that the options name; `--set list` shows its settings and ends the command."""
+    from bertforge.cli.settings import show_settings
+    from bertforge.errors import UsageError
+    from bertforge.training.config import load_recipe
+
+    if variant and recipe:
+        raise UsageError("--variant and --recipe both name a recipe; give one of them")
+    chosen = load_recipe(variant, recipe)
+    chosen = replace(chosen, model=model or chosen.model)
+    chosen = chosen.with_settings([setting for setting in settings or [] if setting != "list"])
+    if "list" in (settings or []):
+        show_settings(chosen)
+        raise typer.Exit
+    return chosen
 
 
 def run(

@@ -80,7 +80,7 @@ class Report:
     trials: Sequence[Mapping[str, Any]] | None = None
     """Of settings by `bertforge fit`, the best of the longest first: name, rows_seen, loss, accuracy, seconds."""
     engines: Sequence[Mapping[str, Any]] | None = None
-    """Tried by `bertforge fit`, the kept one first: target, precision, and questions_per_s and accuracy or `why` not."""
+    """Tried by `bertforge fit`, the kept one first: target, precision, questions_per_s and accuracy, or `why` not."""
     quantization: Mapping[str, Any] | None = None
     """What `bertforge quantize` measured."""
 

@@ -158,7 +158,9 @@ class Recipe:
         tuned: dict[str, Any] = {}
         if self.stackoverflow and schema.kind == STACK_OVERFLOW:
             limited = self.rows_per_step or self.tokens_per_step
-            own = {name: value for name, value in asdict(self.stackoverflow).items() if getattr(self, name) in (None, "")}
+            own = {
+                name: value for name, value in asdict(self.stackoverflow).items() if getattr(self, name) in (None, "")
+            }
             tuned = {name: value for name, value in own.items() if not (name == "tokens_per_step" and limited)}
         return replace(self, **tuned, stackoverflow=None)
 
