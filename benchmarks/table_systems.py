@@ -41,7 +41,7 @@ PARTS = ("validation", "test")
 EMBEDDED_TOKENS = 256
 PENALTIES = (1.0, 10.0, 100.0)  # C of scikit-learn: the inverse of the penalty's weight
 
-# Our runs ask torch for deterministic algorithms, and it looks once, at its first product, if cuBLAS is set up for them.
+# Our runs ask for deterministic algorithms; torch looks once, at its first product, whether cuBLAS is set up for them.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
