@@ -23,7 +23,7 @@ import json
 import statistics
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,7 @@ def all_jobs(options: argparse.Namespace) -> list[Job]:
     ]
 
 
-def share(jobs: list[Job], part: int, parts: int, seconds: Any) -> list[Job]:
+def share(jobs: list[Job], part: int, parts: int, seconds: Callable[[Job], float]) -> list[Job]:
     """The jobs of share `part` of `parts`, from 1: each job, the longest first, goes to whom has the least so far."""
     loads, dealt = [0.0] * parts, []
     for job in sorted(jobs, key=seconds, reverse=True):
