@@ -60,3 +60,13 @@ def test_every_row_is_in_one_share_in_order_and_shares_cost_the_same(count):
 def test_fewer_rows_than_hands_leave_hands_empty():
     assert [share.tolist() for share in shares(np.array([4]), 3)] == [[0], [], []]
     assert [len(share) for share in shares(np.array([], dtype=np.int64), 2)] == [0, 0]
+
+
+def test_a_pack_holds_no_more_rows_than_it_may() -> None:
+    assert packs(np.array([1, 1, 1, 7, 1, 1]), 8, most_rows=2) == [slice(0, 2), slice(2, 4), slice(4, 6)]
+    lengths = np.random.default_rng(0).integers(1, 40, 500)
+    found = packs(lengths, 100, most_rows=4)
+    sizes = [(len(lengths[part]), int(lengths[part].sum())) for part in found]
+    assert max(rows for rows, _ in sizes) == 4
+    assert 92 < max(tokens for _, tokens in sizes) <= 100, "both limits are met somewhere"
+    assert [row for part in found for row in range(part.start, part.stop)] == list(range(500))

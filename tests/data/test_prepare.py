@@ -414,3 +414,39 @@ def test_folds_are_splits_besides_the_others(tmp_path: Path, tokenizer: Tokenize
         prepare(lonely, tmp_path / "x", tokenizer, replace(OWN, folds=5))
     with pytest.raises(UsageError, match="--folds 1 cannot be"):
         replace(OWN, folds=1)
+
+
+@pytest.mark.parametrize(
+    ("test", "options", "message"),
+    [
+        (range(50), {}, "leaves no row to train on: each of its 50 train rows repeats a text of a later part"),
+        (range(100, 120), {"label": "c"}, "has no train row of label 'c', but 20 other rows of it; add train rows"),
+    ],
+)
+def test_test_rows_that_leave_nothing_to_learn_are_told(
+    tmp_path: Path, tokenizer: Tokenizer, test: range, options: dict[str, str], message: str
+) -> None:
+    def table(name: str, rows: range, label: str = "") -> Path:
+        frame = pd.DataFrame(
+            {"text": [f"text {row}" for row in rows], "label": [label or "ab"[row % 2] for row in rows]}
+        )
+        return write_csv(tmp_path / f"{name}.csv", frame)
+
+    columns = PrepareOptions(text_columns=("text",), label_column="label")
+    train = table("train", range(50))
+    with pytest.raises(DataError, match=message):
+        prepare(train, tmp_path / "out", tokenizer, columns, test=table("test", test, **options))
+    assert not (tmp_path / "out").exists()
+    prepare(train, tmp_path / "out", tokenizer, columns, test=table("test", range(100, 120)))
+
+
+def test_a_split_column_without_train_rows_is_told(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    table = write_csv(tmp_path / "t.csv", questions(40).assign(part=["validation", "test"] * 20))
+    with pytest.raises(DataError, match="leaves no row to train on: it names none"):
+        prepare(table, tmp_path / "out", tokenizer, PrepareOptions(split_column="part"))
+
+
+def test_more_folds_than_texts_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    table = write_csv(tmp_path / "t.csv", questions(40))
+    with pytest.raises(DataError, match="--folds 41 is more than the 40 different texts"):
+        prepare(table, tmp_path / "out", tokenizer, PrepareOptions(folds=41))

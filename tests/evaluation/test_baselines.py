@@ -103,6 +103,21 @@ def test_a_damaged_file_is_named_with_the_way_out(copied):
         baselines(copied, "random", None)
 
 
+@pytest.mark.parametrize("penalties", [(1e-6, 1.0), (1.0, 1e-6)])
+def test_validation_rows_choose_the_penalty_of_the_text(copied, monkeypatch, penalties):
+    monkeypatch.setattr(module, "PENALTIES", penalties)
+    assert right(baselines(copied, "random", None)[1], copied) > 0.65
+    shutil.rmtree(copied.directory / "baselines")
+    monkeypatch.setattr(module, "PENALTIES", (1e-6,))
+    assert right(baselines(copied, "random", None)[1], copied) == 0.5, "which alone answers the most frequent label"
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_beginning_of_a_text_is_read(copied, monkeypatch):
+    monkeypatch.setattr(module, "MOST_CHARACTERS", len("number "))
+    assert right(baselines(copied, "random", None)[1], copied) == 0.5, "the telling word stands behind that"
+
+
 def test_many_rows_are_sampled(copied, monkeypatch):
     monkeypatch.setattr(module, "MOST_ROWS", 50)
     few = baselines(copied, "random", None)[1]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bertforge.kernels.attention import Bounds
-from bertforge.kernels.attention_cpu import STEP, backward, forward
+from bertforge.kernels.attention_cpu import SCORES, STEP, _plan, backward, forward
 from tests.kernels import packs
 from tests.kernels.packs import check_apart, check_reference, check_repeatable, error, exact
 
@@ -71,6 +71,12 @@ def test_scores_far_from_zero_neither_overflow_nor_let_the_filling_in():
         ours((query, key, value, grad), cu_seqlens), exact((query, key, value, grad), cu_seqlens), strict=True
     ):
         assert error(result, expected) < 1e-3
+
+
+def test_sequences_of_like_length_are_multiplied_together():
+    ends = torch.arange(0, 41 * 18, 18, dtype=torch.int32)  # 40 sequences of 18 tokens
+    groups = _plan(Bounds(ends, ends)).groups
+    assert [group.keys.fillers.shape[0] for group in groups] == [SCORES // (STEP * STEP), 16, 8]
 
 
 def test_two_runs_are_equal_bit_for_bit():

@@ -210,6 +210,8 @@ def _write_splits(
     facts: dict[str, Any] = {"splits": counts}
     for name, part in _make_splits(groups, rows, label_names, splits, options):
         counts[name] = dict(zip(PARTS, np.bincount(part[part != NO_PART], minlength=3).tolist(), strict=True))
+        if name == GIVEN:
+            _check_given(part, rows, label_names)
         if min(counts[name].values()) == 0:
             raise DataError(
                 f"{len(part)} good rows are too few for a {name} split into {', '.join(PARTS)}: got {counts[name]}; "
@@ -224,6 +226,22 @@ def _write_splits(
     return {**facts, "duplicates": duplicates}
 
 
+def _check_given(part: NDArray[np.int8], rows: KeptRows, label_names: Sequence[str]) -> None:
+    """Raises DataError for a split given by the user that leaves no row, or none of a label, to train on."""
+    train = part == 0
+    if not train.any():
+        repeated = int((rows.given == 0).sum())
+        why = f"each of its {repeated:,} train rows repeats a text of a later part" if repeated else "it names none"
+        raise DataError(f"the split given leaves no row to train on: {why}; add train rows with texts of their own")
+    learnt = set(rows.labels[train].tolist())
+    for label, count in enumerate(np.bincount(rows.labels[~train], minlength=len(label_names)).tolist()):
+        if label not in learnt:
+            raise DataError(
+                f"the split given has no train row of label {label_names[label]!r}, but {count:,} other rows of it; "
+                "add train rows of it, or take those rows out"
+            )
+
+
 def _make_splits(
     groups: Groups, rows: KeptRows, label_names: Sequence[str], splits: Iterable[str], options: PrepareOptions
 ) -> Iterator[tuple[str, NDArray[np.int8]]]:
@@ -235,6 +253,8 @@ def _make_splits(
         else:
             yield name, split_by_time(groups, rows.dates)
     if options.folds:
+        if options.folds > len(groups.size):
+            raise DataError(f"--folds {options.folds} is more than the {len(groups.size)} different texts; name fewer")
         texts = np.bincount(rows.labels[groups.first_row], minlength=len(label_names))
         if texts.min() < 2:
             raise DataError(

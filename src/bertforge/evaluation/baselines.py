@@ -20,6 +20,7 @@ import hashlib
 import io
 import json
 import time
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -157,6 +158,7 @@ def _majority(known: np.ndarray, asked: int, classes: int) -> np.ndarray:
 
 def _text(data: PreparedData, labels: np.ndarray, rows: _Rows) -> np.ndarray:
     """[asked, classes] of the logistic regression with the lowest validation loss."""
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
@@ -176,7 +178,9 @@ def _text(data: PreparedData, labels: np.ndarray, rows: _Rows) -> np.ndarray:
     best, least = np.empty(0), np.inf
     for penalty in PENALTIES:
         model = LogisticRegression(C=penalty, solver="sag", tol=1e-2, max_iter=100, random_state=0)
-        model.fit(known, labels[rows.train])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # a hundred passes are near enough for a floor
+            model.fit(known, labels[rows.train])
         answers = model.predict_proba(asked)
         loss = -np.log(answers[held_out, true].clip(1e-9)).mean()
         if loss < least:
