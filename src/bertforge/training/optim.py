@@ -11,7 +11,8 @@ _HEADS = ("classifier.", "tabular.")
 def make_optimizer(model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2017) over what is trainable; biases and LayerNorms have no weight decay.
 
-    `lr` and `head_lr` are the peaks. Learning rates are tensors, and on a GPU the moments exist from the start, so that a CUDA graph can hold the step.
+    `lr` and `head_lr` are the peaks. Learning rates are tensors, and on a GPU the moments exist from the start, so that
+    a CUDA graph can hold the step.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
