@@ -106,6 +106,8 @@ def test_two_processes_train_what_one_does(tmp_path, data, plain, kind, start, c
     in_two(data, two, recipe, start=start)
     in_one(data, one, recipe)
     in_one(data, other, recipe, "seed=43")
+    probes = [json.loads((run / "bertforge.json").read_text())["probe"] for run in (one, two)]
+    assert probes[0]["validation_loss"] == pytest.approx(probes[1]["validation_loss"], rel=1e-5)
     assert furthest(weights(one, kind), weights(two, kind)) < 1e-5
     assert furthest(weights(one, kind), weights(other, kind)) > 1e-3
     for ours, theirs in zip(epochs(one), epochs(two), strict=True):

@@ -173,10 +173,9 @@ def run(
                 f"validation rows right, in {plan.probe['seconds']:.0f} s"
             )
         if plan.total_steps < FEW_STEPS:
-            console.print(
-                f"only {plan.total_steps} steps in all, too few to learn much; leave epochs, rows_per_step and "
-                "tokens_per_step open, and they are derived"
-            )
+            fixed = plan.recipe.epochs or plan.recipe.rows_per_step or plan.recipe.tokens_per_step
+            more = "more epochs or smaller steps, as --set rows_per_step=8, make more" if fixed else "label more rows"
+            console.print(f"only {plan.total_steps} steps in all, too few to learn much; {more}")
         if plan.resumed_step:
             console.print(f"resuming after step {plan.resumed_step:,} of {plan.total_steps:,}")
         display.start(plan.total_steps, plan.resumed_step)

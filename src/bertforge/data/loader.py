@@ -100,9 +100,8 @@ class PackShape:
     def fill(self, batch: PackedBatch, labels: Tensor, max_length: int) -> tuple[PackedBatch, Tensor]:
         """`batch` and `labels` `[self.sequences]` filled up; `max_seqlen` becomes `max_length`."""
         used, spare = batch.input_ids.numel(), self.sequences - len(batch)
-        tokens = min(
-            self.tokens, max(1, -(-used // self.step)) * self.step
-        )  # a process may have no row of a small pack
+        steps = max(1, -(-used // self.step))  # one at least: a process may have no row of a small pack
+        tokens = min(self.tokens, steps * self.step)
         bounds = torch.arange(1, spare + 1) * max_length + used
         positions = torch.arange(tokens - used) % max_length
         tabular = batch.tabular

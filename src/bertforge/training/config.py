@@ -91,12 +91,14 @@ class Recipe:
     warmup: float | None = None
     """Share of all steps in which the learning rate rises; it then falls linearly to 0."""
     start: str = ""
-    """Where a new classifier starts: `probe`, a logistic regression on the pretrained model's features, or `random`."""
+    """Where the classifier starts: `probe`, a logistic regression on the pretrained model's features, or `random`
+    weights. Derived: a new classifier starts with the probe, one that the checkpoint was trained with as it is."""
     minutes: float | None = None
     """Most minutes of steps and validation, wherever they end in an epoch; the learning rate falls to 0 by then. None
     takes the time that the epochs need."""
     patience: int | None = None
-    """Epochs without a lower validation loss before training stops; None never stops early."""
+    """Epochs without a lower validation loss, after temperature scaling, before training stops; None never stops
+    early."""
     weight_decay: float = 0.01
     """Decoupled weight decay of matrices; biases and LayerNorms have none."""
     max_grad_norm: float = 1.0
@@ -157,11 +159,10 @@ class Recipe:
         """For data of this schema: `stackoverflow` is taken over or left out."""
         tuned: dict[str, Any] = {}
         if self.stackoverflow and schema.kind == STACK_OVERFLOW:
-            limited = self.rows_per_step or self.tokens_per_step
-            own = {
-                name: value for name, value in asdict(self.stackoverflow).items() if getattr(self, name) in (None, "")
-            }
-            tuned = {name: value for name, value in own.items() if not (name == "tokens_per_step" and limited)}
+            given = {name for name in vars(self.stackoverflow) if getattr(self, name) not in (None, "")}
+            if self.rows_per_step:
+                given.add("tokens_per_step")  # a step is what the user says
+            tuned = {name: value for name, value in vars(self.stackoverflow).items() if name not in given}
         return replace(self, **tuned, stackoverflow=None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -171,6 +172,7 @@ class Recipe:
     def with_settings(self, settings: list[str]) -> Self:
         """A copy with `name=value` strings applied; values are TOML, and a bare word is a string."""
         values = self.to_dict()
+        had_adapters = self.lora is not None
         for setting in settings:
             name, equals, text = setting.partition("=")
             if not equals:
@@ -182,6 +184,8 @@ class Recipe:
             if section:
                 values[section] = target
             target[key] = _toml_value(text)
+        if values["lora"] and not had_adapters:
+            values["stackoverflow"] = None  # it was tuned for training every weight
         return self.from_dict(values)
 
 

@@ -2,7 +2,8 @@
 
 The run's folder ends as a Hugging Face folder (`config.json` and `model.safetensors`) or a PEFT one
 (`adapter_config.json` and `adapter_model.safetensors`), with tokenizer files and `bertforge.json` beside them. While
-training goes on it holds `checkpoint.safetensors` and `best.safetensors` instead.
+training goes on it holds `checkpoint.safetensors` and `best.safetensors` instead, and `start.safetensors` where a
+linear probe set the pooler and the classifier.
 """
 
 from __future__ import annotations
@@ -222,7 +223,7 @@ def _start_from_probe(run: Run, trainer: Trainer, out: Path) -> dict[str, Any]:
     A file keeps the values: training goes on from the same bits, whatever the device computes the next time.
     """
     path = out / START
-    if not path.is_file():
+    if not path.is_file() and not (out / CHECKPOINT).is_file():
         minutes = trainer.recipe.minutes
         seconds = None if minutes is None else PROBE_SHARE * 60 * minutes
         found = probe(run.model, run.split, trainer.precision, trainer.recipe.seed, seconds)
@@ -238,7 +239,9 @@ def _read_start(run: Run, out: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             for name, value in _probed_values(run.model).items():
-                value.copy_(file.get_tensor(name))
+                if (stored := file.get_tensor(name)).shape != value.shape:
+                    raise ValueError(f"{name} has another shape")
+                value.copy_(stored)
             return dict(json.loads(file.metadata()["found"]))
     except (SafetensorError, OSError, KeyError, TypeError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]

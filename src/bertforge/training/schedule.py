@@ -25,7 +25,6 @@ STEPS, STEPS_PER_CLASS = 200, 40
 MOST_EPOCHS = 15
 _LEAST_EPOCHS = {100_000: 3, 1_000_000: 2}  # up to so many train rows; 1 beyond
 _ROWS_PER_STEP = {125: 8, 500: 16}  # up to so many train rows; 32 beyond
-_TOKENS_PER_STEP = 16_384  # 32 rows of the longest texts; it bounds the memory
 _WIDTH = 384  # of all-MiniLM-L6-v2, whose learning rates these are:
 _LR, _LORA_LR, _COLUMNS_LR = 1e-4, 2e-3, 1e-3
 _WARMUP = 0.1
@@ -47,10 +46,10 @@ class Schedule:
     def of(cls, recipe: Recipe, split: Split, config: BertConfig) -> Self:
         """What `recipe` says, and for the rest what suits the train rows and a model of `config`."""
         rows, classes = len(split.train), len(config.labels)
-        rows_per_step = recipe.rows_per_step
-        if recipe.rows_per_step is None and recipe.tokens_per_step is None:
-            rows_per_step = _up_to(_ROWS_PER_STEP, rows, 32)
-        tokens_per_step = recipe.tokens_per_step or max(_TOKENS_PER_STEP, recipe.max_length)
+        rows_per_step, tokens_per_step = recipe.rows_per_step, recipe.tokens_per_step
+        if tokens_per_step is None:
+            rows_per_step = rows_per_step or _up_to(_ROWS_PER_STEP, rows, 32)
+            tokens_per_step = rows_per_step * recipe.max_length  # so many of the longest texts: rows alone limit a step
         a_step = tokens_per_step / max(1.0, float(split.examples.lengths(split.train).mean()))  # rows
         steps_an_epoch = math.ceil(rows / min(a_step, rows_per_step or a_step))
         wanted = math.ceil((STEPS + STEPS_PER_CLASS * classes) / steps_an_epoch)
@@ -73,8 +72,9 @@ class Schedule:
         """One line for `rows` of `tokens` on average, and `steps` in all."""
         a_step = f"{self.rows_per_step} rows" if self.rows_per_step else f"up to {self.tokens_per_step:,} tokens"
         head = f" (head {self.head_lr:g})" if self.head_lr != self.lr else ""
+        epochs = f"{self.epochs} epochs" if self.epochs > 1 else "1 epoch"
         return (
-            f"{rows:,} rows of {tokens:.0f} tokens: {a_step} a step, {self.epochs} epochs, {steps:,} steps, "
+            f"{rows:,} rows of {tokens:.0f} tokens: {a_step} a step, {epochs}, {steps:,} steps, "
             f"learning rate {self.lr:g}{head}; --set to change"
         )
 

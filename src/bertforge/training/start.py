@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from bertforge.batch import PackedBatch
 from bertforge.data.loader import Split
 from bertforge.determinism import generator
+from bertforge.errors import DataError
 from bertforge.evaluation.logits import predict_logits
 from bertforge.model.bert import BertModel
 from bertforge.model.classifier import BertForSequenceClassification
@@ -39,6 +40,7 @@ MOST_ROWS = 10_000  # of each part: more rows move a linear classifier little, a
 PROBE_SHARE = 0.1  # of a run's `minutes`, that reading rows may take besides
 _PIECE = 512  # rows between two looks at the clock
 _SPREAD = 0.5
+_LEAST_DEVIATION = 1e-3  # of a number that hardly varies: it is not blown up to noise. LayerNorm's outputs are about 1
 _ITERATIONS = 100
 
 
@@ -53,7 +55,8 @@ def probe(
     """Sets the pooler and the classifier of `model`; returns what was found, JSON-ready.
 
     It reads as many rows as it can in `seconds`, at most MOST_ROWS of each part; None sets no limit of time. The part
-    of the classifier that reads columns becomes zero: training starts from what the text says.
+    of the classifier that reads columns becomes zero: training starts from what the text says. Raises DataError when
+    the pretrained model gives values that are no numbers.
     """
     began = time.perf_counter()
     device = next(model.parameters()).device
@@ -61,19 +64,20 @@ def probe(
     shares = [None if seconds is None else seconds * len(rows) / sum(map(len, parts)) for rows in parts]
     read = [_read(model, split, *part, precision, seed) for part in zip(parts, shares, strict=True)]
     hidden = [torch.from_numpy(values).to(device) for _, values in read]  # [rows, hidden]
+    if not all(torch.isfinite(values).all() for values in hidden):
+        raise DataError(f"the pretrained model gives values that are no numbers in {precision}; set precision=fp32")
     train, validation = (torch.from_numpy(split.examples.labels[rows]).to(device) for rows, _ in read)  # [rows]
-    mean, std = hidden[0].mean(dim=0), hidden[0].std(dim=0, correction=0).clamp_min(1e-6)  # [hidden]
+    mean, std = hidden[0].mean(dim=0), hidden[0].std(dim=0, correction=0).clamp_min(_LEAST_DEVIATION)  # [hidden]
     scale = _SPREAD / std
     features = [torch.tanh((h - mean) * scale) for h in hidden]  # [rows, hidden]
-    best, least, chosen = None, float("inf"), 0.0
-    weight = torch.zeros(len(model.config.labels), features[0].shape[1] + 1, device=device)  # the last column: bias
+    width = features[0].shape[1]
+    best = weight = torch.zeros(len(model.config.labels), width + 1, device=device)  # the last column: bias
+    least, chosen = float("inf"), 0.0
     for penalty in PENALTIES:
         weight = _logistic_regression(features[0], train, weight, penalty)
         loss = float(F.cross_entropy(_logits(features[1], weight), validation))
         if loss < least:
             best, least, chosen = weight, loss, penalty
-    assert best is not None
-    width = features[0].shape[1]
     with torch.no_grad():
         model.bert.pooler.dense.weight.copy_(torch.diag(scale))
         model.bert.pooler.dense.bias.copy_(-mean * scale)
