@@ -186,10 +186,8 @@ def scored(task: Task, answers: Answers) -> dict[str, Any]:
     }
     for name, found in (("accuracy", metrics.accuracy), ("macro_f1", metrics.macro_f1)):
         row |= {name: _round(found.value), f"{name}_low": _round(found.low), f"{name}_high": _round(found.high)}
-    if "validation" in answers.logits:
-        right = answers.logits["validation"].argmax(axis=1) == labels[data.rows(split, "validation")]
-        row["validation_accuracy"] = _round(float(right.mean()))
-    return row | answers.facts
+    right = answers.logits["validation"].argmax(axis=1) == labels[data.rows(split, "validation")]
+    return row | {"validation_accuracy": _round(float(right.mean()))} | answers.facts
 
 
 def _round(value: float | None) -> float | None:
