@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -129,3 +131,9 @@ def test_ids_are_told_by_their_names(name: str) -> None:
 def test_words_that_end_like_an_id_are_none(name: str) -> None:
     numbers = RNG.integers(0, 10**6, ROWS)
     assert guess(table(**{name: numbers})).numeric == (name,)
+
+
+def test_a_table_without_rows_has_no_columns_of_use(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("message,kind_of\n")
+    found = guess_columns(next(read_chunks(tmp_path / "t.csv")).table, "kind_of")
+    assert (found.text, found.left_out) == ((), {"message": "blank in 0 of 0 rows"})

@@ -238,7 +238,7 @@ def _leak(column: _Column, answer: Ints, labels: Sequence[str]) -> str:
     else:
         once = (column.counts == 1) & (np.arange(len(column.values)) != blank)
         codes[once[codes]] = len(column.values)
-    labelled = np.array([bool(label) for label in labels])[answer]
+    labelled = np.array([bool(label) for label in labels], dtype=bool)[answer]
     codes, answer = codes[labelled], answer[labelled]
     if not len(answer):
         return ""
