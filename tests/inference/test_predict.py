@@ -42,7 +42,7 @@ def read(path):
         return pd.read_parquet(path)
     if path.suffix == ".jsonl":
         return pd.DataFrame([json.loads(line) for line in path.read_text().splitlines()])
-    return pd.read_csv(path).fillna({"problem": ""})
+    return pd.read_csv(path, dtype={"problem": str}).fillna({"problem": ""})
 
 
 def test_every_row_comes_out_in_order(tmp_path, predictor, table):
