@@ -34,8 +34,8 @@ def copied(tmp_path, runs):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_loaded_run_is_the_model_that_was_trained(tmp_path, data, base, runs, kind):
-    seed_everything(42)  # as `finetune` does, which keeps the model to itself
     prepared, recipe = PreparedData.open(data), quick_recipe(base, kind)
+    seed_everything(recipe.seed)  # as `finetune` does, which keeps the model to itself
     run = assemble(prepared, recipe, torch.device("cpu"))
     Trainer(run.model, run.split, recipe, tmp_path, "fp32").fit(lambda progress, sequences, loss: None)
     rows = prepared.rows("random", "test")
