@@ -55,6 +55,11 @@ def test_a_column_that_is_not_there_is_told_with_the_closest_one(table):
         choose_columns(table(mails()), "folder", ("mesage",), seed=1)
 
 
+def test_a_table_of_only_a_header_is_told(table):
+    with pytest.raises(DataError, match="holds no rows but a header"):
+        choose_columns(table(mails()[:0]), "folder", (), seed=1)
+
+
 def test_without_a_text_column_it_says_what_to_name(table):
     with pytest.raises(DataError, match="no column of the table reads like text; name one with --text-columns: size"):
         choose_columns(table(mails()[["size", "country", "folder"]]), "folder", (), seed=1)

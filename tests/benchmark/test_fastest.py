@@ -104,6 +104,15 @@ def test_the_fastest_is_kept_and_the_others_say_why_not(runs, data, tmp_path):
     assert {"loading the model", "writing the ONNX graph", "onnxruntime fp32"} <= set(said)
 
 
+def test_the_first_is_built_and_the_others_are_passed_over_where_no_time_is_left(runs, data, tmp_path):
+    wanted = [Candidate("openvino", "fp32"), Candidate("onnxruntime", "fp32")]
+    kept, late = compile_fastest(runs["full"], wanted, data, tmp_path / "auto", lambda text: None, seconds=0.0)
+    assert (kept.name, kept.why) == ("openvino-fp32", "")
+    assert (late.name, late.receipt) == ("onnxruntime-fp32", None)
+    assert late.why.startswith("passed over: it takes some")
+    assert read_manifest(tmp_path / "auto", "engine")["target"] == "openvino"
+
+
 def test_what_a_library_raises_puts_one_candidate_out(runs, data, tmp_path, monkeypatch):
     def fail(backend, *arguments):
         if backend.name == "onnxruntime":

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from bertforge.data.dialect import Dialect
 from bertforge.data.guess import SAMPLE_ROWS, GuessedColumns, guess_columns
 from bertforge.data.prepare import PrepareOptions
 from bertforge.data.schema import QUESTIONS, require_columns
@@ -33,16 +34,23 @@ class Columns:
     """One line for each thing that was decided."""
 
 
-def choose_columns(table: Path, label: str | None, text: tuple[str, ...], seed: int) -> Columns:
+def choose_columns(
+    table: Path, label: str | None, text: tuple[str, ...], seed: int, dialect: Dialect | None = None
+) -> Columns:
     """The columns of `table` that a model may read; without a label it has to be the Stack Overflow questions table.
 
-    Raises DataError where a named column is missing, and where no column reads like text.
+    Raises DataError where a named column is missing, where there are no rows, and where no column reads like text.
     """
-    sample = _sample(table, (*text, *([label] if label else [])), seed)
+    dialect = dialect or Dialect()
+    sample = _sample(table, (*text, *([label] if label else [])), seed, dialect)
     names = sample.column_names
+    if not len(sample):
+        raise DataError(f"{table} holds no rows but a header")
+    encoding, separator = dialect.encoding, dialect.separator
     if label is None:  # `prepare` says what is missing, and proposes columns, where this is another table
         beside = load_recipe("columns").tabular if set(QUESTIONS.required_columns) <= set(names) else None
-        return Columns(PrepareOptions(text_columns=text, seed=seed), beside, ())
+        options = PrepareOptions(text_columns=text, seed=seed, encoding=encoding, separator=separator)
+        return Columns(options, beside, ())
     require_columns((label, *text), names)
     guessed = guess_columns(sample, label)
     chosen = text or guessed.text
@@ -55,7 +63,14 @@ def choose_columns(table: Path, label: str | None, text: tuple[str, ...], seed: 
     told += [f"column {name} is left out: {how}" for name, how in guessed.leaks.items() if name not in chosen]
     told += [f"column {name} is left out: {why}" for name, why in guessed.left_out.items() if name not in chosen]
     told += [f"column {name} is left out: dates are not read" for name in guessed.dates if name not in chosen]
-    options = PrepareOptions(splits=("random",), text_columns=chosen, label_column=label, seed=seed)
+    options = PrepareOptions(
+        splits=("random",),
+        text_columns=chosen,
+        label_column=label,
+        seed=seed,
+        encoding=encoding,
+        separator=separator,
+    )
     return Columns(options, beside, tuple(told))
 
 
@@ -70,9 +85,9 @@ def _beside(guessed: GuessedColumns, text: tuple[str, ...]) -> TabularSpec | Non
     return TabularSpec(numeric=numeric, log=log, categorical=categorical, multi=multi, **_BRANCH)  # type: ignore[arg-type]
 
 
-def _sample(table: Path, named: tuple[str, ...], seed: int) -> pa.Table:
+def _sample(table: Path, named: tuple[str, ...], seed: int, dialect: Dialect) -> pa.Table:
     """Rows drawn at random from the first `_CHUNKS` chunks."""
-    chunks: Iterator[pa.Table] = (chunk.table for chunk in read_chunks(table, named=named))
+    chunks: Iterator[pa.Table] = (chunk.table for chunk in read_chunks(table, named=named, dialect=dialect))
     rows = pa.concat_tables(islice(chunks, _CHUNKS))
     if len(rows) <= SAMPLE_ROWS:
         return rows.combine_chunks()

@@ -31,6 +31,7 @@ from bertforge.autofit.columns import Columns, choose_columns
 from bertforge.autofit.search import Log, Say, Trial, Workbench, search
 from bertforge.benchmark.fastest import AUTO, candidates, compile_fastest
 from bertforge.data.concerns import concerns
+from bertforge.data.dialect import Dialect
 from bertforge.data.prepare import prepare
 from bertforge.data.prepared import PreparedData
 from bertforge.data.tokens import Tokenizer
@@ -67,6 +68,14 @@ class FitOptions:
     model: str = "minilm"
     """The pretrained checkpoint."""
     seed: int = 42
+    encoding: str = ""
+    """Of a text table; "": detected."""
+    separator: str = ""
+    """Between its columns; "": detected."""
+
+    @property
+    def dialect(self) -> Dialect:
+        return Dialect(self.encoding, self.separator)
 
     def __post_init__(self) -> None:
         if not LEAST_MINUTES <= self.minutes < math.inf:
@@ -141,7 +150,7 @@ def fit_table(
 
 
 def _all_stages(table: Path, out: Path, options: FitOptions, state: _State, say: Say, train: Train) -> None:
-    chosen = choose_columns(table, options.label_column, options.text_columns, options.seed)
+    chosen = choose_columns(table, options.label_column, options.text_columns, options.seed, options.dialect)
     data, run = out / "data", out / "run"
     prepared = _prepared(table, data, chosen, options, say)
     state.save()  # not before: a table that cannot be learnt from leaves nothing behind

@@ -115,7 +115,7 @@ def compile_fastest(
     with fresh_directory(out) as folder:
         for candidate in wanted:
             began, times = time.monotonic(), _INT8_TAKES if candidate.precision == "int8" else 1.0
-            if began + exact * times > end:
+            if tried and began + exact * times > end:
                 late = MachineError(f"passed over: it takes some {exact * times:.0f} s, which are not left")
                 tried.append(replace(candidate, error=late))
                 continue

@@ -13,6 +13,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from bertforge.cli.tables import KINDS, Encoding, Separator, dialect
+
 if TYPE_CHECKING:
     from bertforge.autofit.fit import FitOptions
     from bertforge.training.config import Recipe
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 def fit(
     table: Annotated[
         Path,
-        typer.Argument(help="CSV, TSV, JSON lines (each in .gz or .zip too), Parquet or Excel.", show_default=False),
+        typer.Argument(help=f"{KINDS}.", show_default=False),
     ],
     label_column: Annotated[
         str | None,
@@ -33,6 +35,8 @@ def fit(
     minutes: Annotated[float, typer.Option(help="Time for everything.")] = 10.0,
     out: Annotated[Path, typer.Option(help="Folder to write; the same command goes on in it.")] = Path("model"),
     model: Annotated[str, typer.Option(help="Pretrained model: minilm, a folder or a Hub id.")] = "minilm",
+    separator: Separator = "",
+    encoding: Encoding = "",
     seed: Annotated[int, typer.Option(help="Of the split, the trials and the training.")] = 42,
 ) -> None:
     """Find the best model for a table, train it and compile its fastest engine.
@@ -52,7 +56,8 @@ def fit(
 
     names = tuple(name.strip() for name in text_columns.split(",") if name.strip())
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does, so that nothing half-made stays
-    show_fit(table, out, FitOptions(label_column, names, minutes, model, seed))
+    told = dialect(encoding, separator)
+    show_fit(table, out, FitOptions(label_column, names, minutes, model, seed, told.encoding, told.separator))
     show_next(out)
 
 
