@@ -15,6 +15,7 @@ from bertforge.autofit.fit import STATE, FitOptions, fit, fit_table
 from bertforge.benchmark.fastest import Candidate
 from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.inference.predictor import Predictor
+from bertforge.training import schedule
 from bertforge.training.finetune import finetune
 from tests.autofit.tables import mails
 
@@ -26,6 +27,7 @@ def quick():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "candidates", lambda columns: settings if columns else settings[1:])
         patch.setattr(search, "LEAST_STEPS", 4)
+        patch.setattr(schedule, "MOST_EPOCHS", 6)
         patch.setattr(module, "candidates", lambda *arguments: [Candidate("onnxruntime", "fp32")])
         yield
 

@@ -4,6 +4,7 @@ from bertforge.artifact import read_manifest
 from bertforge.autofit import fit, search
 from bertforge.benchmark.fastest import Candidate
 from bertforge.cli import demo
+from bertforge.training import schedule
 from tests.runs import needs_the_minilm_package, run_command
 
 
@@ -24,6 +25,7 @@ def test_an_interrupted_demo_goes_on_and_a_finished_one_is_replaced(tmp_path, mo
     monkeypatch.setattr(demo, "ROWS", 60)
     monkeypatch.setattr(search, "candidates", lambda columns: [search.Candidate(True, 1.0, False)])
     monkeypatch.setattr(search, "LEAST_STEPS", 1)
+    monkeypatch.setattr(schedule, "MOST_EPOCHS", 1)
     monkeypatch.setattr(fit, "candidates", lambda *arguments: [Candidate("onnxruntime", "fp32")])
     out = tmp_path / "demo"
     with monkeypatch.context() as patch:
