@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 from bertforge.artifact import write_json
 from bertforge.data.prepared import PreparedData
+from bertforge.data.schema import QUESTIONS
 from bertforge.data.tokens import Tokenizer
 from bertforge.determinism import seed_everything
 from bertforge.hardware import choose_precision, detect
@@ -56,7 +57,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=".") as scratch:
         model = random_bert(args.prepared, Path(scratch) / "model") if args.model == "bert-base" else args.model
         settings = [f"model={model}", f"lora.last_layers={args.last_layers}", f"tokens_per_step={args.tokens}"]
-        recipe = load_recipe("lora-r8").with_settings(
+        recipe = load_recipe("lora-r8").on(QUESTIONS).with_settings(
             [*settings, "epochs=3", f"precision={args.precision}", "prefix_cache_gb=1e6"]
         )
         free = Room.free(detect().device, Path(scratch))

@@ -109,7 +109,7 @@ class Ours:
         seed_everything(SEED)
         run = assemble(prepared, recipe, torch.device("cpu"))
         self.model, self.examples, self.precision = run.model.train(), run.split.examples, precision
-        self.optimizer = make_optimizer(self.model, self.schedule, recipe.weight_decay)
+        self.optimizer = make_optimizer(self.model, LR, LR, recipe.weight_decay)
         self.shares = warm_up()
         weights = torch.ones(len(prepared.label_names))
         self.step = EagerStep(self.model, self.optimizer, weights, 0.0, recipe.max_grad_norm, precision)

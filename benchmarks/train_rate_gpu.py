@@ -40,6 +40,7 @@ import peers
 from bertforge.artifact import write_json
 from bertforge.data.loader import Examples, Split, load
 from bertforge.data.prepared import PreparedData
+from bertforge.data.schema import QUESTIONS as SCHEMA
 from bertforge.data.tokens import Tokenizer
 from bertforge.determinism import seed_everything
 from bertforge.lora.inject import inject_lora
@@ -165,7 +166,7 @@ def operations(variant: str, part: str, lengths: np.ndarray) -> float:
 def trainer_of(variant: str, split: Split, tokens: int, folder: Path) -> Trainer:
     """A run of BERT-base with random weights, ready to start."""
     name, precision = VARIANTS[variant]
-    recipe = load_recipe(name).with_settings(
+    recipe = load_recipe(name).on(SCHEMA).with_settings(
         [f"tokens_per_step={tokens}", f"epochs={EPOCHS}", f"patience={EPOCHS}", "checkpoint_seconds=1e9"]
     )
     config = BertConfig(labels=("open", "closed"), attention_probs_dropout_prob=0.0)
