@@ -28,7 +28,8 @@ def test_every_row_is_tested_once_and_finished_folds_are_kept(folded, base, tmp_
         trained.append(recipe.split)
         return finetune(data, run, recipe, resume=resume)
 
-    recipe, out = quick_recipe(base, epochs=6), tmp_path / "folds"
+    learns = {"epochs": 8, "tokens_per_step": 128}
+    recipe, out = quick_recipe(base, **learns), tmp_path / "folds"
     with pytest.raises(KeyboardInterrupt):
         cross_validate(folded, out, recipe, print, train)
     found = cross_validate(folded, out, recipe, print, train)
@@ -42,7 +43,7 @@ def test_every_row_is_tested_once_and_finished_folds_are_kept(folded, base, tmp_
     assert found["pooled"]["accuracy"]["value"] > 0.8, "the words tell the label"
     assert table(found).splitlines()[-1].startswith("| all rows | 200 | ")
     with pytest.raises(ArtifactError, match=r"fold-1 was trained with lr 0\.002, not 0\.001; name another folder"):
-        cross_validate(folded, out, quick_recipe(base, epochs=6, lr=1e-3), print, train)
+        cross_validate(folded, out, quick_recipe(base, **learns, lr=1e-3), print, train)
 
 
 def test_data_without_folds_says_how_to_make_them(data, base, tmp_path):
