@@ -57,8 +57,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=".") as scratch:
         model = random_bert(args.prepared, Path(scratch) / "model") if args.model == "bert-base" else args.model
         settings = [f"model={model}", f"lora.last_layers={args.last_layers}", f"tokens_per_step={args.tokens}"]
-        recipe = load_recipe("lora-r8").on(QUESTIONS).with_settings(
-            [*settings, "epochs=3", f"precision={args.precision}", "prefix_cache_gb=1e6"]
+        recipe = (
+            load_recipe("lora-r8")
+            .on(QUESTIONS)
+            .with_settings([*settings, "epochs=3", f"precision={args.precision}", "prefix_cache_gb=1e6"])
         )
         free = Room.free(detect().device, Path(scratch))
         rooms = {"nowhere": Room(0, 0, 0), "host": Room(0, free.host, 0), "disk": Room(0, 0, free.disk)}

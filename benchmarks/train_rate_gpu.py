@@ -166,8 +166,12 @@ def operations(variant: str, part: str, lengths: np.ndarray) -> float:
 def trainer_of(variant: str, split: Split, tokens: int, folder: Path) -> Trainer:
     """A run of BERT-base with random weights, ready to start."""
     name, precision = VARIANTS[variant]
-    recipe = load_recipe(name).on(SCHEMA).with_settings(
-        [f"tokens_per_step={tokens}", f"epochs={EPOCHS}", f"patience={EPOCHS}", "checkpoint_seconds=1e9"]
+    recipe = (
+        load_recipe(name)
+        .on(SCHEMA)
+        .with_settings(
+            [f"tokens_per_step={tokens}", f"epochs={EPOCHS}", f"patience={EPOCHS}", "checkpoint_seconds=1e9"]
+        )
     )
     config = BertConfig(labels=("open", "closed"), attention_probs_dropout_prob=0.0)
     model = BertForSequenceClassification.from_config(config).cuda()
