@@ -22,7 +22,7 @@ from bertforge.inference.merge import merge_run
 from bertforge.inference.predictor import Predictor
 from bertforge.training import finetune as module
 from bertforge.training.finetune import assemble, finetune
-from bertforge.training.start import _FirstTokens, _logistic_regression, _logits, probe
+from bertforge.training.start import PENALTIES, _FirstTokens, _logistic_regression, _logits, probe
 from tests.runs import KINDS, STEPS, make_base, prepare_frame, quick_recipe
 from tests.training.test_resume import CrashError, crash, crash_after, outcome
 
@@ -94,6 +94,14 @@ def test_a_probe_tells_classes_apart_where_a_random_classifier_does_not(mail, ba
     logits = torch.from_numpy(predict_logits(run.model, run.split.examples, rows, "fp32"))
     loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels)).item()
     assert loss == pytest.approx(found["validation_loss"], rel=1e-4), "the model computes what was fitted"
+
+
+def test_validation_rows_choose_the_penalty(mail, base):
+    run = assembled(mail, probed_recipe(base))
+    assert probe(run.model, run.split, "fp32", seed=42)["penalty"] < max(PENALTIES)
+    nothing_to_learn = np.random.default_rng(0).permutation(run.split.examples.labels)
+    split = replace(run.split, examples=replace(run.split.examples, labels=nothing_to_learn))
+    assert probe(run.model, split, "fp32", seed=42)["penalty"] == max(PENALTIES)
 
 
 def test_the_pooler_standardises_what_it_reads(mail, base):

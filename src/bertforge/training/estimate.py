@@ -1,8 +1,8 @@
 """What fine-tuning will cost on this machine and this data: training's own steps, run for a minute and multiplied out.
 
 Every variant is put together as for a run and driven by the same loop, on packs taken evenly from an epoch's plan, so
-the figures hold the loader, the recorded graph and the precision that the run would have. A pack is filled up to one
-of few shapes, so an epoch costs its number of packs; validation packs are not, and cost their tokens. The learning rate is
+the figures hold the loader, the recorded graph and the precision that the run would have. Packs are filled up to few
+shapes, so an epoch costs its number of packs; validation packs are not, and cost their tokens. The learning rate is
 next to nothing, which changes no speed and lets no loss blow up. Nothing is left on disk.
 
 The minute is shared by the variants, set-up included. A variant whose share is used up stops after the step under way,
