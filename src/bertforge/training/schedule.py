@@ -21,7 +21,7 @@ from bertforge.data.loader import Split
 from bertforge.model.config import BertConfig
 from bertforge.training.config import Recipe
 
-STEPS, STEPS_PER_CLASS = 200, 40
+STEPS, STEPS_PER_CLASS = 200, 30
 MOST_EPOCHS = 15
 _LEAST_EPOCHS = {100_000: 3, 1_000_000: 2}  # up to so many train rows; 1 beyond
 _ROWS_PER_STEP = {125: 8, 500: 16}  # up to so many train rows; 32 beyond
