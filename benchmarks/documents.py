@@ -348,15 +348,26 @@ def public_tables() -> str:
 
 @table
 def measured_tables() -> str:
-    """Every system on every table."""
-    if not (found := _measured_tables()):
+    """Every system on every table, on a GPU."""
+    return _every_system("tables")
+
+
+@table
+def measured_tables_cpu() -> str:
+    """What was run on a CPU."""
+    return _every_system("tables_cpu")
+
+
+def _every_system(name: str) -> str:
+    """A row for each table and system of the suite's record `name`."""
+    if not (found := _measured_tables(name)):
         return NOT_YET
     rows = []
-    for (name, system), runs in found.items():
+    for (table_name, system), runs in found.items():
         mean = {key: statistics.mean(run[key] for run in runs) for key in runs[0] if key.startswith(("acc", "macro"))}
         rows.append(
             [
-                name,
+                table_name,
                 system,
                 _percent(mean["accuracy"]),
                 _interval(mean["accuracy_low"], mean["accuracy_high"]),
@@ -367,14 +378,14 @@ def measured_tables() -> str:
             ]
         )
     head = ["table", "system", "accuracy", "95% interval", "seed by seed", "macro F1", "95% interval", "time"]
-    record = _record("tables")
-    return _markdown(head, rows) + _absent(record, "table", "system") + _source("tables", record)
+    record = _record(name)
+    return _markdown(head, rows) + _absent(record, "table", "system") + _source(name, record)
 
 
 @table
 def measured_tables_short() -> str:
     """Mean accuracy, a table a row."""
-    if not (found := _measured_tables()):
+    if not (found := _measured_tables("tables")):
         return NOT_YET
     known = ["bertforge", "bertforge, columns", "bertforge fit", "TF-IDF + logistic regression"]
     systems = [*known, "linear probe on embeddings", "transformers Trainer"]
@@ -386,10 +397,10 @@ def measured_tables_short() -> str:
     return _markdown(["table", *shown], rows) + _source("tables", _record("tables"))
 
 
-def _measured_tables() -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """The suite's measured runs by table and system; none where the record is not there yet."""
+def _measured_tables(name: str) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The measured runs of the suite's record `name`, by table and system; none where it is not there yet."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in _record("tables")["rows"] if (RESULTS / "tables.json").is_file() else []:
+    for row in _record(name)["rows"] if (RESULTS / f"{name}.json").is_file() else []:
         if "missing" not in row:
             groups.setdefault((row["table"], row["system"]), []).append(row)
     return groups
