@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,6 +102,13 @@ def test_the_line_before_training_says_what_was_chosen():
     )
     one = derived(replace(LORA, tokens_per_step=4096, epochs=1, lr=1e-4, head_lr=1e-3))
     assert "up to 4,096 tokens a step, 1 epoch, 9 steps, learning rate 0.0001 (head 0.001);" in one.describe(9, 9, 9)
+
+
+def test_the_documents_say_the_same():
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    schedule = derived(rows=800, tokens=26, classes=3)
+    assert f"\n{schedule.describe(800, 26, steps(schedule, 800))}\n" in text
+    assert f"it takes to {STEPS} steps and {STEPS_PER_CLASS} more for each class, but {MOST_EPOCHS} at most" in text
 
 
 # What the six variants, and `columns`, were before settings were derived.
