@@ -26,7 +26,7 @@ from bertforge.tensorrt_library import MODULES, unfit
 
 AUTO = "auto"
 TIMED_ROWS, REPEATS = 200, 3
-_INT8_TAKES = 4.0  # times what an exact engine takes to build and prove, for its calibration
+_INT8_TAKES = 8.0  # times what an exact engine takes to build and prove, for calibration and accuracy control
 # Which targets a device runs, the one to take unmeasured first.
 _TARGETS = {"cpu": ("openvino", "onnxruntime"), "cuda": ("tensorrt", "tensorrt-rtx", "onnxruntime")}
 
