@@ -117,7 +117,7 @@ class Workbench:
         self._start: dict[str, Tensor] = {}
 
     def recipe(self, candidate: Candidate) -> tuple[Recipe, Run, Schedule]:
-        """The candidate's recipe with its learning rates set, its model and data, and what its schedule derives."""
+        """The candidate's recipe with its learning rates set, its model and data, and the schedule they multiply."""
         known = load_recipe()
         recipe = replace(
             known,
@@ -134,7 +134,7 @@ class Workbench:
         derived = Schedule.of(recipe, run.split, run.model.config)
         lr = derived.lr * candidate.speed
         recipe = replace(recipe, lr=lr, head_lr=derived.head_lr if candidate.columns else lr)
-        return recipe, run, Schedule.of(recipe, run.split, run.model.config)
+        return recipe, run, derived
 
     def trial(self, candidate: Candidate, rows_seen: int, end: float) -> Trial:
         """Trains the candidate on so many rows; raises TimeUpError when it is not done by `end` (monotonic).
