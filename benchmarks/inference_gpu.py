@@ -35,14 +35,14 @@ import torch
 
 import gpu_time
 from bertforge.artifact import write_json
-from bertforge.backends.base import Backend, BatchShape
-from bertforge.backends.onnxruntime import OnnxRuntimeBackend
-from bertforge.backends.pytorch import PyTorchBackend
-from bertforge.backends.run import batch_of, group, padding_waste, run
 from bertforge.batch import PaddedBatch
 from bertforge.data.loader import Examples
 from bertforge.data.prepared import PreparedData
 from bertforge.data.tokens import Tokenizer
+from bertforge.engines.base import BatchShape, Engine
+from bertforge.engines.onnxruntime import OnnxRuntimeEngine
+from bertforge.engines.pytorch import PyTorchEngine
+from bertforge.engines.run import batch_of, group, padding_waste, run
 from bertforge.evaluation.groups import wilson_interval
 from bertforge.export.bert_onnx import export_onnx
 from bertforge.hardware import Hardware, detect
@@ -160,7 +160,7 @@ def load_job(model: str, prepared: Path, rows: int, hardware: Hardware, scratch:
         network.save_pretrained(folder)
         examples = Examples(data.tokens(tokenizer), data.labels, tokenizer.sep_id, 512)
         chosen = np.random.default_rng(SEED).permutation(chosen)[:rows]
-    reference = run(PyTorchBackend(copy.deepcopy(network), hardware, "fp32"), examples, chosen)
+    reference = run(PyTorchEngine(copy.deepcopy(network), hardware, "fp32"), examples, chosen)
     return Job(Path(model).name, folder, network, examples, chosen, reference, labelled, hardware)
 
 
@@ -231,25 +231,25 @@ def onnxruntime(job: Job, tokens: int | None, fused: bool) -> Ready:
     """Our graph in float16, or as it is for ONNX Runtime alone."""
     with tempfile.TemporaryDirectory() as folder:
         path = export_onnx(job.model, Path(folder) / "model.onnx", precision="fp16", fused=fused)
-        backend = OnnxRuntimeBackend(path, job.hardware, "fp16")
-    return ready(job, backend, replace(backend.shape, tokens=tokens) if tokens else job.padded)
+        engine = OnnxRuntimeEngine(path, job.hardware, "fp16")
+    return ready(job, engine, replace(engine.shape, tokens=tokens) if tokens else job.padded)
 
 
 def packed(job: Job, tokens: int, weights: str = "bf16", how: type[FixedPacks] | None = None) -> Ready:
     """Our model as it is served, or with float32 weights under autocast, or `how` on packs of one shape."""
-    backend: Any = PyTorchBackend(copy.deepcopy(job.model), job.hardware, weights)
-    backend.cast = "bf16" if weights == "fp32" else backend.cast
+    engine: Any = PyTorchEngine(copy.deepcopy(job.model), job.hardware, weights)
+    engine.cast = "bf16" if weights == "fp32" else engine.cast
     shape = BatchShape(tokens)
     if how:
-        backend = how(backend.model, job.examples.max_length, tokens, job.hardware)
+        engine = how(engine.model, job.examples.max_length, tokens, job.hardware)
         shape = BatchShape(tokens, rows=tokens // FixedPacks.SHORTEST)
-    return ready(job, backend, shape)
+    return ready(job, engine, shape)
 
 
-def ready(job: Job, backend: Backend, shape: BatchShape) -> Ready:
-    """A backend with the batches it is given."""
-    waste = padding_waste(job.examples.lengths(job.rows), backend.packed, shape)
-    return Ready(partial(run, backend, job.examples, job.rows, shape=shape), waste)
+def ready(job: Job, engine: Engine, shape: BatchShape) -> Ready:
+    """A engine with the batches it is given."""
+    waste = padding_waste(job.examples.lengths(job.rows), engine.packed, shape)
+    return Ready(partial(run, engine, job.examples, job.rows, shape=shape), waste)
 
 
 def measure(system: System, job: Job, repeats: int, ceilings: dict[str, float]) -> dict[str, Any]:

@@ -5,14 +5,13 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from bertforge.backends.openvino import OpenVinoBackend
 from bertforge.batch import PaddedBatch, TabularBatch
-from bertforge.export import openvino_convert
+from bertforge.engines import openvino
 from bertforge.export.bert_onnx import export_onnx
 from bertforge.export.graph import input_names
-from bertforge.export.openvino_convert import convert
 from bertforge.hardware import detect
 from bertforge.model.config import TabularConfig
+from tests.engines.building import built
 from tests.export.test_bert_onnx import SMALL, inferred_types
 from tests.model.tiny import tiny_bert
 
@@ -117,16 +116,14 @@ def test_columns_stay_float32_beside_a_text_in_less(tmp_path, precision):
 @pytest.mark.parametrize("kind", ["all kinds", "no logs, no indicators"])
 def test_openvino_computes_raw_numbers_in_float32_whatever_its_precision(tmp_path, kind, monkeypatch):
     model, given = taught(KINDS[kind]), batch(KINDS[kind])
-    graph = export_onnx(model, tmp_path / "m.onnx")
     wanted = expected(model, given)
     spread = np.ptp(wanted, axis=0).max()
 
     def off(precision):
-        engine = OpenVinoBackend(convert(graph, tmp_path / "m.xml"), detect(), precision)
-        return np.abs(engine.logits(given) - wanted).max() / spread
+        return np.abs(built("openvino", model, tmp_path, precision).logits(given) - wanted).max() / spread
 
     assert off("fp32") < 2e-5
     assert off("bf16") < 0.01
     if detect().bf16:
-        monkeypatch.setattr(openvino_convert, "_mark_precise", lambda path: None)
+        monkeypatch.setattr(openvino, "_mark_precise", lambda path: None)
         assert off("bf16") > 0.05, "rounded to bfloat16, a year that stands on an edge is beyond it"

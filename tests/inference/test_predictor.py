@@ -45,7 +45,7 @@ def test_a_loaded_run_is_the_model_that_was_trained(tmp_path, data, base, runs, 
     loaded = predictor.logits(prepared.texts(rows), columns)
     np.testing.assert_allclose(loaded, trained, atol=1e-5)
     assert np.abs(trained).max() > 0.01
-    assert not predictor.backend.model.training
+    assert not predictor.engine.model.training
 
 
 def test_predictions_are_labels_with_their_probabilities(data, runs):

@@ -6,8 +6,8 @@ import torch
 
 from bertforge.batch import PaddedBatch, pack
 from bertforge.model.classifier import BertForSequenceClassification
+from bertforge.model.points import units
 from bertforge.quantize import calibrate, fake
-from bertforge.quantize.points import units
 from bertforge.scales import Scales
 from tests.model.tiny import tiny_bert
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from bertforge.backends.run import run
 from bertforge.benchmark.workload import Workload, load
 from bertforge.data.prepared import PreparedData
+from bertforge.engines.run import run
 
 _STATUS = Path("/proc/self/status")  # getrusage would count the parent's memory, inherited over fork
 
@@ -35,7 +35,7 @@ def _main(folder: str, framework: str, precision: str, data: str, split: str, ro
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
     predictor = load(Path(folder), framework, precision)
     work = Workload.of(predictor, PreparedData.open(Path(data)), split, int(rows))
-    run(predictor.backend, work.examples, work.timed)
+    run(predictor.engine, work.examples, work.timed)
     if free is not None:
         print(free - torch.cuda.mem_get_info()[0])
     elif _STATUS.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())):

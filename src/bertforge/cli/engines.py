@@ -58,10 +58,10 @@ def compile_(
 
         bertforge compile models/first --data data
     """
-    from bertforge.benchmark.fastest import AUTO, candidates, compile_fastest
+    from bertforge.engines.fastest import AUTO, candidates
     from bertforge.errors import UsageError
     from bertforge.hardware import detect
-    from bertforge.inference.compile import compile_model, default_folder, verify_engine
+    from bertforge.jobs.compile import compile_fastest, compile_model, default_folder, verify_engine
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
     say = Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print
@@ -118,7 +118,7 @@ def _say_layers(console: Console, receipt: dict[str, Any]) -> None:
 
 
 def _say_proof(console: Console, receipt: dict[str, Any]) -> None:
-    from bertforge.backends.receipt import verdict
+    from bertforge.engines.receipt import verdict
     from bertforge.evaluation.agreement import Agreement
 
     console.print(f"golden rows: {Agreement(**receipt['golden_agreement'])}")

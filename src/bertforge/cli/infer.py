@@ -121,7 +121,7 @@ def merge(
 
         bertforge merge runs/first --out models/first
     """
-    from bertforge.inference.merge import merge_run
+    from bertforge.jobs.merge import merge_run
 
     measured = merge_run(run, out)
     console = Console(highlight=False, soft_wrap=True, markup=False)

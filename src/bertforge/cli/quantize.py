@@ -55,7 +55,7 @@ def quantize(
             --max-drop 0.3
     """
     from bertforge.artifact import check_output, write_json
-    from bertforge.inference.quantize import QuantizeOptions, quantize_model
+    from bertforge.jobs.quantize import QuantizeOptions, quantize_model
     from bertforge.training.qat import tune
 
     console = Console(highlight=False, soft_wrap=True, markup=False)

@@ -61,6 +61,21 @@ class PreparedData:
                 )
         return cls(directory, manifest)
 
+    @classmethod
+    def of(cls, directory: Path, model: Path, manifest: dict[str, Any]) -> PreparedData:
+        """The data that the `model` of a `manifest` was trained on.
+
+        Raises DataError for any other: its validation and test rows may be rows that the model was trained on, and to
+        calibrate or judge by those proves nothing.
+        """
+        found = cls.open(directory)
+        if found.fingerprint != manifest["data"]["fingerprint"]:
+            raise DataError(
+                f"{model} was trained on other data than {directory}, or on another split of it, whose train rows may "
+                "be test rows here; name the folder it was trained on with --data"
+            )
+        return found
+
     def __len__(self) -> int:
         return int(self.manifest["rows"])
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from bertforge.artifact import MANIFEST
-from bertforge.backends.run import run
 from bertforge.data.dialect import Dialect
 from bertforge.data.prepared import PreparedData
 from bertforge.data.raw import read_raw
 from bertforge.data.streaming import progress
 from bertforge.data.tokens import TokenStore
+from bertforge.engines.run import run
 from bertforge.errors import DataError, UsageError
 from bertforge.inference.predictor import Predictor
 
@@ -75,7 +75,7 @@ def _score_prepared(predictor: Predictor, prepared: PreparedData, part: str) -> 
             done += count
             report(done, done / len(rows))
 
-        logits = run(predictor.backend, examples, rows, advance=advance)
+        logits = run(predictor.engine, examples, rows, advance=advance)
     dates = prepared.dates
     source = f"the {part} part of the {split} split of {prepared.manifest['source']['name']}"
     return Scored(

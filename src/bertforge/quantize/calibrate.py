@@ -14,8 +14,8 @@ from modelopt.torch.quantization.calib import HistogramCalibrator
 from modelopt.torch.quantization.tensor_quant import scaled_e4m3
 
 from bertforge.model.classifier import BertForSequenceClassification
+from bertforge.model.points import Unit
 from bertforge.quantize.fake import Loop, activation_quantizers, quantize_only
-from bertforge.quantize.points import Unit
 
 PERCENTILES = (99.9, 99.99, 99.999, 99.9999)
 _FIRST = 128  # bin from which on they try: 128 bins are all that 8 bits tell apart

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from bertforge.model.classifier import BertForSequenceClassification
+from bertforge.model.points import Unit, share_of_work
 from bertforge.quantize.fake import quantize_only
-from bertforge.quantize.points import Unit, share_of_work
 
 Logits = Callable[[], np.ndarray]
 

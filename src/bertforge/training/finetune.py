@@ -31,7 +31,6 @@ from bertforge.data.tabular import TabularTransform
 from bertforge.data.tokens import Tokenizer
 from bertforge.determinism import branch, seed_everything
 from bertforge.errors import ArtifactError, DataError, UsageError
-from bertforge.evaluation.golden import GoldenRows
 from bertforge.evaluation.standing import standing
 from bertforge.evaluation.temperature import fit_temperature
 from bertforge.hardware import Hardware, choose_training_precision, detect
@@ -41,6 +40,7 @@ from bertforge.lora.inject import inject_lora
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.config import TabularConfig
 from bertforge.models import MINILM, MINILM_HUB_ID, minilm_folder, resolve, weights_file
+from bertforge.proof.golden import GoldenRows
 from bertforge.training.checkpoint import Progress, count_trainable
 from bertforge.training.config import Recipe
 from bertforge.training.distributed import World, joined

@@ -1,0 +1,244 @@
+"""The verdict on an engine: is it its model, up to what its precision does to it?
+
+Three questions, each with its own rows and its own kind of answer.
+
+1. Structure (`structure`): is every part of the model there? Asked where nothing is rounded, answered exactly.
+2. Shift: do its probabilities move as its precision moves them in simulation, row by row? Asked alone and in a crowd,
+   for padding and neighbours must change nothing.
+3. Accuracy: is any shown to be lost? The difference is paired, row by row, and has an interval. Two rows of 500 show
+   nothing, and neither does a point.
+
+Where the rows cannot tell, more are asked, up to all that prove. Where all cannot tell, the receipt says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from bertforge.data.loader import Examples
+from bertforge.engines.base import BatchShape, Engine, Rows
+from bertforge.engines.receipt import describe
+from bertforge.engines.run import batch_of, padding_waste, run
+from bertforge.errors import ArtifactError
+from bertforge.evaluation.agreement import Agreement
+from bertforge.evaluation.groups import wilson_interval
+from bertforge.evaluation.logits import predict_logits
+from bertforge.model.classifier import BertForSequenceClassification
+from bertforge.proof import structure
+from bertforge.proof.golden import GoldenRows
+from bertforge.proof.simulation import rounded, shift, sixteen_bits
+from bertforge.proof.tolerances import (
+    ACCURACY_LOSS,
+    ACCURACY_Z,
+    CHANGED_LABELS,
+    FIRST_ROWS,
+    SHIFT_FLOOR,
+    SHIFT_RATIO,
+    SHIFT_Z,
+    STRUCTURE,
+)
+from bertforge.scales import FORMATS, Scales
+
+
+class PrecisionError(ArtifactError):
+    """An engine is built as it should be and costs too much: a part of it in a wider type may cost less."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The model that an engine is held against, and what the engine's precision does to it."""
+
+    model: BertForSequenceClassification
+    """Plain, in float32."""
+    golden: GoldenRows
+    precision: str
+    layers: tuple[str, ...]
+    """Linear layers that compute in it, where it has 8 bits."""
+    scales: Scales | None = None
+    """Of an engine whose 8-bit ranges stand in its graph."""
+    simulation: Callable[[Examples, np.ndarray], np.ndarray] | None = None
+    """Of the precision, where `rounded` does not know all of it."""
+
+    def logits(self, examples: Examples, rows: np.ndarray) -> np.ndarray:
+        """The model's own, `[rows, labels]`."""
+        return predict_logits(self.model, examples, rows, "fp32")
+
+    def stored(self, examples: Examples, rows: np.ndarray) -> np.ndarray:
+        """With the weights as an engine of 8 bits stores them, and nothing else rounded."""
+        precision = self.precision if self.precision in FORMATS else "fp32"
+        with rounded(self.model, precision, self.layers, self.scales, activations=False):
+            return self.logits(examples, rows)
+
+    def simulated(self, examples: Examples, rows: np.ndarray) -> np.ndarray:
+        """In the engine's precision."""
+        if self.simulation:
+            return self.simulation(examples, rows)
+        eight = self.layers if self.precision in FORMATS else ()
+        with rounded(self.model, self.precision, eight, self.scales), sixteen_bits(self.model, self.precision, eight):
+            return self.logits(examples, rows)
+
+
+@dataclass(frozen=True)
+class Shift:
+    """By how much probabilities moved: means over the rows, with the interval of what passes the allowance."""
+
+    rows: int
+    found: float
+    simulated: float
+    low: float
+    """Of `found` less what is allowed."""
+    high: float
+
+    @classmethod
+    def of(cls, found: np.ndarray, simulated: np.ndarray) -> Shift:
+        """From each row's shift, `[rows]`."""
+        beyond = found - SHIFT_RATIO * simulated - SHIFT_FLOOR
+        error = SHIFT_Z * float(beyond.std()) / math.sqrt(len(beyond))
+        mean = float(beyond.mean())
+        return cls(len(found), float(found.mean()), float(simulated.mean()), mean - error, mean + error)
+
+    @property
+    def decided(self) -> bool:
+        """Whether the rows tell."""
+        return self.low > 0 or self.high <= 0
+
+    @property
+    def holds(self) -> bool:
+        """Shown to be within what is allowed or, where the rows cannot tell, nearer to it than beyond."""
+        return self.low + self.high <= 0  # not for NaN
+
+    def __str__(self) -> str:
+        return (
+            f"probabilities of {self.rows:,} rows move by {self.found:.4f} on average, where the precision moves them "
+            f"by {self.simulated:.4f} in simulation"
+        )
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Accuracy that an engine costs, a fraction, with its 95% interval; below 0 where it gains.
+
+    The interval is that of Agresti and Min (2005, "Simple improved confidence intervals for comparing matched
+    proportions"): half a row is added to each of the four cells, so that rows which all agree still leave a doubt.
+    """
+
+    rows: int
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, model_right: np.ndarray, engine_right: np.ndarray) -> Loss:
+        """From whether each row is labelled rightly, `[rows]` bool."""
+        rows = len(model_right)
+        lost, won = int((model_right & ~engine_right).sum()), int((engine_right & ~model_right).sum())
+        center = (lost - won) / (rows + 2)
+        error = ACCURACY_Z * math.sqrt(lost + won + 1 - (lost - won) ** 2 / (rows + 2)) / (rows + 2)
+        return cls(rows, (lost - won) / rows, center - error, center + error)
+
+    @property
+    def decided(self) -> bool:
+        """Whether the rows tell that more, or that no more than is allowed was lost."""
+        return self.low > ACCURACY_LOSS or self.high <= ACCURACY_LOSS
+
+    @property
+    def holds(self) -> bool:
+        """No more than is allowed is shown to be lost."""
+        return self.low <= ACCURACY_LOSS
+
+    def __str__(self) -> str:
+        told = "" if self.decided else f"; they cannot tell whether that is above {ACCURACY_LOSS:.1%}"
+        interval = f"{-self.high:+.2%} to {-self.low:+.2%}"
+        return f"{self.rows:,} validation rows: {0.0 - self.value:+.2%} accuracy ({interval}){told}"
+
+
+def prove(
+    reference: Reference,
+    engine: Engine,
+    exact: Callable[[], Engine] | None,
+    rows: Rows | None,
+    say: Callable[[str], object],
+) -> dict[str, Any]:
+    """What the receipt says of the proof. `exact` opens the engine with nothing rounded, where that can be.
+
+    Raises ArtifactError for an engine that is not its model, PrecisionError for one whose precision costs too much.
+    """
+    name, golden = f"the {engine.name} engine in {engine.precision}", reference.golden
+    every = np.arange(len(golden.logits))
+    proof: dict[str, Any] = {"products": _products(engine, golden), "structure": None}
+    if exact:
+        asked = structure.probes(golden, reference.model.config.vocab_size)
+        wanted = reference.stored(asked, np.arange(len(asked.labels)))
+        found = structure.compare(exact(), asked, wanted)
+        if not found.holds:
+            raise ArtifactError(
+                f"{name} does not compute what the model does: with nothing rounded, a logit of {found.probes} probes "
+                f"differs by {found.largest_difference:.2g} of their spread, more than {STRUCTURE:g}"
+            )
+        proof["structure"] = found.to_dict()
+    plain, simulated = reference.logits(golden.examples, every), reference.simulated(golden.examples, every)
+    alone = run(engine, golden.examples, every, shape=BatchShape(tokens=1))
+    together = structure.crowded(engine, golden.examples, every)
+    _check_finite(name, np.concatenate([alone, together]), "golden rows")
+    allowed = shift(plain, simulated)
+    moved = Shift.of(np.concatenate([shift(plain, alone), shift(plain, together)]), np.concatenate([allowed] * 2))
+    if not moved.holds:
+        raise PrecisionError(f"{name}: {moved}")
+    proof |= {"golden_agreement": Agreement.of(plain, alone).to_dict(), "golden_shift": asdict(moved)}
+    return proof if rows is None else proof | _prove_on(rows, reference, engine, name, say)
+
+
+def _prove_on(
+    rows: Rows, reference: Reference, engine: Engine, name: str, say: Callable[[str], object]
+) -> dict[str, Any]:
+    """The proof's part on validation rows, as many as it takes."""
+    logits: list[tuple[np.ndarray, ...]] = []
+    done, asked = 0, min(FIRST_ROWS, len(rows))
+    while True:
+        part = rows.rows[done:asked]
+        logits.append(tuple(give(rows.examples, part) for give in (reference.logits, reference.simulated)))
+        logits[-1] += (run(engine, rows.examples, part),)
+        plain, simulated, found = (np.concatenate(each) for each in zip(*logits, strict=True))
+        _check_finite(name, found, "validation rows")
+        labels = rows.labels[:asked]
+        loss = Loss.of(plain.argmax(1) == labels, found.argmax(1) == labels)
+        moved = Shift.of(shift(plain, found), shift(plain, simulated))
+        if (loss.decided and moved.decided) or asked == len(rows):
+            break
+        done, asked = asked, min(4 * asked, len(rows))
+        say(f"{done:,} validation rows cannot tell; asking {asked:,}")
+    if not moved.holds:
+        raise PrecisionError(f"{name}: {moved}")
+    agreement = Agreement.of(plain, found)
+    if wilson_interval(agreement.changed_labels, asked)[0] > CHANGED_LABELS:
+        raise PrecisionError(f"{name} changes the labels of {agreement.changed_labels:,} of {asked:,} validation rows")
+    if not loss.holds:
+        raise PrecisionError(f"{name} loses accuracy on {loss}")
+    lengths = rows.examples.lengths(rows.rows[:asked])
+    return {
+        "padding_waste": padding_waste(lengths, engine.packed, engine.shape),
+        "validation_agreement": agreement.to_dict(),
+        "validation_shift": asdict(moved),
+        "validation_accuracy": float((found.argmax(1) == labels).mean()),
+        "validation_accuracy_model": float((plain.argmax(1) == labels).mean()),
+        "accuracy_loss": asdict(loss),
+        "told": str(loss),
+    }
+
+
+def _check_finite(name: str, logits: np.ndarray, of: str) -> None:
+    if broken := int((~np.isfinite(logits)).any(axis=1).sum()):
+        raise ArtifactError(f"{name} gives no finite logits for {broken:,} of {len(logits):,} {of}")
+
+
+def _products(engine: Engine, golden: GoldenRows) -> dict[str, Any] | None:
+    """The receipt's part on matrix products, of the golden row of median length; None where the engine tells none."""
+    lengths = golden.examples.lengths(np.arange(len(golden.logits)))
+    middle = np.argsort(lengths, kind="stable")[[len(lengths) // 2]]
+    products = engine.products(batch_of(golden.examples, middle, engine.packed, BatchShape(tokens=1)))
+    return describe(products, engine.precision, int(lengths[middle[0]])) if products else None
