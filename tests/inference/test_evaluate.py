@@ -58,6 +58,15 @@ def test_the_validation_loss_of_training_is_found_again(data, runs, kind):
     assert surprise.mean() == pytest.approx(metrics["validation_loss"], rel=1e-5)
 
 
+def test_the_test_part_is_scored_where_none_is_named(data, runs):
+    prepared = PreparedData.open(data)
+    expected = {part: prepared.lines[prepared.rows("random", part)].tolist() for part in ("train", "test")}
+    assert score(Predictor.load(runs["full"]), data).lines.tolist() == expected["test"] != expected["train"]
+    found = evaluate_run(runs["full"], data)
+    assert found.scored.lines.tolist() == expected["test"]
+    assert found.standing.part == "test"
+
+
 def test_rows_without_text_or_label_are_left_out_and_counted(tmp_path, runs):
     frame = made_up(12, seed=4)
     frame.loc[1, "OpenStatus"] = "?"
