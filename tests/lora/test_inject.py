@@ -216,6 +216,10 @@ def test_adapters_are_not_put_on_adapters():
     ("options", "message"),
     [
         ({"r": 0}, "r=0"),
+        ({"lora_alpha": 0}, "lora_alpha=0 is not a finite number above 0; twice r is usual, here 16"),
+        ({"lora_alpha": -1}, "lora_alpha=-1 is not a finite number above 0"),
+        ({"lora_alpha": float("nan")}, "lora_alpha=nan is not a finite number above 0"),
+        ({"lora_alpha": float("inf")}, "lora_alpha=inf is not a finite number above 0"),
         ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
         ({"target_modules": ()}, "target_modules is empty"),
     ],
