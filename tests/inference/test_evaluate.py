@@ -7,6 +7,7 @@ from html import unescape
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from bertforge.data.prepare import PrepareOptions
 from bertforge.data.prepared import PreparedData
@@ -14,8 +15,10 @@ from bertforge.errors import DataError, UsageError
 from bertforge.evaluation.baselines import COLUMNS, MAJORITY, TEXT
 from bertforge.evaluation.metrics import classification_metrics
 from bertforge.inference import scoring
+from bertforge.inference.compile import compile_model
 from bertforge.inference.evaluate import evaluate_run
 from bertforge.inference.predictor import Predictor
+from bertforge.inference.quantize import QuantizeOptions, quantize_model
 from bertforge.inference.scoring import score
 from bertforge.training.finetune import finetune
 from tests.runs import KINDS, made_up, prepare_frame, quick_recipe
@@ -138,6 +141,37 @@ def test_two_runs_are_compared_row_by_row(data, runs):
     same = evaluate_run(runs["full"], data, "test", against=runs["full"]).comparison
     assert (same.changed_labels, same.accuracy_difference.value, same.loss_difference.value) == (0, 0, 0)
     assert evaluate_run(runs["full"], data).comparison is None
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory, data, runs):
+    """One model three times: as it was trained, in simulated 8 bits, and as an INT8 engine."""
+    folder = tmp_path_factory.mktemp("full")
+    options = QuantizeOptions(calibration="max", rows=16, validation_rows=16)
+    quantize_model(runs["full"], data, folder / "quantized", options, None, lambda stage: None)
+    compile_model(runs["full"], "onnxruntime", "int8", data, folder / "engine")
+    return {"model": runs["full"], "quantized": folder / "quantized", "engine": folder / "engine"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="ONNX Runtime's INT8 is a CPU's")
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("engine", "model"), ("model", "engine"), ("quantized", "model"), ("model", "quantized"), ("engine", "quantized")],
+)
+def test_each_is_compared_in_the_precision_it_has(data, full, first, second):
+    """And a model, which has none of its own, in float32 beside what has one."""
+
+    def loss(name, precision):
+        predictor = Predictor.load(full[name], precision)
+        scored = score(predictor, data, "test")
+        logits = scored.logits / predictor.temperature
+        return classification_metrics(logits, scored.labels, "ab", bootstrap=1).loss.value
+
+    found = evaluate_run(full[first], data, "test", against=full[second])
+    assert found.precision == {"engine": "int8", "quantized": "fp32"}.get(first, found.precision)
+    beside = loss(second, "fp32" if second == "model" else "auto")
+    assert found.comparison.loss_difference.value == pytest.approx(loss(first, found.precision) - beside, abs=1e-6)
+    assert found.comparison.loss_difference.value != 0
 
 
 @pytest.mark.parametrize("kind", ["full", "columns"])
