@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "data": set(),
     "evaluation": {"data"},
     "training": {"model", "lora", "data", "evaluation"},
-    "quantize": {"model"},
+    "quantize": {"model", "evaluation"},
     "export": {"model"},
     "backends": {"model", "data"},
     "inference": {"model", "lora", "data", "evaluation", "quantize", "export", "backends"},
