@@ -9,7 +9,7 @@ transformers gets batches of 32 that lie on the GPU before the clock starts, pad
 as the study had them, or to the longest of the batch after sorting by length. What is ours, and ONNX Runtime with our
 graph, is timed from token ids to logits on the host: sorting, laying out and copying are inside. A rate is the median
 of the repeats after one warm-up, which also compiles. Operations are those of the model on the real tokens, whatever a
-system computes besides or saves; the ceiling is a product of two square matrices, measured in the same run. Memory is
+system computes besides or saves; the ceiling is the fastest matrix product, measured in the same run. Memory is
 what the process took from the device. Logits are compared with float32's on the same rows.
 
 A system that fails is a row that says why. The record is written after every row.
@@ -19,11 +19,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -33,9 +32,9 @@ from typing import Any
 import numpy as np
 import torch
 
-import gpu_time
 from bertforge.artifact import write_json
 from bertforge.batch import PaddedBatch
+from bertforge.benchmark.roofline import product_rate
 from bertforge.data.loader import Examples
 from bertforge.data.prepared import PreparedData
 from bertforge.data.tokens import Tokenizer
@@ -49,6 +48,7 @@ from bertforge.hardware import Hardware, detect
 from bertforge.inference.predictor import Predictor, plain_model
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.config import BertConfig
+from bertforge.peak_memory import PeakMemory
 from fixed_packs import Compiled, FixedPacks, Recorded
 from record import record
 
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
     options = parser.parse_args()
     hardware = detect()
-    ceilings = {precision: ceiling(hardware.device, dtype) for precision, dtype in DTYPES.items()}
+    ceilings = {precision: (product_rate(hardware, precision) or math.nan) * 1e-12 for precision in DTYPES}
     there = {distribution.metadata["Name"] for distribution in metadata.distributions()}
     found: list[dict[str, Any]] = [
         {"system": "torch", "framework": "matrix product", "precision": precision, "tflops": rate}
@@ -256,16 +256,17 @@ def measure(system: System, job: Job, repeats: int, ceilings: dict[str, float]) 
     """Loads, warms up and times a system; what it takes is given back before it returns."""
     if system.precision == "fp32" and not job.labelled:
         job = job.eighth()
-    with clean() as memory:
-        loaded = system.load(job)
-        logits = loaded.work()
-        rates = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            loaded.work()
-            rates.append(len(job.rows) / (time.perf_counter() - start))
-        taken, waste = memory(), loaded.padding_waste
-        del loaded  # the next system finds its memory free
+    torch.compiler.reset()
+    memory = PeakMemory(job.hardware.device)
+    loaded = system.load(job)
+    logits = loaded.work()
+    rates = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        loaded.work()
+        rates.append(len(job.rows) / (time.perf_counter() - start))
+    taken, waste = memory.taken_gb(), loaded.padding_waste
+    del loaded  # the next system finds its memory free
     median = float(np.median(rates))
     tflops = job.operations * median / len(job.rows) * 1e-12
     return {
@@ -297,32 +298,6 @@ def quality(job: Job, logits: np.ndarray) -> dict[str, Any]:
     low, high = wilson_interval(right, len(labels))
     recovery = right / int((job.reference.argmax(1) == labels).sum())
     return {**found, "accuracy": right / len(labels), "accuracy_low": low, "accuracy_high": high, "recovery": recovery}
-
-
-@contextmanager
-def clean() -> Iterator[Callable[[], float | None]]:
-    """A device without what ran before; gives a function that tells the GB taken from it since."""
-    gc.collect()
-    torch.compiler.reset()
-    there = torch.cuda.is_available()
-    if there:
-        torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info()[0]
-    yield lambda: (free - torch.cuda.mem_get_info()[0]) / 1e9 if there else None
-
-
-def ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s of a product of two square matrices."""
-    size = 8192 if device.type == "cuda" else 512
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    if device.type == "cuda":
-        return 2e-12 * size**3 / gpu_time.seconds(lambda: a @ b)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - start)
-    return 2e-12 * size**3 / min(times)
 
 
 def describe(system: System) -> dict[str, str]:

@@ -38,18 +38,20 @@ from transformers.models.bert.modeling_bert import BertLayer
 
 import peers
 from bertforge.artifact import write_json
+from bertforge.benchmark.roofline import product_rate
 from bertforge.data.loader import Examples, Split, load
 from bertforge.data.prepared import PreparedData
 from bertforge.data.schema import QUESTIONS as SCHEMA
 from bertforge.data.tokens import Tokenizer
 from bertforge.determinism import seed_everything
+from bertforge.hardware import detect
 from bertforge.lora.inject import inject_lora
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.config import BertConfig
 from bertforge.models import resolve
+from bertforge.peak_memory import PeakMemory
 from bertforge.training.config import load_recipe
 from bertforge.training.loop import Trainer
-from gpu_time import seconds
 from record import record
 
 SEED = 42
@@ -85,7 +87,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="systems and variants whose names match this pattern")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    ceiling = apart(product_rate)
+    ceiling = apart(measure_ceiling)
     print(f"ceiling {ceiling * 1e-12:.0f} TFLOP/s", flush=True)
     rows: list[dict[str, Any]] = []
     for system, variant in names():
@@ -122,10 +124,11 @@ def apart(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def product_rate() -> float:
+def measure_ceiling() -> float:
     """Floating-point operations a second of the product that is the ceiling."""
-    one = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    return 2 * 8192**3 / seconds(lambda: one @ one)
+    found = product_rate(detect(), "bf16")
+    assert found is not None
+    return found
 
 
 def measure(system: str, variant: str, data: Path, model: str, tokens: int) -> list[dict[str, Any]]:
@@ -182,7 +185,7 @@ def trainer_of(variant: str, split: Split, tokens: int, folder: Path) -> Trainer
 
 def train(variant: str, split: Split, tokens: int) -> list[dict[str, Any]]:
     """Rows for the first epoch and, where they differ, the later ones."""
-    begun = {"set-up": time.perf_counter()}
+    memory, begun = PeakMemory(torch.device("cuda")), {"set-up": time.perf_counter()}
     marks: list[tuple[int, float, int]] = []  # epoch, time, questions of the epoch so far
 
     with tempfile.TemporaryDirectory() as folder:
@@ -207,7 +210,7 @@ def train(variant: str, split: Split, tokens: int) -> list[dict[str, Any]]:
         if cached
         else {"": [rate for each in rates.values() for rate in each]}
     )
-    peak_memory_gb = torch.cuda.max_memory_allocated() * 1e-9
+    peak_memory_gb = memory.gb()
     shares = profile(trainer_of(variant, split, tokens, Path(tempfile.gettempdir())))
     shape = trainer.shape
     real = float(split.examples.lengths(split.train).sum()) / (len(trainer.plans[0]) * shape.tokens)
@@ -257,6 +260,8 @@ def profile(trainer: Trainer) -> dict[str, float]:
 
 def peer(split: Split, variant: str, batch: int, *, padded: bool, by_layer: bool) -> list[dict[str, Any]]:
     """One row; batches are of `batch` rows of like length, padded to the longest or to 512."""
+    device = torch.device("cuda")
+    memory = PeakMemory(device)
     model: Any = TheirModel(TheirConfig(num_labels=2, attn_implementation="sdpa"))
     if variant != "full":
         layers = list(range(8, 12)) if variant == "lora-r8-last-4" else None
@@ -269,7 +274,6 @@ def peer(split: Split, variant: str, batch: int, *, padded: bool, by_layer: bool
     rng = np.random.default_rng(SEED)
     lengths = np.minimum(split.examples.tokens.lengths, 512)
     chosen = peers.batches(rng.permutation(split.train)[: BATCHES * batch], lengths, rng, batch)
-    device = torch.device("cuda")
     inputs = [peers.collate(split.examples.tokens, rows, device, 512 if padded else None) for rows in chosen]
     labels = [torch.from_numpy(split.examples.labels[rows]).to(device) for rows in chosen]
 
@@ -295,7 +299,7 @@ def peer(split: Split, variant: str, batch: int, *, padded: bool, by_layer: bool
             "batch": f"{batch} rows",
             **spread(rates),
             "set_up_s": set_up,
-            "peak_memory_gb": torch.cuda.max_memory_allocated() * 1e-9,
+            "peak_memory_gb": memory.gb(),
             "padding_waste": 1 - used,
         }
     ]

@@ -209,11 +209,12 @@ def test_the_ceiling_is_measured_where_torch_has_the_product():
 def test_a_product_so_slow_that_a_larger_one_takes_seconds_is_not_made_larger(monkeypatch, flops, sizes):
     tried = []
 
-    def product_seconds(device, precision, size):
-        tried.append(size)
-        return 2 * size**3 / flops
+    def product_seconds(device, precision, shape, measure_s):
+        assert len(set(shape)) == 1
+        tried.append(shape[0])
+        return 2 * shape[0] ** 3 / flops
 
-    monkeypatch.setattr("bertforge.benchmark.roofline._product_seconds", product_seconds)
+    monkeypatch.setattr("bertforge.benchmark.roofline.product_seconds", product_seconds)
     assert product_rate(replace(detect(), device=torch.device("cpu")), "bf16") == pytest.approx(flops)
     assert tried == sizes
 

@@ -74,6 +74,20 @@ def test_an_owner_date_may_lack_its_time() -> None:
     assert found["account_age_days"] == 1.5
 
 
+@pytest.mark.parametrize(
+    ("written", "utc"),
+    [
+        ("2012-07-31T23:30:00-05:00", "2012-08-01T04:30:00"),
+        ("2012-08-01 04:30:00+0530", "2012-07-31T23:00:00"),
+        ("2012-07-31T23:30:00Z", "2012-07-31T23:30:00"),
+        ("2012-07-31T23:30:00", "2012-07-31T23:30:00"),
+    ],
+)
+def test_a_date_with_an_offset_is_read_as_utc(written: str, utc: str) -> None:
+    dates = Rows(pa.table({"d": pa.array([written, "2012-07-31"], pa.large_string())})).date("d")
+    assert dates.tolist() == np.array([utc, "2012-07-31T00:00:00"], "datetime64[s]").tolist()
+
+
 def test_columns_whose_sources_are_absent_are_left_out() -> None:
     derived = derive(Rows(pa.table({"Title": ["a b"], "BodyMarkdown": ["c?"]})), QUESTIONS)
     assert set(derived.column_names) == {

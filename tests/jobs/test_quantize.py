@@ -11,12 +11,15 @@ import torch
 from safetensors.torch import load_file
 
 from bertforge.artifact import read_manifest
+from bertforge.data.loader import spread
 from bertforge.data.prepared import PreparedData
 from bertforge.engines.registry import TARGETS
 from bertforge.errors import ArtifactError, DataError, UsageError
-from bertforge.inference.predictor import Predictor
+from bertforge.evaluation.logits import predict_logits
+from bertforge.inference.predictor import Predictor, plain_model
 from bertforge.jobs.compile import compile_model
 from bertforge.jobs.quantize import QuantizeOptions, quantize_model
+from bertforge.scales import Scales
 from bertforge.training.finetune import finetune
 from bertforge.training.qat import tune
 from tests.runs import made_up, prepare_frame, quick_recipe, run_command
@@ -89,6 +92,22 @@ def test_what_was_measured_stands_in_the_manifest(folders):
     tuned = read_manifest(folders / "tuned", "quantized")["quantization"]["qat"]
     assert tuned["kept"]
     assert tuned["validation_loss"] < tuned["validation_loss_before"]
+
+
+def test_ranges_are_those_of_train_rows(folders, runs, data):
+    predictor, prepared = Predictor.load(runs["full"], "fp32"), PreparedData.open(data)
+    model, point, seen = plain_model(predictor), "bert.encoder.layer.1.intermediate.dense", []
+    model.get_submodule(point).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].abs().max()))
+
+    def largest(part):
+        seen.clear()
+        rows = spread(prepared.rows("random", part), QUICK["rows"])
+        predict_logits(model, predictor.examples(prepared, rows), rows, "fp32")
+        return float(max(seen))
+
+    found = Scales.load(folders / "plain").activations[point]
+    assert found == pytest.approx(largest("train"), rel=1 / 2048)  # a bin of the histogram
+    assert found != pytest.approx(largest("validation"), rel=1 / 2048)
 
 
 def test_a_budget_that_all_of_it_meets_takes_nothing_back(folders):

@@ -9,7 +9,7 @@ from torch import nn
 from bertforge.batch import PaddedBatch, pack
 from bertforge.errors import ArtifactError, UsageError
 from bertforge.lora.config import LoraConfig
-from bertforge.lora.inject import inject_lora, merge
+from bertforge.lora.inject import inject_lora, merge, unmerged
 from bertforge.lora.layer import LoraLinear
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.config import BertConfig, TabularConfig
@@ -124,6 +124,34 @@ def test_merged_equals_unmerged_and_differs_from_the_base(targets, layout):
     assert (tiny_bert()(batch) - unmerged).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("layout", [lambda batch: batch, pack], ids=["padded", "packed"])
+def test_merged_weights_compute_what_the_branches_do(layout):
+    """In float64 only the rounding of the merged weights is left; twice the scale is far from it."""
+    model, batch = adapted_bert(LoraConfig(target_modules=ALL_LINEARS)), layout(BATCH)
+    apart = unmerged(model)(batch)
+    assert apart.dtype == torch.float64
+    assert (merge(model).double()(batch) - apart).abs().max() <= 1e-6 * apart.abs().max()
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            module.scaling *= 2
+    assert (merge(model).double()(batch) - apart).abs().max() > 0.1 * apart.abs().max()
+
+
+def test_a_branch_by_hand():
+    """A is 2 x 3 and B 4 x 2, so that a product in the other order has no shape."""
+    model = inject_lora(nn.Sequential(nn.Linear(3, 4)), LoraConfig(2, 6, 0.5, ("0",), modules_to_save=()))
+    layer, x = model[0], torch.randn(5, 3, dtype=torch.float64)
+    nn.init.normal_(layer.lora_B.weight)
+    weight, bias, a, b = (
+        tensor.detach().double()
+        for tensor in (layer.base_layer.weight, layer.base_layer.bias, layer.lora_A.weight, layer.lora_B.weight)
+    )
+    found = unmerged(model.eval())(x)
+    torch.testing.assert_close(found, x @ weight.T + bias + 3 * (x @ a.T) @ b.T)
+    assert layer.lora_A.weight.dtype == torch.float32, "the model itself stays as it was"
+    assert not torch.allclose(found, x @ weight.T + bias)
+
+
 def test_the_merged_model_is_plain_and_trainable_and_the_adapted_one_stays(tmp_path):
     model = adapted_bert()
     before = copy.deepcopy(model.state_dict())
@@ -216,6 +244,10 @@ def test_adapters_are_not_put_on_adapters():
     ("options", "message"),
     [
         ({"r": 0}, "r=0"),
+        ({"lora_alpha": 0}, "lora_alpha=0 is not a finite number above 0; twice r is usual, here 16"),
+        ({"lora_alpha": -1}, "lora_alpha=-1 is not a finite number above 0"),
+        ({"lora_alpha": float("nan")}, "lora_alpha=nan is not a finite number above 0"),
+        ({"lora_alpha": float("inf")}, "lora_alpha=inf is not a finite number above 0"),
         ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
         ({"target_modules": ()}, "target_modules is empty"),
     ],

@@ -54,9 +54,7 @@ def test_a_broken_graph_is_refused(folders, data, tmp_path, monkeypatch, target,
         return path
 
     monkeypatch.setattr(bert_onnx, "export_onnx", sabotaged)
-    with pytest.raises(
-        ArtifactError, match=r"not compute what the model|probabilities of|loses accuracy|labels of"
-    ):
+    with pytest.raises(ArtifactError, match=r"not compute what the model|probabilities of|loses accuracy|labels of"):
         compile_model(folders[source], target, precision, data, tmp_path / "engine")
     assert not list(tmp_path.iterdir())
 

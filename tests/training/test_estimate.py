@@ -21,7 +21,6 @@ from bertforge.training.config import Recipe, load_recipe
 from bertforge.training.estimate import OUT_OF_MEMORY, estimate
 from bertforge.training.finetune import assemble, finetune
 from bertforge.training.loop import Trainer
-from bertforge.training.memory import PeakMemory
 from bertforge.training.row_cache import Room
 from bertforge.training.step import EagerStep
 from tests.model.tiny import tiny_bert
@@ -252,13 +251,3 @@ def test_an_error_while_memory_is_handled_is_a_lack_of_memory():
         following = error
     assert module._is_out_of_memory(following)
     assert not module._is_out_of_memory(RuntimeError("capture failed"))
-
-
-def test_the_peak_is_that_since_the_mark():
-    cpu = torch.device("cpu")
-    first = PeakMemory(cpu)
-    if (low := first.gb()) is None:
-        pytest.skip("this system does not tell")
-    np.ones(300_000_000, dtype=np.uint8)
-    assert first.gb() > low + 0.25
-    assert PeakMemory(cpu).gb() < low + 0.15

@@ -55,11 +55,7 @@ class Predictor:
         golden rows do not give the logits they gave when the model was saved, or when an engine was not verified where
         that counts; UsageError for a precision that the engine was not compiled in.
         """
-        directory = Path(directory)
-        manifest = read_manifest(directory, "run", "model", "quantized", "engine", "fit")
-        if manifest["kind"] == "fit":
-            directory = Path(directory, manifest["serves"])
-            manifest = read_manifest(directory, "run", "model", "engine")
+        directory, manifest = served(Path(directory))
         hardware = detect()
         engine: Engine
         if manifest["kind"] == "engine":
@@ -194,6 +190,15 @@ class Predictor:
         """Logits `[rows, labels]` of tokenised rows."""
         examples = Examples(store, np.full(len(store), -1), self.tokenizer.sep_id, self.max_length, tabular)
         return run(self.engine, examples, rows, advance=advance)
+
+
+def served(directory: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder that is loaded for `directory`, another one for a folder made by `fit`, and its manifest."""
+    manifest = read_manifest(directory, "run", "model", "quantized", "engine", "fit")
+    if manifest["kind"] != "fit":
+        return directory, manifest
+    directory = Path(directory, manifest["serves"])
+    return directory, read_manifest(directory, "run", "model", "engine")
 
 
 def verified_model(directory: Path, manifest: dict[str, Any], hardware: Hardware) -> BertForSequenceClassification:

@@ -44,6 +44,9 @@ class LoraRecipe:
     last_layers: int = 0
     """Adapt only this many layers, the ones nearest the head; 0 for all."""
 
+    def __post_init__(self) -> None:
+        self.config(self.last_layers, ())  # refuses what no model can be adapted with
+
     def config(self, num_layers: int, modules_to_save: tuple[str, ...]) -> LoraConfig:
         """For a model of `num_layers`; raises UsageError when it has fewer than `last_layers`."""
         if self.last_layers > num_layers:

@@ -35,11 +35,11 @@ from bertforge.evaluation.logits import TOKENS_PER_PACK, predict_logits
 from bertforge.hardware import choose_training_precision, detect
 from bertforge.model.config import BertConfig
 from bertforge.models import resolve
+from bertforge.peak_memory import PeakMemory
 from bertforge.training.checkpoint import Progress, count_trainable
 from bertforge.training.config import Recipe, load_recipe, variants
 from bertforge.training.finetune import assemble
 from bertforge.training.loop import Trainer
-from bertforge.training.memory import PeakMemory
 
 SECONDS = 60.0  # for all variants
 OUT_OF_MEMORY = "out of memory: lower tokens_per_step"
