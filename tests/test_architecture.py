@@ -15,17 +15,18 @@ PARTS = {path.parent.name for path in PACKAGE.glob("*/*.py")}
 # What each part may import beside itself and the files at the root.
 MAY_IMPORT = {
     "kernels": set(),
-    "model": {"kernels"},
+    "columns": set(),
+    "model": {"kernels", "columns"},
     "lora": {"kernels"},
     "data": set(),
-    "evaluation": {"data"},
-    "training": {"model", "lora", "data", "evaluation"},
+    "evaluation": {"data", "columns"},
+    "training": {"model", "lora", "data", "columns", "evaluation"},
     "quantize": {"model"},
     "export": {"model"},
     "backends": {"model", "data"},
-    "inference": {"model", "lora", "data", "evaluation", "quantize", "export", "backends"},
+    "inference": {"model", "lora", "data", "columns", "evaluation", "quantize", "export", "backends"},
     "benchmark": {"model", "backends", "inference", "data", "evaluation"},
-    "autofit": {"model", "lora", "data", "evaluation", "training", "inference", "benchmark"},
+    "autofit": {"model", "lora", "data", "columns", "evaluation", "training", "inference", "benchmark"},
     "cli": PARTS - {"cli"},
 }
 # Libraries a part is there for; nobody imports the part before it is asked for.

@@ -10,7 +10,7 @@ import torch
 
 from bertforge.backends.base import Backend, BatchShape
 from bertforge.batch import PackedBatch, PaddedBatch
-from bertforge.data.loader import Examples, tabular_batch
+from bertforge.data.loader import Examples
 
 
 def run(
@@ -76,5 +76,5 @@ def batch_of(examples: Examples, rows: np.ndarray, packed: bool, shape: BatchSha
     return PaddedBatch(
         input_ids=torch.from_numpy(ids),
         attention_mask=torch.from_numpy(mask.astype(np.int64)),
-        tabular=None if examples.tabular is None else tabular_batch(examples.tabular[rows]),
+        tabular=examples.columns(rows),
     )
