@@ -117,8 +117,8 @@ class Recipe:
     checkpoint_seconds: float = 60
     """The most work, in seconds, that a crash can lose."""
     prefix_cache_gb: float | None = None
-    """GB of frozen layers' output that may be kept from epoch to epoch; 0 keeps none. None takes what it needs, up to
-    half of what is free on the GPU, then in host memory; a number also lets the disk of the run's folder be used."""
+    """GB of frozen layers' output that may be kept from epoch to epoch, on the GPU, then in host memory; 0 keeps none.
+    None takes what it needs. More than half of what is free is never taken."""
     lora: LoraRecipe | None = None
     """None trains every weight."""
     tabular: TabularSpec | None = None
