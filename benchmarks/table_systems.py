@@ -27,8 +27,8 @@ import torch
 from bertforge.artifact import read_manifest
 from bertforge.autofit.columns import choose_columns
 from bertforge.autofit.fit import FitOptions, fit_table
+from bertforge.columns.transform import TabularSpec
 from bertforge.data.prepared import PreparedData
-from bertforge.data.tabular import TabularSpec
 from bertforge.evaluation.baselines import baselines
 from bertforge.inference.predictor import Predictor
 from bertforge.inference.scoring import score

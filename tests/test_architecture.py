@@ -15,19 +15,20 @@ PARTS = {path.parent.name for path in PACKAGE.glob("*/*.py")}
 # What each part may import beside itself and the files at the root.
 MAY_IMPORT = {
     "kernels": set(),
-    "model": {"kernels"},
+    "columns": set(),
+    "model": {"kernels", "columns"},
     "lora": {"kernels"},
     "data": set(),
-    "evaluation": {"data"},
+    "evaluation": {"data", "columns"},
     "export": {"model"},
     "engines": {"model", "data", "export"},
     "proof": {"model", "data", "evaluation", "engines"},
-    "training": {"model", "lora", "data", "evaluation", "proof"},
+    "training": {"model", "lora", "data", "columns", "evaluation", "proof"},
     "quantize": {"model", "data", "evaluation", "proof"},
-    "inference": {"model", "lora", "data", "evaluation", "quantize", "engines", "proof"},
-    "benchmark": {"model", "engines", "inference", "data", "evaluation", "jobs"},
+    "inference": {"model", "lora", "data", "columns", "evaluation", "quantize", "engines", "proof"},
     "jobs": {"model", "lora", "data", "evaluation", "quantize", "engines", "proof", "inference"},
-    "autofit": {"model", "lora", "data", "evaluation", "training", "engines", "inference", "jobs"},
+    "benchmark": {"model", "engines", "inference", "data", "evaluation", "jobs"},
+    "autofit": {"model", "lora", "data", "columns", "evaluation", "training", "engines", "inference", "jobs"},
     "cli": PARTS - {"cli"},
 }
 # Libraries a part is there for; nobody imports the part before it is asked for.

@@ -7,10 +7,11 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from bertforge.data.features import FEATURES, derive
+from bertforge.data.features import FEATURES, derive, require_readable
 from bertforge.data.rows import Rows
 from bertforge.data.schema import QUESTIONS, Schema
 from bertforge.data.tables import read_chunks
+from bertforge.errors import DataError
 
 from .tables import COLUMNS, question
 
@@ -144,3 +145,19 @@ def test_first_person_backticks_and_paragraphs_are_counted_in_prose() -> None:
     assert found["first_person"] == 3.0  # not the I of a code line, nor that of "It"
     assert found["backticks"] == 2.0
     assert found["paragraph_breaks"] == 3.0
+
+
+def test_a_missing_derived_column_is_named_with_the_sources_it_lacks() -> None:
+    given = ["Title", "BodyMarkdown", "PostCreationDate", "title_words"]
+    with pytest.raises(DataError) as caught:
+        require_readable(["title_words", "account_age_days"], given)
+    assert str(caught.value) == (
+        "the model reads 'account_age_days', made from OwnerCreationDate, which the table lacks; "
+        "it has Title, BodyMarkdown, PostCreationDate"
+    )
+
+
+def test_a_missing_column_is_named_with_those_there_are() -> None:
+    require_readable(["n", "c"], ["c", "m", "n"])
+    with pytest.raises(DataError, match="reads column 'x', but the table has n, c, m"):
+        require_readable(["n", "x"], ["n", "c", "m"])

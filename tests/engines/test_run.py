@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from bertforge.columns.encoder import TabularConfig
 from bertforge.data.loader import Examples
-from bertforge.data.tabular import TabularArrays
 from bertforge.data.tokens import TokenStore
 from bertforge.engines.base import BatchShape
 from bertforge.engines.pytorch import PyTorchEngine, bfloat16_copy
@@ -19,7 +19,6 @@ from bertforge.engines.registry import check_target, open_engine
 from bertforge.engines.run import batch_of, group, padding_waste, run
 from bertforge.errors import ArtifactError, MachineError
 from bertforge.hardware import detect
-from bertforge.model.config import TabularConfig
 from tests.engines.building import built
 from tests.model.tiny import tiny_bert
 
@@ -59,12 +58,14 @@ def test_every_engine_gives_the_models_logits_in_the_callers_order(engine, model
 @pytest.mark.parametrize("kind", ["pytorch", "onnxruntime", "openvino"])
 def test_columns_go_with_their_rows(examples, kind, tmp_path):
     model = tiny_bert(
-        vocab_size=100, max_position_embeddings=64, tabular=TabularConfig(1, (), (0,), (4,), hidden_size=4)
+        vocab_size=100,
+        max_position_embeddings=64,
+        tabular=TabularConfig.of(numeric=1, indicators=(0,), categorical=(4,), hidden_size=4),
     )
     rng = np.random.default_rng(0)
     numeric = rng.normal(size=(80, 1)).astype(np.float32)
     numeric[::7] = np.nan
-    columns = TabularArrays(numeric, rng.integers(0, 4, (80, 1)), np.zeros((80, 0), np.int64))
+    columns = {"numeric": numeric, "categorical": rng.integers(0, 4, (80, 1))}
     given = replace(examples, tabular=columns)
     engine = PyTorchEngine(model, detect(), "fp32")
     if kind != "pytorch":
@@ -74,7 +75,8 @@ def test_columns_go_with_their_rows(examples, kind, tmp_path):
     with torch.no_grad():
         one_by_one = np.concatenate([model(given.pack(rows[i : i + 1])[0]).numpy() for i in range(len(rows))])
     np.testing.assert_allclose(found, one_by_one, atol=2e-5)
-    shifted = run(engine, replace(examples, tabular=columns[np.arange(80) - 1]), rows)
+    shifted = {name: np.roll(array, 1, axis=0) for name, array in columns.items()}
+    shifted = run(engine, replace(examples, tabular=shifted), rows)
     assert np.abs(found - shifted).max() > 1e-2
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from bertforge.batch import PaddedBatch
+from bertforge.columns.encoder import TabularConfig
 from bertforge.engines.tensorrt_build import build
 from bertforge.engines.tensorrt_layers import parse, product_work, summary
 from bertforge.engines.tensorrt_library import load_library
 from bertforge.errors import ArtifactError, MachineError
 from bertforge.export.bert_onnx import export_onnx
-from bertforge.model.config import TabularConfig
 from bertforge.scales import Scales
 from tests.export.test_bert_onnx import calibrated
 from tests.model.tiny import tiny_bert
@@ -193,7 +193,7 @@ def test_work_of_a_product_by_hand(model, tmp_path):
 @needs_rtx
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_columns_are_built_in(tmp_path, precision):
-    columns = TabularConfig(
+    columns = TabularConfig.of(
         numeric=3, log=(2,), indicators=(0,), categorical=(4, 6), multi=7, bins=5, embedding_size=4, hidden_size=8
     )
     graph = export_onnx(tiny_bert(tabular=columns), tmp_path / "m.onnx", precision=precision, ids="int32")

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from bertforge.artifact import hash_file, write_json
-from bertforge.batch import PaddedBatch, TabularBatch
+from bertforge.batch import PaddedBatch
+from bertforge.columns.encoder import TabularConfig
 from bertforge.data.loader import Examples
 from bertforge.data.tokens import TokenStore
 from bertforge.engines.buckets import Bucket
@@ -21,7 +22,6 @@ from bertforge.engines.tensorrt_run import TensorRtEngine
 from bertforge.errors import ArtifactError, MachineError, UsageError
 from bertforge.export.bert_onnx import export_onnx
 from bertforge.hardware import detect
-from bertforge.model.config import TabularConfig
 from tests.engines.fake_tensorrt import GPU, MAGIC, FakeContext, install
 from tests.model.tiny import tiny_bert
 
@@ -162,14 +162,18 @@ def with_columns(rows, values, seed=0):
     rng = np.random.default_rng(seed)
     numbers = rng.normal(size=(rows, 2)).astype(np.float32)
     numbers[::3, 0] = np.nan
-    names = (rng.integers(0, size, (rows, width)) for size, width in ((4, 1), (7, values)))
-    columns = TabularBatch(torch.from_numpy(numbers), *map(torch.from_numpy, names))
-    return replace(padded(rows, 16, seed), tabular=columns)
+    columns = {
+        "numeric": numbers,
+        "categorical": rng.integers(0, 4, (rows, 1)),
+        "multi": rng.integers(0, 7, (rows, values)),
+    }
+    tensors = {name: torch.from_numpy(array) for name, array in columns.items()}
+    return replace(padded(rows, 16, seed), tabular=tensors)
 
 
 @torch.no_grad()
 def test_columns_go_in_beside_the_text_and_too_many_values_are_one_line(folder, target, monkeypatch):
-    columns = TabularConfig(numeric=2, indicators=(0,), categorical=(4,), multi=7, bins=3, hidden_size=4)
+    columns = TabularConfig.of(numeric=2, indicators=(0,), categorical=(4,), multi=7, bins=3, hidden_size=4)
     model = tiny_bert(vocab_size=100, max_position_embeddings=48, initializer_range=0.2, tabular=columns)
     export_onnx(model, folder / "model.onnx", ids="int32")
     install(monkeypatch, MODULES[target], folder / "model.onnx", SHAPES)
@@ -181,7 +185,7 @@ def test_columns_go_in_beside_the_text_and_too_many_values_are_one_line(folder, 
     for rows, values in ((13, VALUES), (3, 2), (20, 5)):  # fewer after more: what is left in the buffers is cleared
         batch = with_columns(rows, values, seed=rows)
         np.testing.assert_allclose(engine.logits(batch), model(batch).numpy(), atol=1e-5)
-    with pytest.raises(UsageError, match="a row has 33 values in the multi-valued column and the engine takes 32"):
+    with pytest.raises(UsageError, match="a row has 33 values under 'multi' and the engine takes 32"):
         engine.logits(with_columns(2, 33))
 
 

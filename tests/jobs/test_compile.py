@@ -64,7 +64,7 @@ def test_a_model_with_columns_takes_the_raw_table(tmp_path, with_gaps, target, p
     receipt = compile_model(model, target, precision, data, tmp_path / "engine")
     assert receipt["golden_agreement"]["max_logit_difference"] < tolerance
     engine, reference = Predictor.load(tmp_path / "engine"), Predictor.load(model, "fp32")
-    assert engine.transform.indicators == ("reputation",)
+    assert engine.transform.learnt["numeric"].indicators == ("reputation",)
     frame = made_up(40, seed=5)
     frame.loc[3:9, "ReputationAtPostCreation"] = ["", "many", "1e400", "-5", "1e6", "0", "7"]
     frame.loc[10, "Tag1"] = "never-seen"

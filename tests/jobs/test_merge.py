@@ -58,7 +58,7 @@ def test_columns_are_merged_with_the_text(tmp_path, data, base):
     recipe = quick_recipe(base, epochs=1, **KINDS["lora"], **KINDS["columns"])
     finetune(data, tmp_path / "run", recipe)
     assert merge_run(tmp_path / "run", tmp_path / "model")["max_logit_difference"] < 1e-5
-    assert Predictor.load(tmp_path / "model").transform.spec.multi == "tags"
+    assert Predictor.load(tmp_path / "model").transform.spec.holding("names") == ["tags"]
 
 
 def test_a_full_run_has_nothing_to_merge(tmp_path, runs):

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from bertforge.batch import PaddedBatch, pack
+from bertforge.columns.encoder import TabularConfig
 from bertforge.errors import ArtifactError, UsageError
 from bertforge.lora.config import LoraConfig
 from bertforge.lora.inject import inject_lora, merge, unmerged
 from bertforge.lora.layer import LoraLinear
 from bertforge.model.classifier import BertForSequenceClassification
-from bertforge.model.config import BertConfig, TabularConfig
+from bertforge.model.config import BertConfig
 from bertforge.training.config import load_recipe
 from tests.model.tiny import tiny_bert
 
@@ -86,7 +87,7 @@ def test_only_the_adapters_and_the_head_learn():
 
 def test_the_tabular_branch_learns_when_it_is_to_be_saved():
     config = LoraConfig(modules_to_save=("classifier", "tabular"))
-    tabular = TabularConfig(numeric=2, categorical=(3,), bins=4, embedding_size=2, hidden_size=3)
+    tabular = TabularConfig.of(numeric=2, categorical=(3,), bins=4, embedding_size=2, hidden_size=3)
     model = inject_lora(tiny_bert(tabular=tabular), config)
     assert all(parameter.requires_grad for parameter in model.tabular.parameters())
     assert not any("tabular" in name for name in adapted_layers(model))
@@ -272,8 +273,7 @@ VARIANTS = {
 @pytest.mark.parametrize(("name", "vocab_size", "expected"), [(name, *row) for name, row in VARIANTS.items()])
 def test_the_six_variants_train_as_many_parameters_as_the_study_says(name, vocab_size, expected):
     recipe = load_recipe(name)
-    spec = recipe.tabular
-    tabular = spec and TabularConfig(numeric=len(spec.numeric), bins=spec.bins, hidden_size=spec.hidden_size)
+    tabular = recipe.tabular and TabularConfig.of(numeric=len(recipe.tabular.columns))  # joined directly
     with torch.device("meta"):  # shapes without memory
         model = BertForSequenceClassification(BertConfig(vocab_size=vocab_size, tabular=tabular))
     if recipe.lora:

@@ -5,10 +5,9 @@ import json
 import numpy as np
 import torch
 
+from bertforge.columns.encoder import TabularConfig
 from bertforge.data.loader import Examples
-from bertforge.data.tabular import TabularArrays
 from bertforge.data.tokens import TokenStore
-from bertforge.model.config import TabularConfig
 from bertforge.proof.golden import GoldenRows
 from bertforge.proof.tolerances import SAVED
 from tests.model.tiny import tiny_bert
@@ -36,16 +35,14 @@ def test_when_there_are_few_rows_all_are_taken():
 
 def test_columns_travel_with_the_rows():
     tokens = TokenStore(np.array([1, 2, 1, 3, 2], np.uint16), np.array([0, 2, 5]))
-    columns = TabularArrays(
-        np.array([[1.5], [np.nan]], np.float32), np.zeros((2, 0), np.int64), np.zeros((2, 0), np.int64)
-    )
-    model = tiny_bert(tabular=TabularConfig(numeric=1))
+    columns = {"numeric": np.array([[1.5], [np.nan]], np.float32), "categorical": np.zeros((2, 0), np.int64)}
+    model = tiny_bert(tabular=TabularConfig.of(numeric=1))
     golden = GoldenRows.record(model, Examples(tokens, np.full(2, -1), 2, 16, columns), np.array([1, 0]))
     stored = json.dumps(golden.to_dict(), allow_nan=False)
     assert '"numeric": [[1.5], [null]]' in stored, "by length, as the rows are"
     again = GoldenRows.from_dict(json.loads(stored))
-    np.testing.assert_array_equal(again.examples.tabular.numeric, [[1.5], [np.nan]])
-    assert again.examples.tabular.categorical.shape == (2, 0)
+    np.testing.assert_array_equal(again.examples.tabular["numeric"], [[1.5], [np.nan]])
+    assert again.examples.tabular["categorical"].shape == (2, 0)
     assert again.difference(model) < 1e-5
-    again.examples.tabular.numeric[0] = 0
+    again.examples.tabular["numeric"][0] = 0
     assert again.difference(model) > SAVED

@@ -65,7 +65,7 @@ def test_settings_change_what_they_name_and_nothing_else():
 
 def test_a_setting_may_open_a_section():
     changed = load_recipe("bert-base").with_settings(['tabular.numeric=["hour"]', "lora.r=1"])
-    assert changed.tabular.numeric == ("hour",)
+    assert changed.tabular.columns == ["hour"]
     assert changed.lora == LoraRecipe(r=1)
 
 

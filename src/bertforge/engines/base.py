@@ -175,5 +175,5 @@ def feeds(batch: PaddedBatch | PackedBatch, names: Container[str]) -> dict[str, 
     assert isinstance(batch, PaddedBatch)
     tensors = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     if batch.tabular is not None:
-        tensors |= vars(batch.tabular)
+        tensors |= batch.tabular
     return {name: tensor.numpy() for name, tensor in tensors.items() if name in names}

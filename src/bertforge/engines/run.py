@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from bertforge.batch import PackedBatch, PaddedBatch
-from bertforge.data.loader import Examples, tabular_batch
+from bertforge.data.loader import Examples
 from bertforge.engines.base import BatchShape, Engine
 
 
@@ -76,5 +76,5 @@ def batch_of(examples: Examples, rows: np.ndarray, packed: bool, shape: BatchSha
     return PaddedBatch(
         input_ids=torch.from_numpy(ids),
         attention_mask=torch.from_numpy(mask.astype(np.int64)),
-        tabular=None if examples.tabular is None else tabular_batch(examples.tabular[rows]),
+        tabular=examples.columns(rows),
     )

@@ -20,7 +20,7 @@ from bertforge.errors import ArtifactError
 if TYPE_CHECKING:
     import tensorrt
 
-VALUES = 32  # of a row in a multi-valued column, at most: every shape is fixed
+VALUES = 32  # of a row in a column of several, at most (`columns.kind.VALUES`): every shape is fixed
 
 
 @dataclass(frozen=True)

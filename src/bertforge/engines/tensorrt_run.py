@@ -87,11 +87,12 @@ class TensorRtEngine:
                 f"a text of {width} tokens is longer than the engine's longest profile, {self.shape.edges[-1]} tokens; "
                 "cut it, or compile a model that was trained with a larger max_length"
             )
-        if "multi" in arrays and (given := arrays["multi"].shape[1]) > (most := inputs["multi"].device.shape[1]):
-            raise UsageError(
-                f"a row has {given} values in the multi-valued column and the engine takes {most}; "
-                "predict the table with the model it was compiled from"
-            )
+        for name in (batch.tabular or {}).keys() & inputs.keys():
+            if (given := arrays[name].shape[1]) > (most := inputs[name].device.shape[1]):
+                raise UsageError(
+                    f"a row has {given} values under {name!r} and the engine takes {most}; "
+                    "predict the table with the model it was compiled from"
+                )
         length = self.shape.padded(width)
         fitting = sorted((bucket for bucket in self.profiles if bucket.length == length), key=lambda b: b.rows)
         parts, start = [], 0

@@ -13,11 +13,12 @@ import pandas as pd
 import torch
 
 from bertforge.artifact import compile_command, hash_file, read_manifest
+from bertforge.columns.transform import TabularTransform
+from bertforge.data.features import require_readable
 from bertforge.data.loader import Examples
 from bertforge.data.prepared import PreparedData
 from bertforge.data.sample import is_made_up
 from bertforge.data.schema import STACK_OVERFLOW, Schema
-from bertforge.data.tabular import TabularArrays, TabularTransform
 from bertforge.data.tokens import Tokenizer, TokenStore
 from bertforge.engines.base import Engine
 from bertforge.engines.pytorch import PyTorchEngine
@@ -153,10 +154,11 @@ class Predictor:
         if len(texts) == 0:
             return np.zeros((0, len(self.label_names)), np.float32)
         store = TokenStore(*self.tokenizer.encode(list(texts)))
-        arrays: TabularArrays | None = None
+        arrays: dict[str, np.ndarray] | None = None
         if self.transform is not None:
             if columns is None:
                 raise DataError(f"this model reads columns beside the text: {', '.join(self.transform.spec.columns)}")
+            require_readable(self.transform.spec.columns, list(columns.columns))
             arrays = self.transform(columns)
         return self.token_logits(store, np.arange(len(texts)), arrays, advance)
 
@@ -172,7 +174,8 @@ class Predictor:
             )
         columns, tabular = self.columns(prepared, rows), None
         if self.transform is not None and columns is not None:
-            tabular = self.transform(columns).among(rows, len(prepared))
+            arrays = self.transform(columns)
+            tabular = {name: _among(array, rows, len(prepared)) for name, array in arrays.items()}
         store = prepared.tokens(self.tokenizer)
         return Examples(store, prepared.labels, self.tokenizer.sep_id, self.max_length, tabular)
 
@@ -184,7 +187,7 @@ class Predictor:
         self,
         store: TokenStore,
         rows: np.ndarray,
-        tabular: TabularArrays | None,
+        tabular: dict[str, np.ndarray] | None,
         advance: Callable[[int], None] = lambda rows: None,
     ) -> np.ndarray:
         """Logits `[rows, labels]` of tokenised rows."""
@@ -199,6 +202,13 @@ def served(directory: Path) -> tuple[Path, dict[str, Any]]:
         return directory, manifest
     directory = Path(directory, manifest["serves"])
     return directory, read_manifest(directory, "run", "model", "engine")
+
+
+def _among(array: np.ndarray, rows: np.ndarray, total: int) -> np.ndarray:
+    """`[total, width]` with `array` at `rows`; the others are zeros, which take no memory."""
+    table = np.zeros((total, array.shape[1]), array.dtype)
+    table[rows] = array
+    return table
 
 
 def verified_model(directory: Path, manifest: dict[str, Any], hardware: Hardware) -> BertForSequenceClassification:

@@ -12,8 +12,8 @@ from typing import Any, Self
 import numpy as np
 from torch import nn
 
+from bertforge.columns.registry import KINDS
 from bertforge.data.loader import Examples, spread
-from bertforge.data.tabular import TabularArrays
 from bertforge.data.tokens import TokenStore
 from bertforge.evaluation.logits import predict_logits
 
@@ -39,7 +39,7 @@ class GoldenRows:
             labels=np.full(len(chosen), -1),
             sep_id=examples.sep_id,
             max_length=examples.max_length,
-            tabular=None if examples.tabular is None else examples.tabular[chosen],
+            tabular=examples.tabular and {name: array[chosen] for name, array in examples.tabular.items()},
         )
         return cls(kept, predict_logits(model, kept, np.arange(len(chosen)), "fp32"))
 
@@ -56,7 +56,7 @@ class GoldenRows:
             "offsets": tokens.offsets.tolist(),
             "sep_id": self.examples.sep_id,
             "max_length": self.examples.max_length,
-            "tabular": None if tabular is None else {name: _nulls(array) for name, array in vars(tabular).items()},
+            "tabular": None if tabular is None else {name: _nulls(array) for name, array in tabular.items()},
             "logits": self.logits.tolist(),
         }
 
@@ -64,18 +64,14 @@ class GoldenRows:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The inverse of `to_dict`."""
         rows, tabular = len(values["logits"]), values["tabular"]
-        types = {"numeric": np.float32, "categorical": np.int64, "multi": np.int64}
         return cls(
             Examples(
                 tokens=TokenStore(np.array(values["input_ids"]), np.array(values["offsets"])),
                 labels=np.full(rows, -1),
                 sep_id=values["sep_id"],
                 max_length=values["max_length"],
-                tabular=(
-                    None
-                    if tabular is None
-                    else TabularArrays(**{n: np.array(tabular[n], t).reshape(rows, -1) for n, t in types.items()})
-                ),
+                tabular=tabular
+                and {name: np.array(given, KINDS[name].dtype).reshape(rows, -1) for name, given in tabular.items()},
             ),
             np.array(values["logits"], np.float32),
         )

@@ -14,8 +14,8 @@ round alike, so it is measured as well: the system counts how long a thread was 
 from __future__ import annotations
 
 import math
+import os
 import statistics
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -173,8 +173,7 @@ class _Rehearsal:
         recipe = recipe.on(self.prepared.schema)
         settings = replace(recipe, lr=_LR, head_lr=_LR, checkpoint_seconds=math.inf)  # no checkpoint falls due
         run = assemble(self.prepared, settings, self.device)
-        with tempfile.TemporaryDirectory() as folder:  # frozen layers' output may go there; its file has no name
-            trainer = Trainer(run.model, run.split, settings, Path(folder), self.precision)
+        trainer = Trainer(run.model, run.split, settings, Path(os.devnull), self.precision)  # nothing is saved
         epochs, plan = len(trainer.plans), trainer.plans[0]
         steps_an_epoch = trainer.total_steps / epochs
         first = guess = _train(trainer, plan[:1], end)

@@ -5,26 +5,26 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from bertforge.batch import PaddedBatch, TabularBatch
+from bertforge.batch import PaddedBatch
+from bertforge.columns.encoder import TabularConfig
 from bertforge.engines import openvino
 from bertforge.export.bert_onnx import export_onnx
 from bertforge.export.graph import input_names
 from bertforge.hardware import detect
-from bertforge.model.config import TabularConfig
 from tests.engines.building import built
 from tests.export.test_bert_onnx import SMALL, inferred_types
 from tests.model.tiny import tiny_bert
 
 NAN = float("nan")
 KINDS = {
-    "all kinds": TabularConfig(
+    "all kinds": TabularConfig.of(
         numeric=3, log=(2,), indicators=(0, 2), categorical=(4, 6), multi=7, bins=5, embedding_size=4, hidden_size=8
     ),
-    "no bins": TabularConfig(numeric=3, log=(2,), indicators=(1,), categorical=(4, 6), hidden_size=8),
-    "joined directly": TabularConfig(numeric=3, log=(2,), indicators=(0, 1, 2)),
-    "no logs, no indicators": TabularConfig(numeric=3, bins=5, hidden_size=8),
-    "names": TabularConfig(numeric=0, categorical=(4, 6), hidden_size=8),
-    "several names": TabularConfig(numeric=0, multi=7, hidden_size=8),
+    "no bins": TabularConfig.of(numeric=3, log=(2,), indicators=(1,), categorical=(4, 6), hidden_size=8),
+    "joined directly": TabularConfig.of(numeric=3, log=(2,), indicators=(0, 1, 2)),
+    "no logs, no indicators": TabularConfig.of(numeric=3, bins=5, hidden_size=8),
+    "names": TabularConfig.of(numeric=0, categorical=(4, 6), hidden_size=8),
+    "several names": TabularConfig.of(numeric=0, multi=7, hidden_size=8),
 }
 RAW = [[2011.0, 1, -3e5], [2012, NAN, 0], [NAN, NAN, NAN], [2010, 5, 1e6], [2011, 1, 12], [2009.5, -2, NAN]]
 CATEGORICAL = [[0, 0], [1, 5], [3, 1], [0, 2], [2, 0], [3, 4]]  # 0 is missing or was never seen
@@ -33,12 +33,14 @@ MULTI = [[1, 2, 3], [4, 0, 0], [0, 0, 0], [6, 6, 1], [5, 1, 0], [2, 0, 0]]
 
 def taught(config):
     """A tiny model with columns, as training leaves it: quantiles that coincide with many values among its edges."""
-    model = tiny_bert(tabular=config, **SMALL)
-    edges = np.sort(np.random.default_rng(0).normal(size=(config.numeric_inputs, config.bins + 1)), axis=1)
-    mean, std = [2010.2, 1.5, 4.0][: config.numeric], [0.9, 2.5, 3.0][: config.numeric]
-    if config.bins:
+    model, numbers = tiny_bert(tabular=config, **SMALL), config.kinds["numeric"]
+    edges = np.sort(np.random.default_rng(0).normal(size=(numbers.inputs, numbers.bins + 1)), axis=1)
+    mean, std = [2010.2, 1.5, 4.0][: numbers.numeric], [0.9, 2.5, 3.0][: numbers.numeric]
+    learnt = {"scaler.mean": mean, "scaler.std": std}
+    if numbers.bins:
         edges[0, :3] = (np.float32(2011) - np.float32(mean[0])) / np.float32(std[0])
-    model.tabular.learn(mean, std, edges.tolist())
+        learnt["numeric.edges"] = edges.tolist()
+    model.tabular.learn(learnt)
     with torch.no_grad():
         for parameter in model.tabular.parameters():
             parameter.mul_(3)  # so that columns weigh as much as the text
@@ -48,15 +50,18 @@ def taught(config):
 def batch(config, rows=range(6), multi=MULTI):
     """Every row has the same text, so only columns tell the logits apart."""
     rows = list(rows)
-    numbers, names, values = torch.tensor(RAW), torch.tensor(CATEGORICAL), torch.tensor(multi)
-    tabular = TabularBatch(numbers[rows, : config.numeric], names[rows], values[rows])
+    tabular = {
+        "numeric": torch.tensor(RAW)[rows, : config.kinds["numeric"].numeric],
+        "categorical": torch.tensor(CATEGORICAL)[rows],
+        "multi": torch.tensor(multi)[rows],
+    }
     ids = torch.tensor([[7, 30, 55, 3]] * len(rows))
     return PaddedBatch(ids, torch.ones_like(ids), tabular=tabular)
 
 
 def logits_of(path, given):
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    arrays = {**vars(given), **vars(given.tabular)}
+    arrays = {**vars(given), **given.tabular}
     return session.run(None, {value.name: arrays[value.name].numpy() for value in session.get_inputs()})[0]
 
 
