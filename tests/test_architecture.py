@@ -1,6 +1,7 @@
 """Which part of the package may import which, read from the source itself."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ MAY_IMPORT = {
     "evaluation": {"data", "columns"},
     "export": {"model"},
     "engines": {"model", "data", "export"},
-    "proof": {"model", "data", "evaluation", "engines"},
+    "proof": {"model", "data", "columns", "evaluation", "engines"},
     "training": {"model", "lora", "data", "columns", "evaluation", "proof"},
     "quantize": {"model", "data", "evaluation", "proof"},
     "inference": {"model", "lora", "data", "columns", "evaluation", "quantize", "engines", "proof"},
@@ -106,6 +107,14 @@ def test_every_part_has_a_rule_and_says_what_it_is():
     assert MAY_IMPORT.keys() == PARTS
     for part in PARTS:
         assert ast.get_docstring(ast.parse((PACKAGE / part / "__init__.py").read_text())), part
+
+
+def test_the_layout_in_contributing_is_this_one():
+    document = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| `(\w+)/` \| .+ \| (.+) \|$", document, re.MULTILINE)
+    assert sorted(part for part, _ in rows) == sorted(PARTS)  # each of them once
+    told = {part: PARTS - {part} if may == "all" else set(re.findall(r"`(\w+)`", may)) for part, may in rows}
+    assert told == MAY_IMPORT
 
 
 def test_parts_import_only_what_they_may(source):

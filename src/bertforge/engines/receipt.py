@@ -1,8 +1,8 @@
 """Which precision an engine's matrix products really run in, as the engine itself tells after it ran.
 
 An "INT8" engine may well compute in float32: a layer that is not fused as hoped, a CPU without the instruction, a layer
-that accuracy control took back. So the label is earned: below `EARNED` of the linear layers' multiply-adds in the
-precision asked for, the engine is `mixed`. It is kept all the same, for it was shown to be right and may be fast.
+that was spared. So the label is earned: below `EARNED` of the linear layers' multiply-adds in the precision asked for,
+the engine is `mixed`. It is kept all the same, for it was shown to be right and may be fast.
 """
 
 from __future__ import annotations
