@@ -10,6 +10,9 @@ import pandas as pd
 import pytest
 
 from bertforge.artifact import hash_file, read_manifest
+from bertforge.benchmark.run import run_benchmark
+from bertforge.data.prepare import PrepareOptions, prepare
+from bertforge.data.tokens import Tokenizer
 from bertforge.engines.registry import TARGETS
 from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.inference.predict import predict_table
@@ -237,6 +240,15 @@ def test_calibration_rows_of_one_class_are_refused(tmp_path, runs, data):
     with pytest.raises(DataError, match="the calibration rows hold one class only"):
         compile_model(runs["full"], "openvino", "int8", one_class, tmp_path / "engine")
     assert not (tmp_path / "engine").exists()
+
+
+def test_rows_that_the_model_may_have_learnt_from_prove_nothing(tmp_path, runs, data, base):
+    other = tmp_path / "other"
+    prepare(data.with_suffix(".csv"), other, Tokenizer.load(base), PrepareOptions(seed=7))
+    with pytest.raises(DataError, match=r"or on another split of it, .* name the folder it was trained on with"):
+        compile_model(runs["full"], "onnxruntime", "fp32", other, tmp_path / "engine")
+    with pytest.raises(DataError, match="or on another split of it"):
+        run_benchmark(runs["full"], other, "all", split="test", rows=32, repeats=1, say=lambda text: None)
 
 
 def test_a_model_whose_head_was_never_trained_is_refused(tmp_path, runs, base):
