@@ -197,7 +197,7 @@ class Benchmark:
         for precision in ("fp32", "bf16"):
             rows = self.few if precision == "fp32" else self.rows
             self._add(Predictor.load(model, precision).engine, "pytorch, packed", precision, rows)
-        engines = [(model, "openvino", "bf16", ""), (model, "openvino", "int8", ", NNCF")]
+        engines = [(model, "openvino", "bf16", ""), (model, "openvino", "int8", "")]
         if quantized:
             engines += [(quantized, target, "int8", ", quantized folder") for target in ("openvino", "onnxruntime")]
         for source, target, precision, label in engines:
@@ -305,7 +305,7 @@ def main() -> None:
         benchmark.add_ours(stack)
         rows = benchmark.measure()
     if options.json:
-        names = ("transformers", "openvino", "onnxruntime", "nncf")
+        names = ("transformers", "openvino", "onnxruntime")
         found = record("inference_cpu", rows, 0, *names) | {"peers": benchmark.libraries}
         print(f"wrote {write_json(options.json, found)}")
 

@@ -230,8 +230,8 @@ def peer(job: Job, precision: str, attention: str, by_length: bool = False, comp
 def onnxruntime(job: Job, tokens: int | None, fused: bool) -> Ready:
     """Our graph in float16, or as it is for ONNX Runtime alone."""
     with tempfile.TemporaryDirectory() as folder:
-        path = export_onnx(job.model, Path(folder) / "model.onnx", precision="fp16", fused=fused)
-        engine = OnnxRuntimeEngine(path, job.hardware, "fp16")
+        export_onnx(job.model, Path(folder) / "model.onnx", precision="fp16", fused=fused)
+        engine = OnnxRuntimeEngine(Path(folder), "fp16", job.hardware)
     return ready(job, engine, replace(engine.shape, tokens=tokens) if tokens else job.padded)
 
 
@@ -247,7 +247,7 @@ def packed(job: Job, tokens: int, weights: str = "bf16", how: type[FixedPacks] |
 
 
 def ready(job: Job, engine: Engine, shape: BatchShape) -> Ready:
-    """A engine with the batches it is given."""
+    """An engine with the batches it is given."""
     waste = padding_waste(job.examples.lengths(job.rows), engine.packed, shape)
     return Ready(partial(run, engine, job.examples, job.rows, shape=shape), waste)
 

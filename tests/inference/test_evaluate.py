@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 import torch
 
-from bertforge.data.prepare import PrepareOptions
+from bertforge.data.prepare import PrepareOptions, prepare
 from bertforge.data.prepared import PreparedData
+from bertforge.data.tokens import Tokenizer
 from bertforge.errors import DataError, UsageError
 from bertforge.evaluation.baselines import COLUMNS, MAJORITY, TEXT
 from bertforge.evaluation.metrics import classification_metrics
@@ -109,6 +110,14 @@ def test_rows_the_run_may_have_learnt_from_are_called_so(tmp_path, data, base, r
     other = prepare_frame(made_up(160, seed=2), tmp_path / "other", base)
     assert warning in score(predictor, other).source
     assert warning in evaluate_run(runs["full"], other).write_report(tmp_path / "r.html").read_text()
+
+
+def test_another_split_of_the_same_table_is_refused(tmp_path, data, base, runs):
+    """Its test rows are rows that the model was trained on."""
+    options = PrepareOptions(seed=7)
+    prepare(data.with_suffix(".csv"), tmp_path / "other", Tokenizer.load(base), options)
+    with pytest.raises(DataError, match=r"or on another split of it, .* name the folder it was trained on with --data"):
+        score(Predictor.load(runs["full"]), tmp_path / "other")
 
 
 def test_a_part_of_a_raw_table_is_refused(runs, raw_test_rows):

@@ -10,6 +10,9 @@ import pandas as pd
 import pytest
 
 from bertforge.artifact import hash_file, read_manifest
+from bertforge.benchmark.run import run_benchmark
+from bertforge.data.prepare import PrepareOptions, prepare
+from bertforge.data.tokens import Tokenizer
 from bertforge.engines.registry import TARGETS
 from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.inference.predict import predict_table
@@ -113,7 +116,7 @@ class Wrong:
     """An engine whose logits are wrong: `change(logits, from_golden_rows)` is what comes out."""
 
     def __init__(self, engine, change):
-        self.engine, self.change, self.golden = engine, change, 32  # which are run first, alone and together
+        self.engine, self.change, self.golden = engine, change, 24  # which are run first, alone and together
 
     def __getattr__(self, name):
         return getattr(self.engine, name)
@@ -134,8 +137,8 @@ def becomes_wrong(monkeypatch, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda logits, golden: logits * [1.05, 1], r"probabilities of 32 rows move by 0\.\d+ on average"),
-        (lambda logits, golden: logits * np.nan, "gives no finite logits for 32 of 32 golden rows"),
+        (lambda logits, golden: logits * [1.05, 1], r"probabilities of 24 rows move by 0\.\d+ on average"),
+        (lambda logits, golden: logits * np.nan, "gives no finite logits for 24 of 24 golden rows"),
         (lambda logits, golden: logits if golden else logits * np.nan, "no finite logits for 13 of 13 validation rows"),
         (lambda logits, golden: logits if golden else -logits, r"probabilities of 13 rows move by 0\.\d+ on average"),
     ],
@@ -237,6 +240,15 @@ def test_calibration_rows_of_one_class_are_refused(tmp_path, runs, data):
     with pytest.raises(DataError, match="the calibration rows hold one class only"):
         compile_model(runs["full"], "openvino", "int8", one_class, tmp_path / "engine")
     assert not (tmp_path / "engine").exists()
+
+
+def test_rows_that_the_model_may_have_learnt_from_prove_nothing(tmp_path, runs, data, base):
+    other = tmp_path / "other"
+    prepare(data.with_suffix(".csv"), other, Tokenizer.load(base), PrepareOptions(seed=7))
+    with pytest.raises(DataError, match=r"or on another split of it, .* name the folder it was trained on with"):
+        compile_model(runs["full"], "onnxruntime", "fp32", other, tmp_path / "engine")
+    with pytest.raises(DataError, match="or on another split of it"):
+        run_benchmark(runs["full"], other, "all", split="test", rows=32, repeats=1, say=lambda text: None)
 
 
 def test_a_model_whose_head_was_never_trained_is_refused(tmp_path, runs, base):

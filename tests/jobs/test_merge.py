@@ -12,8 +12,8 @@ from bertforge.artifact import hash_file
 from bertforge.errors import ArtifactError
 from bertforge.evaluation.logits import predict_logits
 from bertforge.hardware import detect
-from bertforge.inference import merge as module
 from bertforge.inference.predictor import Predictor, load_model
+from bertforge.jobs import merge as module
 from bertforge.jobs.merge import merge_run
 from bertforge.proof.golden import GoldenRows
 from bertforge.training.finetune import finetune

@@ -74,7 +74,7 @@ def run_benchmark(
     _check_parentage(model, quantized)
     hardware = detect()
     reference = Predictor.load(model, "fp32")
-    prepared = PreparedData.open(data)
+    prepared = PreparedData.of(data, model, reference.manifest)
     work = Workload.of(reference, prepared, split, rows)
     baseline = run(reference.engine, work.examples, work.rows)
     flops = needed_flops(BertConfig.load(model), work.examples.lengths(work.timed)) / len(work.timed)

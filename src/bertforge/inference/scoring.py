@@ -48,7 +48,8 @@ class Scored:
 def score(predictor: Predictor, data: Path, part: str | None = None, dialect: Dialect | None = None) -> Scored:
     """Scores a part of a prepared folder's split (None: test), or the whole of a raw table, written in `dialect`.
 
-    Raises DataError when the labels are not those the model knows or no row can be scored, UsageError for a part of a
+    Raises DataError for another split of the table that the model was trained on, when the labels are not those the
+    model knows or no row can be scored, UsageError for a part of a
     raw table, and for an encoding or separator of prepared data.
     """
     dialect = dialect or Dialect()
@@ -57,7 +58,8 @@ def score(predictor: Predictor, data: Path, part: str | None = None, dialect: Di
             raise UsageError(
                 f"{data} is prepared already; leave --encoding and --separator out, they are of a raw table"
             )
-        return _score_prepared(predictor, PreparedData.open(data), part or "test")
+        prepared = PreparedData.of(data, "the model", predictor.manifest, other_tables=True)
+        return _score_prepared(predictor, prepared, part or "test")
     if part is not None and data.is_file():
         raise UsageError(f"{data} is a raw table and scored whole; leave --split {part} out, or prepare it first")
     return _score_raw(predictor, data, dialect)

@@ -75,10 +75,14 @@ class _Source:
             return plain_model(self.predictor)
         return BertForSequenceClassification.from_pretrained(self.model).eval()
 
-    def rows(self, part: str, choose: Callable[[np.ndarray], np.ndarray]) -> Rows:
-        """Those of a part of the data that `choose` takes."""
+    def part(self, part: str) -> np.ndarray:
+        """Row numbers of a part of the data."""
         assert self.prepared is not None
-        rows = choose(self.prepared.rows(self.predictor.manifest["recipe"]["split"], part))
+        return self.prepared.rows(self.predictor.manifest["recipe"]["split"], part)
+
+    def rows(self, rows: np.ndarray) -> Rows:
+        """With what the model reads of them."""
+        assert self.prepared is not None
         return Rows(self.predictor.examples(self.prepared, rows), rows)
 
     @cached_property
@@ -86,11 +90,11 @@ class _Source:
         """Of INT8, from train rows of more than one class."""
         from bertforge.quantize.ranges import find_ranges
 
-        train, tuned = self.rows("train", calibrating), self.rows("validation", tuning)
-        check_classes(train.labels)
+        train, tuned = calibrating(self.part("train")), tuning(self.part("validation"))
+        examples = self.rows(np.concatenate([train, tuned])).examples
+        check_classes(examples.labels[train])
         self.say(f"finding ranges on {len(train)} train rows")
-        examples = self.rows("train", lambda rows: np.concatenate([train.rows, tuned.rows])).examples
-        return find_ranges(self.network, examples, train.rows, tuned.rows)
+        return find_ranges(self.network, examples, train, tuned)
 
     def scales_for(self, kind: Target, precision: str) -> Scales | None:
         """The 8-bit ranges that stand in the graph of an engine."""
@@ -101,11 +105,11 @@ class _Source:
     @cached_property
     def proof(self) -> Rows | None:
         """Rows that choose nothing."""
-        return None if self.prepared is None else self.rows("validation", proving)
+        return None if self.prepared is None else self.rows(proving(self.part("validation")))
 
     def costliest(self, precision: str, scales: Scales | None) -> list[Unit]:
         """The parts of the encoder in 8 bits, that which costs most on the rows that tune first."""
-        rows = self.rows("validation", tuning)
+        rows = self.rows(tuning(self.part("validation")))
         self.say(f"measuring on {len(rows)} validation rows where 8 bits cost most")
         found = costs(self.network, precision, rows.examples, rows.rows, scales)
         return sorted(found, key=lambda unit: -found[unit])
@@ -113,10 +117,7 @@ class _Source:
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of every train row, as the model reads it."""
-        rows = self.rows("train", lambda rows: rows[:0])
-        assert self.prepared is not None
-        train = self.prepared.rows(self.predictor.manifest["recipe"]["split"], "train")
-        return rows.examples.lengths(train)
+        return self.rows(np.zeros(0, np.int64)).examples.lengths(self.part("train"))
 
     def reference(self, precision: str, scales: Scales | None, spared: list[Unit]) -> Reference:
         """What an engine with these ranges in its graph is held against."""

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from bertforge.data.loader import Examples
+from bertforge.data.loader import Examples, spread
 from bertforge.engines.base import BatchShape, Engine, Rows
 from bertforge.engines.receipt import describe
 from bertforge.engines.run import batch_of, padding_waste, run
@@ -183,10 +183,11 @@ def prove(
         proof["structure"] = found.to_dict()
     plain, simulated = reference.logits(golden.examples, every), reference.simulated(golden.examples, every)
     alone = run(engine, golden.examples, every, shape=BatchShape(tokens=1))
-    together = structure.crowded(engine, golden.examples, every)
+    some = spread(every, structure.CROWD)
+    together = structure.crowded(engine, golden.examples, some)
     _check_finite(name, np.concatenate([alone, together]), "golden rows")
-    allowed = shift(plain, simulated)
-    moved = Shift.of(np.concatenate([shift(plain, alone), shift(plain, together)]), np.concatenate([allowed] * 2))
+    allowed = np.concatenate([shift(plain, simulated), shift(plain, simulated)[some]])
+    moved = Shift.of(shift(np.concatenate([plain, plain[some]]), np.concatenate([alone, together])), allowed)
     if not moved.holds:
         raise PrecisionError(f"{name}: {moved}")
     proof |= {"golden_agreement": Agreement.of(plain, alone).to_dict(), "golden_shift": asdict(moved)}

@@ -317,7 +317,11 @@ def describe(run: Run, prepared: PreparedData, recipe: dict[str, Any]) -> dict[s
         "labels": list(prepared.label_names),
         "schema": prepared.schema.to_dict(),
         "tabular": None if run.transform is None else run.transform.to_dict(),
-        "data": {"fingerprint": prepared.fingerprint, "made_up": bool(prepared.manifest.get("made_up"))},
+        "data": {
+            "fingerprint": prepared.fingerprint,
+            "tables": prepared.tables,
+            "made_up": bool(prepared.manifest.get("made_up")),
+        },
         "base": {"model": _found_anywhere(recipe["model"]), "weights": hash_file(weights_file(run.base))},
     }
 
