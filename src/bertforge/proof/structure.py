@@ -6,7 +6,7 @@ is rounded on the way (`Target.exact`): the weights as they are stored, activati
 left must be the model with its weights rounded in the same way, up to the order of summation.
 
 The probes are golden rows as they are, cut to a single token, in another order, drawn out to the largest length, filled
-with random tokens, and all of them among neighbours with padding up to the largest length.
+with random tokens, and some of them among neighbours with padding up to the largest length.
 """
 
 from __future__ import annotations
