@@ -14,7 +14,7 @@ def test_rows_that_tune_prove_nothing(count):
     assert not tuned & proved
     assert tuned | proved == set(validation.tolist())
     assert len(proved) >= count / 2
-    assert 1 <= len(tuned) <= 250
+    assert 1 <= len(tuned) <= 1000
 
 
 def test_the_first_rows_that_prove_are_a_sample_of_all():

@@ -17,7 +17,7 @@ Model = Annotated[Path, typer.Argument(help="Folder made by `bertforge merge`, b
 
 def compile_(
     model: Model,
-    target: Annotated[str, typer.Option(help="auto, openvino, onnxruntime, tensorrt or tensorrt-rtx.")] = "auto",
+    target: Annotated[str, typer.Option(help="auto, or a target that `bertforge doctor` lists.")] = "auto",
     precision: Annotated[
         str, typer.Option(help="auto, fp32, fp16, bf16, int8 or fp8, as the target has them.")
     ] = "auto",

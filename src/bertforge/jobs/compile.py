@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ from bertforge.proof.simulation import costs, layers_of
 from bertforge.scales import FORMATS, SCALES, Scales
 
 TIMED_ROWS, REPEATS = 200, 3
+TUNING_ROWS = 250
 _KEPT = ("recipe", "labels", "schema", "tabular", "data", "base", "temperature", "golden")
 Say = Callable[[str], object]
 
@@ -90,7 +91,7 @@ class _Source:
         """Of INT8, from train rows of more than one class."""
         from bertforge.quantize.ranges import find_ranges
 
-        train, tuned = calibrating(self.part("train")), tuning(self.part("validation"))
+        train, tuned = calibrating(self.part("train")), self.tuning
         examples = self.rows(np.concatenate([train, tuned])).examples
         check_classes(examples.labels[train])
         self.say(f"finding ranges on {len(train)} train rows")
@@ -102,6 +103,11 @@ class _Source:
             return None
         return self.scales or (None if kind.dynamic else self.ranges)
 
+    @property
+    def tuning(self) -> np.ndarray:
+        """Rows that choose alphas and layers to spare, few enough to ask them often."""
+        return spread(tuning(self.part("validation")), TUNING_ROWS)
+
     @cached_property
     def proof(self) -> Rows | None:
         """Rows that choose nothing."""
@@ -109,7 +115,7 @@ class _Source:
 
     def costliest(self, precision: str, scales: Scales | None) -> list[Unit]:
         """The parts of the encoder in 8 bits, that which costs most on the rows that tune first."""
-        rows = self.rows(tuning(self.part("validation")))
+        rows = self.rows(self.tuning)
         self.say(f"measuring on {len(rows)} validation rows where 8 bits cost most")
         found = costs(self.network, precision, rows.examples, rows.rows, scales)
         return sorted(found, key=lambda unit: -found[unit])
@@ -219,7 +225,7 @@ def _build(
         source.say("proving that it computes what the model does")
         try:
             with closing(kind.open(folder, precision, hardware)) as engine:
-                exact = kind.exact and partial(kind.exact, folder, precision, hardware)
+                exact = kind.exact(folder, precision, hardware)
                 reference = source.reference(precision, scales, spared)
                 return built | prove(reference, engine, exact, source.proof, source.say), spared
         except PrecisionError as error:
@@ -253,9 +259,9 @@ def verify_engine(model: Path, engine: Path, data: Path | None, say: Say = lambd
     kind = check_target(target, precision, hardware)
     source = _open(model, kind, precision, data, say)
     scales = Scales.load(engine) if (engine / SCALES).is_file() else None
-    exact = kind.exact and partial(kind.exact, engine, precision, hardware)
     with closing(kind.open(engine, precision, hardware)) as opened:
         try:
+            exact = kind.exact(engine, precision, hardware)
             reference = source.reference(precision, scales, [Unit(**unit) for unit in manifest["spared"]])
             proof = prove(reference, opened, exact, source.proof, say)
         except ArtifactError as error:

@@ -17,21 +17,23 @@ import numpy as np
 from safetensors.torch import save as to_bytes
 
 from bertforge.artifact import MANIFEST, fresh_directory, hash_file, read_manifest, write_atomic, write_manifest
-from bertforge.data.loader import Examples
+from bertforge.data.loader import Examples, spread
 from bertforge.data.prepared import PreparedData
 from bertforge.errors import ArtifactError, MachineError, UsageError
 from bertforge.evaluation.compare import compare
 from bertforge.evaluation.logits import predict_logits
 from bertforge.inference.predictor import Predictor, check_merged, load_model, plain_model
 from bertforge.model.classifier import BertForSequenceClassification
+from bertforge.model.points import Unit
 from bertforge.model.weights import WEIGHTS
 from bertforge.proof.golden import GoldenRows
 from bertforge.proof.rows import calibrating, check_classes, proving, tuning
 from bertforge.scales import FORMATS
 
 if TYPE_CHECKING:
-    from bertforge.model.points import Unit
+    from bertforge.quantize.sensitivity import Judge
 
+RANKING_ROWS = 250
 _KEPT = ("recipe", "labels", "schema", "tabular", "data", "base", "temperature")
 Say = Callable[[str], object]
 Tune = Callable[
@@ -81,10 +83,10 @@ class _Rows:
 
     examples: Examples
     calibration: np.ndarray
-    ranked: np.ndarray
-    """Validation rows that choose methods and layers."""
+    tuned: np.ndarray
+    """Validation rows that choose: a method, what is spared, whether fine-tuning is kept."""
     judged: np.ndarray
-    """Others, which give the verdict."""
+    """Others, which choose nothing and say what came of it."""
     train: np.ndarray
     validation: np.ndarray
 
@@ -106,11 +108,18 @@ def quantize_model(
     if not util.find_spec("modelopt"):
         raise MachineError("quantization needs NVIDIA ModelOpt; pip install 'bertforge[quantize]'")
     from bertforge.quantize import fake
+    from bertforge.quantize.sensitivity import Judge
 
     predictor, prepared = Predictor.load(model, "fp32"), PreparedData.of(data, model, manifest)
     rows = _choose(predictor, prepared, options)
     network = plain_model(predictor)
-    job = _Job(network, rows, rows.logits(network, rows.judged), options, say)
+
+    def judge(part: np.ndarray) -> Judge:
+        plain = rows.logits(network, part)  # now, before anything is quantized
+        return Judge(lambda: rows.logits(network, part), plain, rows.examples.labels[part])
+
+    judges = judge(spread(rows.tuned, RANKING_ROWS)), judge(rows.tuned), judge(rows.judged)
+    job = _Job(network, rows, *judges, options, say)
     with fresh_directory(out) as folder:
         found, chosen = job.calibrate()
         if tune:
@@ -133,11 +142,11 @@ def quantize_model(
 def _choose(predictor: Predictor, prepared: PreparedData, options: QuantizeOptions) -> _Rows:
     split = predictor.manifest["recipe"]["split"]
     train, validation = prepared.rows(split, "train"), prepared.rows(split, "validation")
-    calibration, ranked = calibrating(train, options.rows), tuning(validation)
+    calibration, tuned = calibrating(train, options.rows), tuning(validation)
     judged = np.sort(proving(validation)[: options.validation_rows])
     examples = predictor.examples(prepared, np.concatenate([train, validation]))
     check_classes(examples.labels[calibration])
-    return _Rows(examples, calibration, ranked, judged, train, validation)
+    return _Rows(examples, calibration, tuned, judged, train, validation)
 
 
 @dataclass(frozen=True)
@@ -146,8 +155,12 @@ class _Job:
 
     network: BertForSequenceClassification
     rows: _Rows
-    reference: np.ndarray
-    """[judged rows, labels], of the plain model."""
+    ranking: Judge
+    """Of methods and layers, by some of the rows that tune, for it takes many passes."""
+    budget: Judge
+    """Of what is spared and kept, by all of them."""
+    verdict: Judge
+    """Of what came of it, by rows that choose nothing."""
     options: QuantizeOptions
     say: Say
 
@@ -156,13 +169,10 @@ class _Job:
         from bertforge.model.points import share_of_work, units
         from bertforge.quantize import calibrate, fake, sensitivity
 
-        network, rows, reference, options, say = self.network, self.rows, self.reference, self.options, self.say
+        network, rows, options, say = self.network, self.rows, self.options, self.say
         chosen = units(network.config, options.preset)
         length = float(rows.examples.lengths(rows.judged).mean())
-        labels = rows.examples.labels
-        verdict = sensitivity.Judge(lambda: rows.logits(network, rows.judged), reference, labels[rows.judged])
-        plain = rows.logits(network, rows.ranked)
-        ranking = sensitivity.Judge(lambda: rows.logits(network, rows.ranked), plain, labels[rows.ranked])
+        ranking = self.ranking
 
         def loop(model: Any) -> None:
             rows.logits(model, rows.calibration)
@@ -175,7 +185,7 @@ class _Job:
         ways = calibrate.ranges(network, options.precision, chosen, options.calibration, loop)
         costs = {}
         for name, found in ways.items():
-            say(f"judging {name} on {len(rows.ranked):,} validation rows")
+            say(f"judging {name} on {len(ranking.labels):,} validation rows")
             fake.set_activations(network, found)
             fake.quantize_only(network, chosen)
             costs[name] = ranking.cost()
@@ -189,7 +199,7 @@ class _Job:
             frontier = sensitivity.search(
                 network,
                 chosen,
-                (ranking, verdict),
+                (ranking, self.budget),
                 length,
                 options.max_drop,
                 lambda i, n: say(f"ranking layers and components: {i} of {n}"),
@@ -198,13 +208,13 @@ class _Job:
             if not chosen:
                 raise ArtifactError(
                     f"no part of the model in {options.precision} keeps the accuracy within {options.max_drop:.2%} of "
-                    f"{len(rows.judged):,} validation rows; raise --max-drop or --validation-rows"
+                    f"{len(rows.tuned):,} validation rows; raise --max-drop, or prepare more validation rows"
                 )
         fake.quantize_only(network, chosen)
         measured = {
             **asdict(options),
             "calibration_rows": len(rows.calibration),
-            "ranking_rows": len(rows.ranked),
+            "ranking_rows": len(ranking.labels),
             "chosen_calibration": best,
             "calibrations": {name: cost.to_dict() for name, cost in costs.items()},
             "sensitivity": [row.to_dict() for row in table],
@@ -217,12 +227,11 @@ class _Job:
     def fine_tune(self, tune: Tune, recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
         """Fine-tunes the network; it is left as it was unless the validation loss falls and the budget still holds."""
         before = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
-        rows, budget = self.rows, self.options.max_drop
-        found = tune(self.network, rows.examples, rows.train, rows.validation, recipe, folder, self.say)
-        found |= self.quality()
-        drop = found["first_accuracy"] - found["second_accuracy"]
+        rows, most = self.rows, self.options.max_drop
+        found = tune(self.network, rows.examples, rows.train, rows.tuned, recipe, folder, self.say)
+        found |= self.quality() | {"tuning_drop": self.budget.cost().accuracy_drop}
         found["kept"] = found["validation_loss"] < found["validation_loss_before"] and (
-            budget is None or drop <= budget
+            most is None or found["tuning_drop"] <= most
         )
         if not found["kept"]:
             self.network.load_state_dict(before)
@@ -230,8 +239,7 @@ class _Job:
 
     def quality(self) -> dict[str, Any]:
         """The paired comparison with the plain model, and accuracy as a share of its: `recovery`."""
-        rows = self.rows
-        self.say(f"judging on {len(rows.judged):,} validation rows")
-        logits, labels = rows.logits(self.network, rows.judged), rows.examples.labels[rows.judged]
-        compared = compare(self.reference, logits, labels, names=("float32", "quantized"))
+        verdict = self.verdict
+        self.say(f"judging on {len(verdict.labels):,} validation rows")
+        compared = compare(verdict.reference, verdict.logits(), verdict.labels, names=("float32", "quantized"))
         return {**compared.to_dict(), "recovery": compared.second_accuracy / compared.first_accuracy}

@@ -154,17 +154,17 @@ class Loss:
     def __str__(self) -> str:
         told = "" if self.decided else f"; they cannot tell whether that is above {ACCURACY_LOSS:.1%}"
         interval = f"{-self.high:+.2%} to {-self.low:+.2%}"
-        return f"{self.rows:,} validation rows: {0.0 - self.value:+.2%} accuracy ({interval}){told}"
+        return f"{self.rows:,} validation rows: {0.0 - self.value:+.2%} ({interval}){told}"
 
 
 def prove(
     reference: Reference,
     engine: Engine,
-    exact: Callable[[], Engine] | None,
+    exact: Engine | None,
     rows: Rows | None,
     say: Callable[[str], object],
 ) -> dict[str, Any]:
-    """What the receipt says of the proof. `exact` opens the engine with nothing rounded, where that can be.
+    """What the receipt says of the proof. `exact` is the engine with nothing rounded, where that can be; it is closed.
 
     Raises ArtifactError for an engine that is not its model, PrecisionError for one whose precision costs too much.
     """
@@ -174,7 +174,7 @@ def prove(
     if exact:
         asked = structure.probes(golden, reference.model.config.vocab_size)
         wanted = reference.stored(asked, np.arange(len(asked.labels)))
-        found = structure.compare(exact(), asked, wanted)
+        found = structure.compare(exact, asked, wanted)
         if not found.holds:
             raise ArtifactError(
                 f"{name} does not compute what the model does: with nothing rounded, a logit of {found.probes} probes "

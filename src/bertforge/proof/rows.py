@@ -12,7 +12,7 @@ from bertforge.data.loader import spread
 from bertforge.errors import DataError
 
 CALIBRATION_ROWS = 300
-_TUNING_SHARE, _TUNING_ROWS = 4, 250  # one validation row in so many, and so many at most
+_TUNING_SHARE, _TUNING_ROWS = 4, 1000  # one validation row in so many, and so many at most
 
 
 def calibrating(train: np.ndarray, most: int = CALIBRATION_ROWS) -> np.ndarray:
