@@ -5,7 +5,7 @@
 BERT-base with random weights: speed does not depend on what they are. bertforge runs its own `Trainer` for three epochs
 of the train rows, so what is timed is what `bertforge train` does, loading and packing included; validation and the
 recording of the CUDA graph are not. transformers runs 50 batches three times, which hold all lengths and lie on the
-GPU already. Both use bfloat16 autocast, AdamW and clipping; "-fp8" is bertforge with precision=fp8. Each figure is a
+GPU already, with dropout on its attention weights as it comes and without, as bertforge trains. Both use bfloat16 autocast, AdamW and clipping; "-fp8" is bertforge with precision=fp8. Each figure is a
 median, with its lowest and highest. torch.compile is given one layer after another: they are alike.
 
 Each system has a process of its own, one after another: the peer ran at half its speed in a process that had trained
@@ -76,6 +76,7 @@ FAMILIES = {  # name -> pattern of kernels' names
 PADDED = "transformers + PEFT, padded to 512"  # as tutorials have it
 BY_LENGTH = "transformers + PEFT, by length"
 COMPILED = "transformers + PEFT, by length, torch.compile"
+NO_DROPOUT = ", no attention dropout"  # behind a name: as bertforge trains, and as fused attention may
 BATCHES = 50  # of a peer; all lengths are among them
 
 
@@ -114,7 +115,12 @@ def names() -> list[tuple[str, str]]:
     return [
         *(("bertforge", variant) for variant in VARIANTS),
         (PADDED, "lora-r8"),
-        *((system, variant) for system in (BY_LENGTH, COMPILED) for variant in bf16),
+        *(
+            (system + dropout, variant)
+            for system in (BY_LENGTH, COMPILED)
+            for dropout in ("", NO_DROPOUT)
+            for variant in bf16
+        ),
     ]
 
 
@@ -141,9 +147,10 @@ def measure(system: str, variant: str, data: Path, model: str, tokens: int) -> l
         found = train(variant, split, tokens)
     else:
         torch.manual_seed(SEED)
-        found = peer(
-            split, variant, 32 if system == PADDED else 128, padded=system == PADDED, by_layer=system == COMPILED
-        )
+        padded, batch = system == PADDED, 32 if system == PADDED else 128
+        dropout = 0.0 if system.endswith(NO_DROPOUT) else 0.1
+        by_layer = system.startswith(COMPILED)
+        found = peer(split, variant, batch, padded=padded, by_layer=by_layer, attention_dropout=dropout)
     for row in found:
         rate = row["questions_per_s"]
         row["precision"] = VARIANTS[variant][1]
@@ -258,11 +265,14 @@ def profile(trainer: Trainer) -> dict[str, float]:
     return shares
 
 
-def peer(split: Split, variant: str, batch: int, *, padded: bool, by_layer: bool) -> list[dict[str, Any]]:
+def peer(
+    split: Split, variant: str, batch: int, *, padded: bool, by_layer: bool, attention_dropout: float
+) -> list[dict[str, Any]]:
     """One row; batches are of `batch` rows of like length, padded to the longest or to 512."""
     device = torch.device("cuda")
     memory = PeakMemory(device)
-    model: Any = TheirModel(TheirConfig(num_labels=2, attn_implementation="sdpa"))
+    dropout = {"attention_probs_dropout_prob": attention_dropout}
+    model: Any = TheirModel(TheirConfig(num_labels=2, attn_implementation="sdpa", **dropout))
     if variant != "full":
         layers = list(range(8, 12)) if variant == "lora-r8-last-4" else None
         model = peers.adapt(model, "lora-r8", layers)
