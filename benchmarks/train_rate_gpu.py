@@ -5,8 +5,9 @@
 BERT-base with random weights: speed does not depend on what they are. bertforge runs its own `Trainer` for three epochs
 of the train rows, so what is timed is what `bertforge train` does, loading and packing included; validation and the
 recording of the CUDA graph are not. transformers runs 50 batches three times, which hold all lengths and lie on the
-GPU already, with dropout on its attention weights as it comes and without, as bertforge trains. Both use bfloat16 autocast, AdamW and clipping; "-fp8" is bertforge with precision=fp8. Each figure is a
-median, with its lowest and highest. torch.compile is given one layer after another: they are alike.
+GPU already, with dropout on its attention weights as it comes and without, as bertforge trains. Both use bfloat16
+autocast, AdamW and clipping; "-fp8" is bertforge with precision=fp8. Each figure is a median, with its lowest and
+highest. torch.compile is given one layer after another: they are alike.
 
 Each system has a process of its own, one after another: the peer ran at half its speed in a process that had trained
 our variants before, we do not know why.
@@ -271,8 +272,9 @@ def peer(
     """One row; batches are of `batch` rows of like length, padded to the longest or to 512."""
     device = torch.device("cuda")
     memory = PeakMemory(device)
-    dropout = {"attention_probs_dropout_prob": attention_dropout}
-    model: Any = TheirModel(TheirConfig(num_labels=2, attn_implementation="sdpa", **dropout))
+    config = TheirConfig(num_labels=2, attn_implementation="sdpa")
+    config.attention_probs_dropout_prob = attention_dropout
+    model: Any = TheirModel(config)
     if variant != "full":
         layers = list(range(8, 12)) if variant == "lora-r8-last-4" else None
         model = peers.adapt(model, "lora-r8", layers)
