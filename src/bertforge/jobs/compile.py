@@ -14,10 +14,10 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -63,6 +63,19 @@ class _Source:
     predictor: Predictor
     prepared: PreparedData | None
     say: Say
+    until: float = math.inf
+    """By the monotonic clock: no more rows are asked after it, where those that were cannot tell."""
+    known: dict[int, np.ndarray] = field(default_factory=dict)
+    """The model's logits of the first rows that prove, by their number: for the next engine too."""
+
+    @classmethod
+    def open(cls, model: Path, data: Path | None, say: Say, seconds: float = math.inf) -> Self:
+        """Raises ArtifactError for a run with adapters, DataError for other data than the model's."""
+        manifest = read_manifest(model, "run", "model", "quantized")
+        check_merged(model)
+        say("loading the model")
+        prepared = None if data is None else PreparedData.of(data, model, manifest)
+        return cls(model, Predictor.load(model, "fp32"), prepared, say, time.monotonic() + seconds)
 
     @cached_property
     def scales(self) -> Scales | None:
@@ -135,7 +148,7 @@ class _Source:
             def simulation(examples: Examples, rows: np.ndarray) -> np.ndarray:
                 return run(self.predictor.engine, examples, rows)
 
-        return Reference(self.network, golden, precision, tuple(layers), scales, simulation)
+        return Reference(self.network, golden, precision, tuple(layers), scales, simulation, self.known)
 
 
 def compile_model(
@@ -155,14 +168,19 @@ def compile_model(
     """
     hardware = detect()
     kind = check_target(target, precision, hardware)
-    reason = kind.unfit(hardware)
+    _check_precision(model, kind, precision, data)
+    return _compile(_Source.open(model, data, say), kind, precision, out, hardware)
+
+
+def _compile(source: _Source, kind: Target, precision: str, out: Path, hardware: Hardware) -> dict[str, Any]:
+    """See `compile_model`."""
+    target, reason = kind.name, kind.unfit(hardware)
     if reason and kind.builds_where_it_runs:
         anywhere = [name for name, other in TARGETS.items() if other.compiles_at_load]
         raise MachineError(
             f"{target} builds an engine where it will run, but {reason}; run this command there, or take "
             f"--target {anywhere[0]}, which builds anywhere"
         )
-    source = _open(model, kind, precision, data, say)
     renewable = kind.renewable and (out / MANIFEST).is_file() and read_manifest(out, "engine")["target"] == target
     start = time.monotonic()
     with fresh_directory(out, replace=renewable) as folder:
@@ -184,7 +202,7 @@ def compile_model(
         }
         kept = {name: source.predictor.manifest[name] for name in _KEPT if name in source.predictor.manifest}
         source.predictor.tokenizer.save(folder, source.predictor.max_length)
-        write_manifest(folder, "engine", **receipt, parent=hash_file(model / MANIFEST), **kept)
+        write_manifest(folder, "engine", **receipt, parent=hash_file(source.model / MANIFEST), **kept)
     return receipt
 
 
@@ -227,7 +245,8 @@ def _build(
             with closing(kind.open(folder, precision, hardware)) as engine:
                 exact = kind.exact(folder, precision, hardware)
                 reference = source.reference(precision, scales, spared)
-                return built | prove(reference, engine, exact, source.proof, source.say), spared
+                proof = prove(reference, engine, exact, source.proof, source.say, source.until)
+                return built | proof, spared
         except PrecisionError as error:
             if precision not in FORMATS or source.prepared is None:
                 raise ArtifactError(f"{error}; nothing was written") from error
@@ -250,20 +269,24 @@ def verify_engine(model: Path, engine: Path, data: Path | None, say: Say = lambd
     """
     manifest = read_manifest(engine, "engine")
     target, precision = manifest["target"], manifest["precision"]
+    again = compile_command(engine, target, precision)
     if manifest["parent"] != hash_file(model / MANIFEST):
-        again = compile_command(engine, target, precision)
         raise ArtifactError(
             f"{engine} was compiled from other weights than those of {model}; compile it again: {again}"
         )
     hardware = detect()
     kind = check_target(target, precision, hardware)
-    source = _open(model, kind, precision, data, say)
+    source = _Source.open(model, data, say)
     scales = Scales.load(engine) if (engine / SCALES).is_file() else None
+    if "spared" not in manifest or (precision in FORMATS and scales is None and not kind.dynamic):
+        raise ArtifactError(
+            f"{engine} was compiled by an earlier bertforge and lacks what proves it; compile it again: {again}"
+        )
     with closing(kind.open(engine, precision, hardware)) as opened:
         try:
             exact = kind.exact(engine, precision, hardware)
             reference = source.reference(precision, scales, [Unit(**unit) for unit in manifest["spared"]])
-            proof = prove(reference, opened, exact, source.proof, say)
+            proof = prove(reference, opened, exact, source.proof, say, source.until)
         except ArtifactError as error:
             write_json(engine / MANIFEST, manifest | {"verified": False, "not_verified": str(error)})
             raise
@@ -280,14 +303,16 @@ def compile_fastest(
 
     See `fastest`. Raises what is wrong with the model or the data before anything is written.
     """
-    predictor = Predictor.load(model, "fp32")
-    check_merged(model)
-    predictor.examples(PreparedData.of(data, model, predictor.manifest), np.zeros(0, np.int64))
+    hardware = detect()
+    source = _Source.open(model, data, say, seconds)
+    source.rows(np.zeros(0, np.int64))  # which refuses data with other labels
     with fresh_directory(out) as folder:
 
         def attempt(candidate: Candidate) -> Candidate:
-            place = folder / candidate.name
-            receipt = compile_model(model, candidate.target, candidate.precision, data, place, say)
+            place, precision = folder / candidate.name, candidate.precision
+            kind = check_target(candidate.target, precision, hardware)
+            _check_precision(model, kind, precision, data)
+            receipt = _compile(source, kind, precision, place, hardware)
             return replace(candidate, questions_per_s=_timed(place, data, say), receipt=receipt)
 
         tried = fastest(list(wanted), attempt, say, seconds)
@@ -313,11 +338,9 @@ def default_folder(model: Path, target: str, precision: str) -> Path:
     return model / "engines" / f"{target}-{precision}"
 
 
-def _open(model: Path, kind: Target, precision: str, data: Path | None, say: Say) -> _Source:
-    """Loads and checks the model and the data; raises UsageError when `precision` is not to be had from them."""
-    manifest = read_manifest(model, "run", "model", "quantized")
-    check_merged(model)
-    if manifest["kind"] == "quantized":
+def _check_precision(model: Path, kind: Target, precision: str, data: Path | None) -> None:
+    """Raises UsageError when `precision` is not to be had from what is given."""
+    if read_manifest(model, "run", "model", "quantized")["kind"] == "quantized":
         if precision in FORMATS and precision != (form := Scales.load(model).format):
             raise UsageError(f"{model} was quantized to {form}, not to {precision}; --precision {form}")
     elif precision == "fp8" or (precision == "int8" and not kind.calibrates):
@@ -327,6 +350,3 @@ def _open(model: Path, kind: Target, precision: str, data: Path | None, say: Say
         )
     elif precision == "int8" and data is None:
         raise UsageError("int8 is calibrated on train rows; say where they are: --data DIR")
-    say("loading the model")
-    prepared = None if data is None else PreparedData.of(data, model, manifest)
-    return _Source(model, Predictor.load(model, "fp32"), prepared, say)

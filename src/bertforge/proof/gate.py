@@ -14,8 +14,9 @@ Where the rows cannot tell, more are asked, up to all that prove. Where all cann
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,8 @@ class Reference:
     """Of an engine whose 8-bit ranges stand in its graph."""
     simulation: Callable[[Examples, np.ndarray], np.ndarray] | None = None
     """Of the precision, where `rounded` does not know all of it."""
+    known: dict[int, np.ndarray] = field(default_factory=dict)
+    """The model's own logits of the first rows that prove, by their number, once some engine was held against them."""
 
     def logits(self, examples: Examples, rows: np.ndarray) -> np.ndarray:
         """The model's own, `[rows, labels]`."""
@@ -163,8 +166,11 @@ def prove(
     exact: Engine | None,
     rows: Rows | None,
     say: Callable[[str], object],
+    until: float = math.inf,
 ) -> dict[str, Any]:
     """What the receipt says of the proof. `exact` is the engine with nothing rounded, where that can be; it is closed.
+
+    After `until`, by the monotonic clock, no more rows are asked, whatever those that were can tell.
 
     Raises ArtifactError for an engine that is not its model, PrecisionError for one whose precision costs too much.
     """
@@ -191,28 +197,30 @@ def prove(
     if not moved.holds:
         raise PrecisionError(f"{name}: {moved}")
     proof |= {"golden_agreement": Agreement.of(plain, alone).to_dict(), "golden_shift": asdict(moved)}
-    return proof if rows is None else proof | _prove_on(rows, reference, engine, name, say)
+    return proof if rows is None else proof | _prove_on(rows, reference, engine, name, say, until)
 
 
 def _prove_on(
-    rows: Rows, reference: Reference, engine: Engine, name: str, say: Callable[[str], object]
+    rows: Rows, reference: Reference, engine: Engine, name: str, say: Callable[[str], object], until: float
 ) -> dict[str, Any]:
-    """The proof's part on validation rows, as many as it takes."""
-    logits: list[tuple[np.ndarray, ...]] = []
-    done, asked = 0, min(FIRST_ROWS, len(rows))
+    """The proof's part on validation rows, as many as it takes; the shift is decided by the first of them, mostly."""
+    plain, simulated, found = (np.zeros((0, len(reference.model.config.labels)), np.float32) for _ in range(3))
+    moved, asked = None, min(FIRST_ROWS, len(rows))
     while True:
-        part = rows.rows[done:asked]
-        logits.append(tuple(give(rows.examples, part) for give in (reference.logits, reference.simulated)))
-        logits[-1] += (run(engine, rows.examples, part),)
-        plain, simulated, found = (np.concatenate(each) for each in zip(*logits, strict=True))
+        part = rows.rows[len(found) : asked]
+        found = np.concatenate([found, run(engine, rows.examples, part)])
         _check_finite(name, found, "validation rows")
+        if asked not in reference.known:
+            reference.known[asked] = np.concatenate([plain, reference.logits(rows.examples, part)])
+        plain = reference.known[asked]
+        if moved is None or not moved.decided:
+            simulated = np.concatenate([simulated, reference.simulated(rows.examples, part)])
+            moved = Shift.of(shift(plain, found), shift(plain, simulated))
         labels = rows.labels[:asked]
         loss = Loss.of(plain.argmax(1) == labels, found.argmax(1) == labels)
-        moved = Shift.of(shift(plain, found), shift(plain, simulated))
-        if (loss.decided and moved.decided) or asked == len(rows):
+        if (loss.decided and moved.decided) or not moved.holds or asked == len(rows) or time.monotonic() > until:
             break
-        done, asked = asked, min(4 * asked, len(rows))
-        say(f"{done:,} validation rows cannot tell; asking {asked:,}")
+        say(f"{asked:,} validation rows cannot tell; asking {(asked := min(4 * asked, len(rows))):,}")
     if not moved.holds:
         raise PrecisionError(f"{name}: {moved}")
     agreement = Agreement.of(plain, found)
