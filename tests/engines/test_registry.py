@@ -49,6 +49,7 @@ TOY = Target(
     build=build,
     open=ToyEngine,
     exact=ToyEngine,
+    rest=lambda hardware: "fp32",
 )
 
 

@@ -84,7 +84,7 @@ def setting(tmp_path_factory):
     store = TokenStore(rng.integers(5, 90, size=lengths.sum()).astype(np.uint16), np.r_[0, np.cumsum(lengths)])
     examples = Examples(store, np.zeros(2000, np.int64), 3, 48)
     golden = GoldenRows.record(model, examples, np.arange(16))
-    reference = Reference(model, golden, "fp32", ())
+    reference = Reference(model, golden, "fp32", "fp32")
     labels = reference.logits(examples, np.arange(2000)).argmax(1)
     labels[rng.random(2000) < 0.1] ^= 1
     examples = Examples(store, labels, 3, 48)
@@ -96,9 +96,17 @@ def test_more_rows_are_asked_until_they_tell(setting, monkeypatch):
     reference, engine, rows = setting
     said = []
     proof = prove(reference, engine, None, rows, said.append)
-    assert said == ["250 validation rows cannot tell; asking 1,000"]
+    assert said == []
     assert proof["accuracy_loss"]["rows"] == 1000
-    assert proof["told"].startswith("1,000 validation rows: +0.00% (")
+    assert proof["told"] == "1,000 validation rows: +0.00% (-0.20% to +0.20%)"
+    monkeypatch.setattr(gate, "FIRST_ROWS", 100)
+    assert prove(reference, engine, None, rows, said.append)["accuracy_loss"]["rows"] == 1600
+    assert said == [
+        "100 validation rows cannot tell; asking 400",
+        "400 validation rows cannot tell; asking 1,600",
+    ]
+    late = prove(reference, engine, None, rows, said.append, until=0.0)
+    assert late["accuracy_loss"]["rows"] == 100, "no time is left to ask more"
     few = Rows(rows.examples, rows.rows[:100])
     assert "cannot tell" in prove(reference, engine, None, few, said.append)["told"]
 
@@ -108,6 +116,8 @@ def test_accuracy_that_is_lost_is_refused_though_probabilities_hardly_move(setti
     reference, engine, rows = setting
     plain = reference.logits(rows.examples, rows.rows)
     monkeypatch.setattr(gate, "SHIFT_FLOOR", 1.0)  # as if the precision moved as much
+    monkeypatch.setattr(gate, "WORST_FLOOR", 1.0)
+    monkeypatch.setattr(gate, "CHANGED_LABELS", 1.0)
 
     def wrong(engine, examples, asked, **shape):
         found = reference.logits(examples, asked)
@@ -120,5 +130,5 @@ def test_accuracy_that_is_lost_is_refused_though_probabilities_hardly_move(setti
         return found
 
     monkeypatch.setattr(gate, "run", wrong)
-    with pytest.raises(PrecisionError, match=r"in fp32 loses accuracy on 250 validation rows: -\d\.\d\d% \("):
+    with pytest.raises(PrecisionError, match=r"in fp32 loses accuracy on 1,000 validation rows: -\d\.\d\d% \("):
         prove(reference, engine, None, rows, lambda text: None)

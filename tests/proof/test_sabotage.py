@@ -6,17 +6,19 @@ that is as well formed as ours.
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from bertforge.engines.registry import TARGETS
 from bertforge.errors import ArtifactError
 from bertforge.export import bert_onnx
 from bertforge.jobs.compile import compile_model
 from bertforge.jobs.quantize import QuantizeOptions, quantize_model
 from bertforge.model.config import BertConfig
-from bertforge.proof.gate import PrecisionError
+from bertforge.scales import Scales
 from bertforge.training.finetune import finetune
 from tests.proof.sabotage import ALL, broken
 from tests.runs import quick_recipe
@@ -57,6 +59,22 @@ def test_a_broken_graph_is_refused(folders, data, tmp_path, monkeypatch, target,
     with pytest.raises(ArtifactError, match=r"not compute what the model|probabilities of|loses accuracy|labels of"):
         compile_model(folders[source], target, precision, data, tmp_path / "engine")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1], ids="a {:.0%}".format)
+def test_ranges_that_are_too_small_are_refused(folders, tmp_path, monkeypatch, share):
+    """Whether there are rows or not: the simulation has ranges of its own."""
+    scales = Scales.load(folders["quantized"])
+    small = {point: share * amax for point, amax in scales.activations.items()}
+    quantized = shutil.copytree(folders["quantized"], tmp_path / "quantized")
+    whole = TARGETS["openvino"]
+
+    def build(folder, order, hardware):
+        return whole.build(folder, replace(order, scales=replace(order.scales, activations=small)), hardware)
+
+    monkeypatch.setitem(TARGETS, "openvino", replace(whole, build=build))
+    with pytest.raises(ArtifactError, match="probabilities of"):
+        compile_model(quantized, "openvino", "int8", None, tmp_path / "engine")
 
 
 def test_weights_of_another_epoch_are_refused(folders, data, tmp_path, monkeypatch):
@@ -116,4 +134,3 @@ def test_what_8_bits_cost_most_is_spared(folders, data, tmp_path):
     assert set(spared) == {"attention-output"}
     assert any("sparing attention-output of layer" in line for line in said)
     assert receipt["products"]["linear_shares"]["int8"] > 0.5
-    assert issubclass(PrecisionError, ArtifactError)

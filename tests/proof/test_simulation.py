@@ -7,10 +7,12 @@ import torch
 from bertforge.data.loader import Examples
 from bertforge.data.tokens import TokenStore
 from bertforge.engines.base import BatchShape
+from bertforge.engines.registry import TARGETS
 from bertforge.engines.run import run
 from bertforge.evaluation.logits import predict_logits
+from bertforge.hardware import detect
 from bertforge.model.points import linears, units
-from bertforge.proof.simulation import costs, layers_of, rounded, shift, sixteen_bits
+from bertforge.proof.simulation import layers_of, rounded, row_shifts, shifts_alone, sixteen_bits
 from bertforge.quantize.ranges import find_ranges
 from tests.engines.building import built
 from tests.model.tiny import tiny_bert
@@ -77,10 +79,11 @@ def test_an_engine_is_as_far_off_as_the_simulation_says(model, examples, tmp_pat
     scales = find_ranges(model, examples, ROWS, ROWS) if precision == "int8" else None
     plain = logits(model, examples)
     eight = layers_of(model) if precision == "int8" else []
-    with rounded(model, precision, eight, scales), sixteen_bits(model, precision, eight):
-        simulated = shift(plain, logits(model, examples)).mean()
+    rest = TARGETS[target].rest(detect()) if precision == "int8" else precision
+    with rounded(model, precision, eight, scales), sixteen_bits(model, rest, eight):
+        simulated = row_shifts(plain, logits(model, examples)).mean()
     engine = built(target, model, tmp_path, precision, scales=scales)
-    found = shift(plain, run(engine, examples, ROWS)).mean()
+    found = row_shifts(plain, run(engine, examples, ROWS)).mean()
     # A CPU without bfloat16 computes the rest in float32.
     assert found < 2 * simulated
     assert precision != "int8" or found > simulated / 4
@@ -89,13 +92,13 @@ def test_an_engine_is_as_far_off_as_the_simulation_says(model, examples, tmp_pat
 def test_a_shift_counts_a_row_on_which_the_model_is_sure():
     reference = np.array([[20.0, 0.0], [0.0, 20.0], [10.0, 10.0]])
     found = reference - np.array([[4.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
-    moved = shift(reference, found)
+    moved = row_shifts(reference, found)
     assert moved[0] > 0.01
     assert moved[1] == moved[2] == 0
-    assert shift(reference, reference + 3.0).max() == pytest.approx(0), "of all logits alike"
+    assert row_shifts(reference, reference + 3.0).max() == pytest.approx(0), "of all logits alike"
 
 
-def test_costs_name_the_part_that_suffers(model, examples):
+def test_the_part_that_suffers_is_named(model, examples):
     spoiled = tiny_bert(vocab_size=100, max_position_embeddings=64)
     spoiled.load_state_dict(model.state_dict())
     layer = spoiled.bert.encoder.layer[1]
@@ -104,7 +107,7 @@ def test_costs_name_the_part_that_suffers(model, examples):
         layer.attention.self.value.bias[0] *= 3000
         layer.attention.output.dense.weight[:, 0] /= 3000
     np.testing.assert_allclose(logits(spoiled, examples), logits(model, examples), atol=1e-4)
-    found = costs(spoiled, "int8", examples, ROWS, None)
+    found = shifts_alone(spoiled, "int8", examples, ROWS, layers_of(spoiled))
     worst = max(found, key=lambda unit: found[unit])
     assert str(worst) == "attention-output of layer 1"
     assert found.keys() == set(units(model.config, "projections"))

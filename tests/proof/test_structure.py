@@ -49,7 +49,7 @@ def test_a_healthy_engine_is_the_model(golden, model, tmp_path):
     assert found.to_dict()["probes"] == len(asked.labels)
 
 
-def test_a_head_that_hardly_matters_is_missed(golden, model, tmp_path):
+def test_a_head_that_is_hardly_weaker_is_seen(golden, model, tmp_path):
     asked = probes(golden, model.config.vocab_size)
     expected = wanted(model, asked)
     lesser = tiny_bert(vocab_size=100, max_position_embeddings=64)

@@ -8,7 +8,7 @@ from bertforge.data.loader import Examples
 from bertforge.data.tokens import TokenStore
 from bertforge.evaluation.logits import predict_logits
 from bertforge.model.points import linears, units
-from bertforge.proof.simulation import layers_of, rounded, shift
+from bertforge.proof.simulation import layers_of, rounded, row_shifts
 from bertforge.quantize import ranges
 from bertforge.quantize.ranges import ALPHAS, find_ranges
 from tests.model.tiny import tiny_bert
@@ -70,7 +70,7 @@ def test_the_alpha_is_the_best_on_the_rows_that_tune(model, examples, monkeypatc
 
     def moved(scales):
         with rounded(model, "int8", layers_of(model), scales):
-            return float(shift(plain, predict_logits(model, examples, TUNING, "fp32")).mean())
+            return float(row_shifts(plain, predict_logits(model, examples, TUNING, "fp32")).mean())
 
     each = []
     for alpha in ALPHAS:

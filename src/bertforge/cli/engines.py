@@ -131,12 +131,17 @@ def _say_proof(console: Console, receipt: dict[str, Any]) -> None:
             f"structure: with nothing rounded, logits of {structure['probes']} probes are the model's up to "
             f"{structure['largest_difference']:.0e} of their spread"
         )
+    else:
+        console.print(f"structure: not probed, for {receipt['target']} cannot be opened with nothing rounded")
     console.print(f"golden rows: {Agreement(**receipt['golden_agreement'])}")
     if "validation_agreement" in receipt:
         console.print(f"validation rows: {Agreement(**receipt['validation_agreement'])}")
         console.print(f"accuracy on {receipt['told']}")
     if receipt["spared"]:
-        spared = ", ".join(f"{unit['component']} of layer {unit['layer']}" for unit in receipt["spared"])
+        spared = ", ".join(
+            f"{unit['component']} of layer {unit['layer']} (moves probabilities by {unit['shift']:.4f})"
+            for unit in receipt["spared"]
+        )
         console.print(f"spared, for 8 bits cost too much there: {spared}")
     if receipt["products"]:
         console.print(verdict(receipt["products"], receipt["precision"]))

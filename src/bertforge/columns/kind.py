@@ -33,7 +33,7 @@ H = TypeVar("H")
 Holds = Literal["number", "name", "names"]
 VALUES: Final = "values"
 """Width of an array that is as wide as its fullest row; 0 fills the other rows. It is also the name of the graph's
-axis, of which `export.tensorrt_build` says how wide it may be."""
+axis, of which `engines.tensorrt_build` says how wide it may be."""
 
 
 class Kind(ABC, Generic[S, L, H]):

@@ -65,7 +65,8 @@ class PreparedData:
     def of(cls, directory: Path, model: Path | str, manifest: dict[str, Any], *, other_tables: bool = False) -> Self:
         """The prepared data that the `model` with this `manifest` was trained on: the one door for all that judges it.
 
-        With `other_tables`, data of another table will do as well. Raises DataError for other data, and always for
+        With `other_tables`, data of another table will do as well, and that of an earlier run, which does not say what
+        table it was trained on. Raises DataError for other data, and always for
         another split of the same table: its validation and test rows may be rows that the model was trained on, and
         judging or calibrating by those proves nothing.
         """

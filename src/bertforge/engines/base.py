@@ -119,10 +119,6 @@ def _anywhere(hardware: Hardware) -> str | None:
     return None
 
 
-def _never(folder: Path, precision: str, hardware: Hardware) -> Engine | None:
-    return None
-
-
 @dataclass(frozen=True)
 class Target:
     """A kind of engine that `bertforge compile` builds."""
@@ -139,13 +135,15 @@ class Target:
     """Writes an engine into an empty folder; returns what its receipt says beyond what all receipts say."""
     open: Callable[[Path, str, Hardware], Engine]
     """The engine in a folder, of a precision, ready to run."""
+    exact: Callable[[Path, str, Hardware], Engine | None]
+    """As `open`, but nothing is rounded on the way: weights as they are stored, activations and arithmetic in float32.
+    It gives None where an engine's files cannot be read so: then no probe shows that every part is there."""
+    rest: Callable[[Hardware], str]
+    """The type that an engine of 8 bits computes all else in."""
     only: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Type of device -> those of `precisions` it runs, none where it does not run; all where it is not named."""
     unfit: Callable[[Hardware], str | None] = _anywhere
     """Why none of its engines runs on this machine; None where they do."""
-    exact: Callable[[Path, str, Hardware], Engine | None] = _never
-    """As `open`, but nothing is rounded on the way: weights as they are stored, activations and arithmetic in float32.
-    It gives None where an engine's files cannot be read so."""
     calibrates: bool = True
     """Takes int8 of a plain model; otherwise 8 bits come from a quantized one alone."""
     dynamic: bool = False

@@ -101,12 +101,12 @@ def fastest(
     After the first, a candidate that would hardly be done within `seconds` from now is passed over. Raises the first
     one's error when none proved itself.
     """
-    end, exact = time.monotonic() + seconds, 0.0  # `exact`: seconds that an engine takes without calibration
+    end, usual = time.monotonic() + seconds, 0.0  # seconds that an engine takes without calibration
     tried: list[Candidate] = []
     for candidate in wanted:
         began, times = time.monotonic(), _INT8_TAKES if candidate.precision == "int8" else 1.0
-        if tried and began + exact * times > end:
-            late = MachineError(f"passed over: it takes some {exact * times:.0f} s, which are not left")
+        if tried and began + usual * times > end:
+            late = MachineError(f"passed over: it takes some {usual * times:.0f} s, which are not left")
             tried.append(replace(candidate, error=late))
             continue
         say(candidate.name)
@@ -115,7 +115,7 @@ def fastest(
         except Exception as error:
             tried.append(replace(candidate, error=error))
             say(tried[-1].why)
-        exact = max(exact, (time.monotonic() - began) / times)
+        usual = max(usual, (time.monotonic() - began) / times)
     tried.sort(key=lambda candidate: -candidate.questions_per_s)  # those that are out stay in order, at the end
     if tried[0].error is not None:
         raise tried[0].error

@@ -87,8 +87,7 @@ class OnnxRuntimeEngine:
         import onnxruntime as ort
 
         path = folder / _FILE
-        self.exact = exact
-        self.path, self.device, self.precision = path, hardware.name, precision
+        self.device, self.precision = hardware.name, precision
         self.stream: torch.cuda.Stream | None = None
         self.provider: Any = "CPUExecutionProvider"
         self.shape = BatchShape(tokens=2048, multiple=8)
@@ -99,6 +98,7 @@ class OnnxRuntimeEngine:
             self.stream = torch.cuda.Stream(hardware.device)  # type: ignore[no-untyped-call]
             self.provider = (_CUDA, _cuda_options(self.stream))
             self.shape = BatchShape(tokens=16_384, multiple=8)
+        self.source: str | bytes = _without_rounding(path) if exact else str(path)
         try:
             self.session: Any = self._session(self._options(hardware.cores))
         except Exception as error:  # its exceptions share no base class
@@ -153,8 +153,7 @@ class OnnxRuntimeEngine:
     def _session(self, options: Any) -> Any:
         import onnxruntime as ort
 
-        source = _without_rounding(self.path) if self.exact else str(self.path)
-        return ort.InferenceSession(source, options, providers=[self.provider])
+        return ort.InferenceSession(self.source, options, providers=[self.provider])
 
     def close(self) -> None:
         """Drops the session."""
@@ -242,6 +241,7 @@ TARGET = Target(
     build=build,
     open=OnnxRuntimeEngine,
     exact=_exact,
+    rest=lambda hardware: "fp32",
     dynamic=True,
     # Its float16 is emulated on a CPU; its int8 products are a CPU's, and on a GPU many times slower than float32.
     only={"cpu": ("fp32", "int8"), "cuda": ("fp32", "fp16")},

@@ -198,6 +198,7 @@ TARGET = Target(
     build=build,
     open=OpenVinoEngine,
     exact=partial(OpenVinoEngine, exact=True),
+    rest=lambda hardware: "bf16" if hardware.bf16 else "fp32",
     only={"cuda": ()},
     unfit=_unfit,
 )

@@ -94,6 +94,8 @@ def _target(name: str, about: str, *, compiles_at_load: bool) -> Target:
         about=about,
         build=partial(_build, name),
         open=partial(TensorRtEngine, name),
+        exact=lambda folder, precision, hardware: None,  # its files are compiled
+        rest=lambda hardware: "fp16",
         unfit=partial(unfit, name),
         calibrates=False,
         renewable=True,

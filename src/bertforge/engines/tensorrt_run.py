@@ -104,7 +104,7 @@ class TensorRtEngine:
         return np.concatenate(parts)
 
     def products(self, batch: PaddedBatch | PackedBatch) -> list[Product]:
-        """None: what its layers run in was read when it was built, see `export.tensorrt_layers`."""
+        """None: what its layers run in was read when it was built, see `tensorrt_layers`."""
         return []
 
     def close(self) -> None:

@@ -149,8 +149,8 @@ def evaluate_run(
 def _load_beside(first: Predictor, against: Path) -> Predictor:
     """`against`, in the precision of `first` where both could compute in another, so that they differ in weights alone.
 
-    An engine and a quantized folder have one precision. A model beside one of them computes in float32, from which
-    `compile` and `quantize` measured what 8 bits cost.
+    An engine and a quantized folder have one precision. A model named with --against beside one of them computes in
+    float32, from which `compile` and `quantize` measured what 8 bits cost; named first, it computes as it is served.
     """
     _, manifest = served(against)
     if manifest["kind"] in _OF_ONE_PRECISION:

@@ -63,7 +63,7 @@ class Predictor:
             if precision not in ("auto", manifest["precision"]):
                 raise UsageError(f"{directory} was compiled in {manifest['precision']}, not in {precision}")
             _check_verified(directory, manifest, hardware)
-            _check_files(directory, manifest)
+            check_files(directory, manifest)
             engine = open_engine(directory, manifest["target"], manifest["precision"], hardware)
         else:
             model = verified_model(directory, manifest, hardware)
@@ -261,7 +261,7 @@ def check_merged(directory: Path) -> None:
         )
 
 
-def _check_files(directory: Path, manifest: dict[str, Any]) -> None:
+def check_files(directory: Path, manifest: dict[str, Any]) -> None:
     """Raises ArtifactError when a file of an engine is not the one that was proved."""
     for name, proved in manifest["hashes"].items():
         path = directory / name

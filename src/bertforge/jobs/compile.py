@@ -12,8 +12,8 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,26 +31,25 @@ from bertforge.artifact import (
     write_json,
     write_manifest,
 )
-from bertforge.data.loader import Examples, spread
+from bertforge.data.loader import spread
 from bertforge.data.prepared import PreparedData
 from bertforge.engines.base import Order, Rows, Target
 from bertforge.engines.fastest import Candidate, fastest
 from bertforge.engines.measure import throughput
 from bertforge.engines.registry import TARGETS, check_target
-from bertforge.engines.run import run
 from bertforge.errors import ArtifactError, MachineError, UsageError
+from bertforge.evaluation.logits import predict_logits
 from bertforge.hardware import Hardware, detect
-from bertforge.inference.predictor import Predictor, check_merged, plain_model
+from bertforge.inference.predictor import Predictor, check_files, check_merged, plain_model
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.points import Unit, linears
-from bertforge.proof.gate import PrecisionError, Reference, prove
+from bertforge.proof.gate import PROOF, PrecisionError, Reference, prove
 from bertforge.proof.golden import GoldenRows
-from bertforge.proof.rows import calibrating, check_classes, proving, tuning
-from bertforge.proof.simulation import costs, layers_of
+from bertforge.proof.rows import RANKING_ROWS, calibrating, check_classes, proving, tuning
+from bertforge.proof.simulation import layers_of, rounded, row_shifts, shifts_alone
 from bertforge.scales import FORMATS, SCALES, Scales
 
 TIMED_ROWS, REPEATS = 200, 3
-TUNING_ROWS = 250
 _KEPT = ("recipe", "labels", "schema", "tabular", "data", "base", "temperature", "golden")
 Say = Callable[[str], object]
 
@@ -119,36 +118,53 @@ class _Source:
     @property
     def tuning(self) -> np.ndarray:
         """Rows that choose alphas and layers to spare, few enough to ask them often."""
-        return spread(tuning(self.part("validation")), TUNING_ROWS)
+        return spread(tuning(self.part("validation")), RANKING_ROWS)
 
     @cached_property
     def proof(self) -> Rows | None:
         """Rows that choose nothing."""
         return None if self.prepared is None else self.rows(proving(self.part("validation")))
 
-    def costliest(self, precision: str, scales: Scales | None) -> list[Unit]:
-        """The parts of the encoder in 8 bits, that which costs most on the rows that tune first."""
-        rows = self.rows(self.tuning)
-        self.say(f"measuring on {len(rows)} validation rows where 8 bits cost most")
-        found = costs(self.network, precision, rows.examples, rows.rows, scales)
-        return sorted(found, key=lambda unit: -found[unit])
+    def spare(self, precision: str, layers: list[str], share: float) -> dict[Unit, float]:
+        """The parts of the encoder to take out of 8 bits, with what each alone costs, so that in simulation on the rows
+        that tune no more than a share of the whole shift is left; those that cost most, as few as do."""
+        tuned = self.rows(self.tuning)
+        self.say(f"measuring on {len(tuned)} validation rows where 8 bits cost most")
+        found = shifts_alone(self.network, precision, tuned.examples, tuned.rows, layers)
+        ranked = sorted(found, key=lambda unit: -found[unit])
+        plain = predict_logits(self.network, tuned.examples, tuned.rows, "fp32")
+
+        def left(count: int) -> float:
+            out = linears(ranked[:count])
+            with rounded(self.network, precision, [name for name in layers if name not in out]):
+                logits = predict_logits(self.network, tuned.examples, tuned.rows, "fp32")
+            return float(row_shifts(plain, logits).mean())
+
+        whole = left(0)
+        count = next((count for count in range(1, len(ranked)) if left(count) <= share * whole), len(ranked))
+        return {unit: found[unit] for unit in ranked[:count]}
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of every train row, as the model reads it."""
         return self.rows(np.zeros(0, np.int64)).examples.lengths(self.part("train"))
 
-    def reference(self, precision: str, scales: Scales | None, spared: list[Unit]) -> Reference:
-        """What an engine with these ranges in its graph is held against."""
-        layers = [name for name in layers_of(self.network, scales) if name not in linears(spared)]
-        golden = GoldenRows.from_dict(self.predictor.manifest["golden"])
-        simulation = None
-        if scales and set(scales.activations) - set(layers_of(self.network, scales)):  # attention's products too
+    def reference(self, kind: Target, precision: str, scales: Scales | None, spared: Collection[Unit]) -> Reference:
+        """What an engine is held against."""
+        layers = self.layers(scales) if precision in FORMATS else []
+        return Reference(
+            model=self.network,
+            golden=GoldenRows.from_dict(self.predictor.manifest["golden"]),
+            precision=precision,
+            rest=kind.rest(detect()) if precision in FORMATS else precision,
+            layers=tuple(name for name in layers if name not in linears(spared)),
+            scales=scales,
+            known=self.known,
+        )
 
-            def simulation(examples: Examples, rows: np.ndarray) -> np.ndarray:
-                return run(self.predictor.engine, examples, rows)
-
-        return Reference(self.network, golden, precision, tuple(layers), scales, simulation, self.known)
+    def layers(self, scales: Scales | None) -> list[str]:
+        """Linear layers of the encoder that `scales` has, or all of them."""
+        return layers_of(self.network, scales)
 
 
 def compile_model(
@@ -196,7 +212,7 @@ def _compile(source: _Source, kind: Target, precision: str, out: Path, hardware:
             "hashes": {
                 path.name: hash_file(path) for path in sorted(folder.iterdir()) if path.name not in kind.changing
             },
-            "spared": [asdict(unit) for unit in spared],
+            "spared": [asdict(unit) | {"shift": shift} for unit, shift in spared.items()],
             **({"verified": True} if reason is None else {"verified": False, "not_verified": reason}),
             **built,
         }
@@ -215,14 +231,13 @@ def _build(
     hardware: Hardware,
     *,
     prove_it: bool,
-) -> tuple[dict[str, Any], list[Unit]]:
-    """Builds in `folder` and proves; where 8 bits cost too much, spares twice as many parts and builds again.
+) -> tuple[dict[str, Any], dict[Unit, float]]:
+    """Builds in `folder` and proves; where 8 bits cost too much, spares what costs half of it and builds again.
 
-    Returns what the receipt says of the build and the proof, and the parts that were spared.
+    Returns what the receipt says of the build and the proof, and the parts that were spared, with what each cost.
     """
-    whole = source.scales_for(kind, precision)
-    ranked: list[Unit] | None = None
-    spared: list[Unit] = []
+    whole, share = source.scales_for(kind, precision), 1.0
+    spared: dict[Unit, float] = {}
     while True:
         scales = whole and whole.without([point for unit in spared for point in unit.points])
         order = Order(
@@ -240,25 +255,35 @@ def _build(
             scales.save(folder)  # whoever proves the engine again needs them
         if not prove_it:
             return built, spared
-        source.say("proving that it computes what the model does")
         try:
-            with closing(kind.open(folder, precision, hardware)) as engine:
-                exact = kind.exact(folder, precision, hardware)
-                reference = source.reference(precision, scales, spared)
-                proof = prove(reference, engine, exact, source.proof, source.say, source.until)
-                return built | proof, spared
+            return built | _proof(source, kind, folder, source.reference(kind, precision, scales, spared)), spared
         except PrecisionError as error:
             if precision not in FORMATS or source.prepared is None:
-                raise ArtifactError(f"{error}; nothing was written") from error
-            ranked = source.costliest(precision, whole) if ranked is None else ranked
-            if (count := max(1, 2 * len(spared))) >= len(ranked):
-                raise ArtifactError(f"{error}, with {len(spared)} parts spared; nothing was written") from error
-            source.say(f"{error}; sparing {', '.join(map(str, ranked[len(spared) : count]))}")
-            spared = ranked[:count]
+                hint = "with --data DIR, layers can be spared" if precision in FORMATS else "take another --precision"
+                raise ArtifactError(f"{error}; nothing was written; {hint}") from error
+            layers, share = source.layers(whole), share / 2
+            spared = source.spare(precision, layers, share)
+            if set(layers) <= set(linears(spared)):
+                raise ArtifactError(f"{error}; no layer is left to spare, and nothing was written") from error
+            source.say(f"{error}; sparing {', '.join(map(str, spared))}")
         except ArtifactError as error:
             raise ArtifactError(f"{error}; nothing was written") from error
         for path in folder.iterdir():
             path.unlink()
+
+
+def _proof(source: _Source, kind: Target, folder: Path, reference: Reference) -> dict[str, Any]:
+    """See `prove`; of the engine in `folder`."""
+    source.say("proving that it computes what the model does")
+    with ExitStack() as stack:
+        opened = []
+        for way in (kind.open, kind.exact):
+            if (engine := way(folder, reference.precision, detect())) is not None:
+                stack.callback(engine.close)
+            opened.append(engine)
+        engine, exact = opened
+        assert engine is not None
+        return prove(reference, engine, exact, source.proof, source.say, source.until)
 
 
 def verify_engine(model: Path, engine: Path, data: Path | None, say: Say = lambda text: None) -> dict[str, Any]:
@@ -274,26 +299,23 @@ def verify_engine(model: Path, engine: Path, data: Path | None, say: Say = lambd
         raise ArtifactError(
             f"{engine} was compiled from other weights than those of {model}; compile it again: {again}"
         )
+    check_files(engine, manifest)
     hardware = detect()
     kind = check_target(target, precision, hardware)
+    if reason := kind.unfit(hardware):
+        raise MachineError(f"{engine} cannot run here: {reason}")
     source = _Source.open(model, data, say)
     scales = Scales.load(engine) if (engine / SCALES).is_file() else None
-    if "spared" not in manifest or (precision in FORMATS and scales is None and not kind.dynamic):
-        raise ArtifactError(
-            f"{engine} was compiled by an earlier bertforge and lacks what proves it; compile it again: {again}"
-        )
-    with closing(kind.open(engine, precision, hardware)) as opened:
-        try:
-            exact = kind.exact(engine, precision, hardware)
-            reference = source.reference(precision, scales, [Unit(**unit) for unit in manifest["spared"]])
-            proof = prove(reference, opened, exact, source.proof, say, source.until)
-        except ArtifactError as error:
-            write_json(engine / MANIFEST, manifest | {"verified": False, "not_verified": str(error)})
-            raise
-    manifest.pop("not_verified", None)
-    manifest |= {"verified": True, "device": hardware.name, **proof}
-    write_json(engine / MANIFEST, manifest)
-    return manifest
+    spared = [Unit(unit["layer"], unit["component"]) for unit in manifest["spared"]]
+    kept = {name: value for name, value in manifest.items() if name not in PROOF}
+    try:
+        proof = _proof(source, kind, engine, source.reference(kind, precision, scales, spared))
+    except ArtifactError as error:
+        write_json(engine / MANIFEST, kept | {"verified": False, "not_verified": str(error)})
+        raise
+    verified = kept | {"verified": True, "device": hardware.name, **proof}
+    write_json(engine / MANIFEST, verified)
+    return verified
 
 
 def compile_fastest(

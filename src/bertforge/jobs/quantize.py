@@ -27,13 +27,12 @@ from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.points import Unit
 from bertforge.model.weights import WEIGHTS
 from bertforge.proof.golden import GoldenRows
-from bertforge.proof.rows import calibrating, check_classes, proving, tuning
+from bertforge.proof.rows import RANKING_ROWS, calibrating, check_classes, proving, tuning
 from bertforge.scales import FORMATS
 
 if TYPE_CHECKING:
     from bertforge.quantize.sensitivity import Judge
 
-RANKING_ROWS = 250
 _KEPT = ("recipe", "labels", "schema", "tabular", "data", "base", "temperature")
 Say = Callable[[str], object]
 Tune = Callable[

@@ -1,7 +1,7 @@
 """Which rows do what: those that calibrate, those that tune and those that prove are three disjoint sets.
 
 Train rows calibrate. What is chosen by its result, such as a method or the layers to spare, is chosen on a fourth of
-the validation rows. The others judge what came of it, and choose nothing. Test rows do neither.
+the validation rows, a thousand at most. The others judge what came of it. Test rows do neither.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from bertforge.errors import DataError
 
 CALIBRATION_ROWS = 300
 _TUNING_SHARE, _TUNING_ROWS = 4, 1000  # one validation row in so many, and so many at most
+RANKING_ROWS = 250  # of the rows that tune, where they are asked many times
 
 
 def calibrating(train: np.ndarray, most: int = CALIBRATION_ROWS) -> np.ndarray:

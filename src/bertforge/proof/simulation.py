@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bertforge.data.loader import Examples
 from bertforge.evaluation.logits import predict_logits
+from bertforge.evaluation.scores import log_softmax
 from bertforge.model.attention import BertSelfAttention
 from bertforge.model.bert import BertPooler
 from bertforge.model.classifier import BertForSequenceClassification
@@ -37,7 +38,7 @@ def rounded(
     *,
     activations: bool = True,
 ) -> Iterator[None]:
-    """Within it the linear layers `names` of `model` compute in `precision`; fp32 changes nothing.
+    """Within it the linear layers `names` of `model` compute in `precision`, but for fp32.
 
     Without `activations` only weights are rounded, to what an engine stores.
     """
@@ -59,22 +60,22 @@ def rounded(
 
 
 @contextmanager
-def sixteen_bits(model: BertForSequenceClassification, precision: str, but: Sequence[str] = ()) -> Iterator[None]:
-    """Within it all that is not in 8 bits is rounded to fp16 or, for other precisions than it, to bf16: what modules
-    give, and what linear layers read, those named in `but` aside. In fp32 nothing is rounded.
+def sixteen_bits(model: BertForSequenceClassification, rest: str, but: Sequence[str] = ()) -> Iterator[None]:
+    """Within it all that is not in 8 bits is rounded to `rest`, fp16 or bf16: what modules give, and what linear layers
+    read, those named in `but` aside. In fp32 nothing is rounded.
     """
-    form = precision if precision in _TYPES else "bf16"
+    if rest == "fp32":
+        yield
+        return
     kinds = (nn.Linear, nn.LayerNorm, nn.Embedding, BertSelfAttention, BertPooler)
     modules = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     others = [name for name, module in modules.items() if isinstance(module, nn.Linear) and name not in but]
-    if precision == "fp32":
-        modules, others = {}, []
-    handles = [module.register_forward_hook(_after(_TYPES[form])) for module in modules.values()]
+    handles = [module.register_forward_hook(_after(_TYPES[rest])) for module in modules.values()]
     for module in modules.values():
         if isinstance(module, nn.LayerNorm):  # it reads a sum
-            handles.append(module.register_forward_pre_hook(_before(_Read(form, None, None))))
+            handles.append(module.register_forward_pre_hook(_before(_Read(rest, None, None))))
     try:
-        with rounded(model, form, others):
+        with rounded(model, rest, others):
             yield
     finally:
         for handle in handles:
@@ -87,7 +88,7 @@ def layers_of(model: BertForSequenceClassification, scales: Scales | None = None
     return every if scales is None else [name for name in every if name in scales.activations]
 
 
-def shift(reference: np.ndarray, found: np.ndarray) -> np.ndarray:
+def row_shifts(reference: np.ndarray, found: np.ndarray) -> np.ndarray:
     """How far each row's probabilities moved: their total variation, `[rows]`, 0 to 1, from logits `[rows, labels]`.
 
     Logits are divided by the spread of the reference's first. Otherwise the few rows on which a model is in doubt would
@@ -95,24 +96,20 @@ def shift(reference: np.ndarray, found: np.ndarray) -> np.ndarray:
     """
     centered = reference - reference.mean(1, keepdims=True)
     spread = max(float(centered.std()), 1e-6)
-    moved: np.ndarray = np.abs(_probabilities(reference / spread) - _probabilities(found / spread)).sum(1) / 2
+    before, after = (np.exp(log_softmax(logits / spread)) for logits in (reference, found))
+    moved: np.ndarray = np.abs(before - after).sum(1) / 2
     return moved
 
 
-def costs(
-    model: BertForSequenceClassification,
-    precision: str,
-    examples: Examples,
-    rows: np.ndarray,
-    scales: Scales | None,
+def shifts_alone(
+    model: BertForSequenceClassification, precision: str, examples: Examples, rows: np.ndarray, names: Sequence[str]
 ) -> dict[Unit, float]:
-    """What each part of the encoder costs alone in `precision`: the mean shift of the rows' probabilities."""
-    plain, there = predict_logits(model, examples, rows, "fp32"), set(layers_of(model, scales))
-    found = {}
+    """The mean shift that each part of the encoder brings when it alone, as far as it is in `names`, is in 8 bits."""
+    plain, found = predict_logits(model, examples, rows, "fp32"), {}
     for unit in units(model.config, "projections"):
-        if names := [name for name in linears([unit]) if name in there]:
-            with rounded(model, precision, names, scales):
-                found[unit] = float(shift(plain, predict_logits(model, examples, rows, "fp32")).mean())
+        if own := [name for name in linears([unit]) if name in names]:
+            with rounded(model, precision, own):
+                found[unit] = float(row_shifts(plain, predict_logits(model, examples, rows, "fp32")).mean())
     return found
 
 
@@ -160,9 +157,3 @@ def _before(read: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Tens
 
 def _after(dtype: torch.dtype) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     return lambda module, inputs, output: output.to(dtype).to(output.dtype)
-
-
-def _probabilities(logits: np.ndarray) -> np.ndarray:
-    powers = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
-    result: np.ndarray = powers / powers.sum(1, keepdims=True)
-    return result

@@ -11,7 +11,6 @@ with random tokens, and some of them among neighbours with padding up to the lar
 
 from __future__ import annotations
 
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +49,7 @@ class Structure:
 
 def probes(golden: GoldenRows, vocabulary: int) -> Examples:
     """Rows made from golden ones, each with the columns of the row it was made from."""
-    given, seed = golden.examples, np.random.default_rng(0)
+    given, random = golden.examples, np.random.default_rng(0)
     texts = [_tokens(given, row) for row in range(len(golden.logits))]
     made: list[tuple[np.ndarray, int]] = [(text, row) for row, text in enumerate(texts)]
     longest = max(len(text) for text in texts)
@@ -63,7 +62,7 @@ def probes(golden: GoldenRows, vocabulary: int) -> Examples:
             room = given.max_length - 2
             made.append((np.concatenate([first, np.resize(inner if len(inner) else first, room), last]), row))
     for row, length in enumerate(np.linspace(4, longest, _RANDOM_ROWS).astype(int)):
-        inner = seed.integers(0, vocabulary, max(1, length - 2))
+        inner = random.integers(0, vocabulary, max(1, length - 2))
         first, last = texts[0][:1], texts[0][-1:]
         made.append((np.concatenate([first, inner, last]), row % len(texts)))
     ids = np.concatenate([text for text, _ in made])
@@ -74,7 +73,9 @@ def probes(golden: GoldenRows, vocabulary: int) -> Examples:
         labels=np.full(len(made), -1),
         sep_id=given.sep_id,
         max_length=given.max_length,
-        tabular=None if given.tabular is None else {name: array[rows] for name, array in given.tabular.items()},
+        tabular=None
+        if given.tabular is None
+        else {name: _columns(array, rows) for name, array in given.tabular.items()},
     )
 
 
@@ -89,12 +90,18 @@ def compare(exact: Engine, examples: Examples, wanted: np.ndarray) -> Structure:
     """The logits of `exact` beside those `wanted`, `[rows, labels]`, of every row of `examples`, alone and crowded."""
     rows = np.arange(len(wanted))
     some = spread(rows, CROWD)
-    with closing(exact) as engine:
-        alone = run(engine, examples, rows, shape=BatchShape(tokens=1))
-        together = crowded(engine, examples, some)
+    alone = run(exact, examples, rows, shape=BatchShape(tokens=1))
+    together = crowded(exact, examples, some)
     off = np.abs(np.concatenate([alone, together]) - np.concatenate([wanted, wanted[some]]))
     deviation = float((wanted - wanted.mean(0)).std())
     return Structure(len(rows), float(off.max()) / max(deviation, 1e-6), deviation)  # NaN where a logit is
+
+
+def _columns(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """A kind's values of `rows`; of every fifth probe they are missing: no number, no name."""
+    found: np.ndarray = array[rows]
+    found[::5] = np.nan if array.dtype.kind == "f" else 0
+    return found
 
 
 def _tokens(examples: Examples, row: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from bertforge.data.loader import Examples
 from bertforge.evaluation.logits import predict_logits
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.points import Unit, units
-from bertforge.proof.simulation import layers_of, rounded, shift
+from bertforge.proof.simulation import layers_of, rounded, row_shifts
 from bertforge.scales import Scales
 
 ALPHAS = (0.0, 0.65, 0.8, 0.9)
@@ -39,7 +39,7 @@ def find_ranges(
     for alpha in ALPHAS:
         scales = _scales(model, chosen, largest, alpha)
         with rounded(model, "int8", layers_of(model), scales):
-            moved = float(shift(plain, predict_logits(model, examples, tuning, "fp32")).mean())
+            moved = float(row_shifts(plain, predict_logits(model, examples, tuning, "fp32")).mean())
         if best is None or moved < least:
             best, least = scales, moved
     assert best is not None
@@ -60,9 +60,11 @@ def _largest(
         return modules[name].register_forward_pre_hook(hook)
 
     handles = [watch(name) for unit in chosen for name in unit.points]
-    predict_logits(model, examples, rows, "fp32")
-    for handle in handles:
-        handle.remove()
+    try:
+        predict_logits(model, examples, rows, "fp32")
+    finally:
+        for handle in handles:
+            handle.remove()
     return found
 
 
