@@ -56,9 +56,9 @@ class QuantizeOptions:
     rows: int = 300
     """Train rows that calibrate."""
     validation_rows: int = 1000
-    """Validation rows that judge."""
+    """Validation rows that judge what came of it."""
     max_drop: float | None = None
-    """Accuracy that may be lost on them, a fraction: units are taken back to full precision until it holds."""
+    """Accuracy that may be lost on the rows that choose, a fraction: units are taken back until it holds."""
 
     def __post_init__(self) -> None:
         from bertforge.model.points import METHODS, PRESETS
