@@ -72,8 +72,8 @@ class _Source:
         """Raises ArtifactError for a run with adapters, DataError for other data than the model's."""
         manifest = read_manifest(model, "run", "model", "quantized")
         check_merged(model)
-        say("loading the model")
         prepared = None if data is None else PreparedData.of(data, model, manifest)
+        say("loading the model")
         return cls(model, Predictor.load(model, "fp32"), prepared, say, time.monotonic() + seconds)
 
     @cached_property

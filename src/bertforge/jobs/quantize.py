@@ -33,6 +33,8 @@ from bertforge.scales import FORMATS
 if TYPE_CHECKING:
     from bertforge.quantize.sensitivity import Judge
 
+METHODS = ("best", "max", "entropy", "mse", "percentile")
+"""Of calibration; see `quantize.calibrate`."""
 _KEPT = ("recipe", "labels", "schema", "tabular", "data", "base", "temperature")
 Say = Callable[[str], object]
 Tune = Callable[
@@ -61,7 +63,7 @@ class QuantizeOptions:
     """Accuracy that may be lost on the rows that choose, a fraction: units are taken back until it holds."""
 
     def __post_init__(self) -> None:
-        from bertforge.model.points import METHODS, PRESETS
+        from bertforge.model.points import PRESETS
 
         for name, allowed in (("precision", tuple(FORMATS)), ("preset", tuple(PRESETS)), ("calibration", METHODS)):
             if getattr(self, name) not in allowed:

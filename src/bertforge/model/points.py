@@ -26,8 +26,6 @@ PRESETS = {
     "attention": tuple(COMPONENTS),
 }
 """From the safest to all; LayerNorm, softmax, GELU and the head are never quantized."""
-METHODS = ("best", "max", "entropy", "mse", "percentile")
-"""Of calibration; see `calibrate`."""
 
 
 @dataclass(frozen=True)

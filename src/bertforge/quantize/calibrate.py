@@ -29,7 +29,7 @@ def ranges(
 ) -> dict[str, Ranges]:
     """Name of a way to calibrate -> point -> amax, from one run of `loop` over calibration rows.
 
-    `method` is one of `points.METHODS`; percentile gives four ways and best all of them. There is no entropy
+    `method` is one of `jobs.quantize.METHODS`; percentile gives four ways and best all of them. There is no entropy
     in fp8: it is defined for integers.
     """
     points = [point for unit in chosen for point in unit.points]
