@@ -26,6 +26,7 @@ from bertforge.artifact import write_json
 from bertforge.data.prepared import PreparedData
 from bertforge.data.tokens import Tokenizer
 from bertforge.evaluation.groups import wilson_interval
+from bertforge.evaluation.scores import log_softmax
 from bertforge.inference.predictor import Predictor
 from bertforge.inference.scoring import score
 from bertforge.models import resolve
@@ -120,15 +121,13 @@ def measured(logits: np.ndarray, labels: np.ndarray, split: str) -> dict[str, An
     """Accuracy with its interval, and cross-entropy in nats."""
     correct = int((logits.argmax(1) == labels).sum())
     low, high = wilson_interval(correct, len(labels))
-    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
-    losses = np.log(np.exp(shifted).sum(1)) - shifted[np.arange(len(labels)), labels]
     return {
         "split": split,
         "rows": len(labels),
         "accuracy": round(correct / len(labels), 5),
         "accuracy_low": round(low, 5),
         "accuracy_high": round(high, 5),
-        "loss": round(float(losses.mean()), 5),
+        "loss": round(-float(log_softmax(logits)[np.arange(len(labels)), labels].mean()), 5),
     }
 
 

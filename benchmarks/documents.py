@@ -90,7 +90,7 @@ def train_rate_cpu() -> str:
 
 @table
 def train_rate_cpu_short() -> str:
-    """The same on texts of some 16 tokens."""
+    """The same on short texts."""
     return _train_rate("train_rate_cpu_short")
 
 
@@ -201,7 +201,7 @@ def inference_cpu() -> str:
 
 @table
 def inference_cpu_short() -> str:
-    """The same on texts of some 16 tokens."""
+    """The same on short texts."""
     return _inference("inference_cpu_short")
 
 
@@ -268,7 +268,17 @@ def sensitivity() -> str:
 @table
 def inference_gpu() -> str:
     """Systems on a GPU, in their own best precision there."""
-    found = _record("inference_gpu")
+    return _inference_gpu("inference_gpu")
+
+
+@table
+def inference_gpu_h200() -> str:
+    """The same on another GPU, with the peer's best ways."""
+    return _inference_gpu("inference_gpu_h200")
+
+
+def _inference_gpu(name: str) -> str:
+    found = _record(name)
     rows = [
         [
             row["model"],
@@ -296,7 +306,7 @@ def inference_gpu() -> str:
         "padding",
         "memory",
     ]
-    return _markdown([*header, "largest logit difference"], rows) + _source("inference_gpu", found)
+    return _markdown([*header, "largest logit difference"], rows) + _source(name, found)
 
 
 @table

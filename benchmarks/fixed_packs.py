@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bertforge.backends.base import BatchShape
 from bertforge.batch import PackedBatch, PaddedBatch
 from bertforge.data.loader import PackShape
+from bertforge.engines.base import BatchShape
 from bertforge.hardware import Hardware
 from bertforge.model.classifier import BertForSequenceClassification
 
@@ -29,7 +29,7 @@ class FixedPacks:
 
     @torch.inference_mode()
     def logits(self, batch: PaddedBatch | PackedBatch) -> np.ndarray:
-        """See `base.Backend`."""
+        """See `base.Engine`."""
         assert isinstance(batch, PackedBatch)
         filled, _ = self.form.fill(batch, torch.zeros(len(batch), dtype=torch.int64), self.max_length)
         with self.lock:

@@ -1,4 +1,4 @@
-"""Seconds of a first and a later epoch with frozen layers, whose output is kept nowhere, or in one of the tiers.
+"""Seconds of a first and a later epoch with frozen layers, whose output is kept nowhere, in host memory or on the GPU.
 
     python benchmarks/frozen_prefix.py PREPARED [--model minilm] [--last-layers 2] [--rows 400] [--json FILE]
 
@@ -58,14 +58,12 @@ def main() -> int:
         model = random_bert(args.prepared, Path(scratch) / "model") if args.model == "bert-base" else args.model
         settings = [f"model={model}", f"lora.last_layers={args.last_layers}", f"tokens_per_step={args.tokens}"]
         recipe = (
-            load_recipe("lora-r8")
-            .on(QUESTIONS)
-            .with_settings([*settings, "epochs=3", f"precision={args.precision}", "prefix_cache_gb=1e6"])
+            load_recipe("lora-r8").on(QUESTIONS).with_settings([*settings, "epochs=3", f"precision={args.precision}"])
         )
-        free = Room.free(detect().device, Path(scratch))
-        rooms = {"nowhere": Room(0, 0, 0), "host": Room(0, free.host, 0), "disk": Room(0, 0, free.disk)}
+        free = Room.free(detect().device)
+        rooms = {"nowhere": Room(0, 0), "host": Room(0, free.host)}
         if free.gpu:
-            rooms["gpu"] = Room(free.gpu, 0, 0)
+            rooms["gpu"] = Room(free.gpu, 0)
         rows, curves = [], []
         for tier, room in rooms.items():
             with patch.object(Room, "free", lambda *_, room=room: room):

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bertforge.artifact import write_json
+from bertforge.benchmark.roofline import product_rate
+from bertforge.hardware import detect
 from bertforge.kernels.layer_norm_triton import Norm, residual_layer_norm, residual_layer_norm_backward
 from bertforge.kernels.linear_gelu_triton import linear_gelu, linear_gelu_backward
 from bertforge.kernels.low_rank_triton import AdaptedWeight
@@ -40,12 +42,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.manual_seed(SEED)
-    source, one = torch.randn(2**28, device="cuda"), torch.randn(8192, 8192, device="cuda").bfloat16()
+    source = torch.randn(2**28, device="cuda")
     target = torch.empty_like(source)
-    copied, multiplied = attempt("copy", lambda: target.copy_(source)), attempt("product", lambda: one @ one)
-    if copied is None or multiplied is None:
+    copied, flops = attempt("copy", lambda: target.copy_(source)), product_rate(detect(), "bf16")
+    if copied is None or flops is None:
         raise SystemExit("the ceilings could not be measured")
-    bytes_per_s, flops = 2 * source.nbytes / copied, 2 * 8192**3 / multiplied
+    bytes_per_s = 2 * source.nbytes / copied
     rows: list[dict[str, Any]] = []
     for model, (layers, hidden) in MODELS.items():
         for (kernel, name, system), call in calls(args.tokens, hidden).items():

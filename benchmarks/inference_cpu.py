@@ -17,7 +17,7 @@ one question, unpadded.
 Of the questions timed, accuracy is that of the validation rows. With --accuracy-split, ours and transformers' float32
 also answer a whole part, and `recovery` is an accuracy divided by transformers' own.
 
-sentence-transformers' two backends need other versions of transformers than one another, so each an environment of its
+sentence-transformers' two engines need other versions of transformers than one another, so each an environment of its
 own, whose interpreter is named here:
 
     pip install "sentence-transformers[onnx]"                  # --onnx-python
@@ -44,12 +44,12 @@ import pandas as pd
 import torch
 
 from bertforge.artifact import write_json
-from bertforge.backends.base import Backend
-from bertforge.backends.run import run
-from bertforge.benchmark.measure import latencies_ms
-from bertforge.benchmark.run import engine
+from bertforge.benchmark.run import compiled
 from bertforge.data.loader import Examples
 from bertforge.data.prepared import PreparedData
+from bertforge.engines.base import Engine
+from bertforge.engines.measure import latencies_ms
+from bertforge.engines.run import run
 from bertforge.evaluation.groups import wilson_interval
 from bertforge.hardware import detect
 from bertforge.inference.predictor import Predictor
@@ -70,8 +70,8 @@ PEERS = [
 FRAMEWORKS = {
     "transformers": ("transformers", "pytorch"),
     "onnxruntime": ("onnxruntime", "quantize_dynamic of transformers' graph"),
-    "sentence-onnx": ("sentence-transformers", "CrossEncoder, onnx backend"),
-    "sentence-openvino": ("sentence-transformers", "CrossEncoder, openvino backend"),
+    "sentence-onnx": ("sentence-transformers", "CrossEncoder, onnx engine"),
+    "sentence-openvino": ("sentence-transformers", "CrossEncoder, openvino engine"),
 }
 
 
@@ -196,31 +196,32 @@ class Benchmark:
         model, quantized = self.options.model, self.options.quantized
         for precision in ("fp32", "bf16"):
             rows = self.few if precision == "fp32" else self.rows
-            self._add(Predictor.load(model, precision).backend, "pytorch, packed", precision, rows)
-        engines = [(model, "openvino", "bf16", ""), (model, "openvino", "int8", ", NNCF")]
+            self._add(Predictor.load(model, precision).engine, "pytorch, packed", precision, rows)
+        engines = [(model, "openvino", "bf16", ""), (model, "openvino", "int8", "")]
         if quantized:
             engines += [(quantized, target, "int8", ", quantized folder") for target in ("openvino", "onnxruntime")]
         for source, target, precision, label in engines:
             try:
-                backend = Predictor.load(engine(source, target, precision, self.options.prepared, print)).backend
+                folder = compiled(source, target, precision, self.options.prepared, print)
+                engine = Predictor.load(folder).engine
             except Exception as error:
                 about = {"system": "bertforge", "framework": target + label, "precision": precision}
                 self.missing.append({**about, "missing": str(error)})
                 continue
-            stack.callback(backend.close)
-            self._add(backend, target + label, precision, self.rows)
+            stack.callback(engine.close)
+            self._add(engine, target + label, precision, self.rows)
 
-    def _add(self, backend: Backend, framework: str, precision: str, rows: np.ndarray) -> None:
+    def _add(self, engine: Engine, framework: str, precision: str, rows: np.ndarray) -> None:
         def answer(rows: np.ndarray) -> tuple[float, np.ndarray]:
             start = time.perf_counter()
-            logits = run(backend, self.examples, rows)
+            logits = run(engine, self.examples, rows)
             return time.perf_counter() - start, logits
 
         self.systems.append(
             System(
                 about={"system": "bertforge", "framework": framework, "precision": precision},
                 answer=answer,
-                latencies=lambda rows: latencies_ms(backend, self.examples, rows, 1),
+                latencies=lambda rows: latencies_ms(engine, self.examples, rows, 1),
                 rows=rows,
                 judged=precision != "fp32",
             )
@@ -304,7 +305,7 @@ def main() -> None:
         benchmark.add_ours(stack)
         rows = benchmark.measure()
     if options.json:
-        names = ("transformers", "openvino", "onnxruntime", "nncf")
+        names = ("transformers", "openvino", "onnxruntime")
         found = record("inference_cpu", rows, 0, *names) | {"peers": benchmark.libraries}
         print(f"wrote {write_json(options.json, found)}")
 
@@ -319,7 +320,7 @@ def _spread(rows: np.ndarray, step: int) -> np.ndarray:
 def _process(python: str, arguments: list[str], log: Path) -> Iterator[subprocess.Popen[str]]:
     """`padded_peers.py`, offline, what it prints in `log`; ended with the context."""
     script = str(Path(__file__).with_name("padded_peers.py"))
-    threads = {"OMP_NUM_THREADS": arguments[-1], "HF_HUB_OFFLINE": "1", "NNCF_CI": "1"}
+    threads = {"OMP_NUM_THREADS": arguments[-1], "HF_HUB_OFFLINE": "1"}
     with (
         log.open("w") as errors,
         subprocess.Popen(

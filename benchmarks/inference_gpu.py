@@ -9,7 +9,7 @@ transformers gets batches of 32 that lie on the GPU before the clock starts, pad
 as the study had them, or to the longest of the batch after sorting by length. What is ours, and ONNX Runtime with our
 graph, is timed from token ids to logits on the host: sorting, laying out and copying are inside. A rate is the median
 of the repeats after one warm-up, which also compiles. Operations are those of the model on the real tokens, whatever a
-system computes besides or saves; the ceiling is a product of two square matrices, measured in the same run. Memory is
+system computes besides or saves; the ceiling is the fastest matrix product, measured in the same run. Memory is
 what the process took from the device. Logits are compared with float32's on the same rows.
 
 A system that fails is a row that says why. The record is written after every row.
@@ -19,11 +19,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -33,22 +32,23 @@ from typing import Any
 import numpy as np
 import torch
 
-import gpu_time
 from bertforge.artifact import write_json
-from bertforge.backends.base import Backend, BatchShape
-from bertforge.backends.onnxruntime import OnnxRuntimeBackend
-from bertforge.backends.pytorch import PyTorchBackend
-from bertforge.backends.run import batch_of, group, padding_waste, run
 from bertforge.batch import PaddedBatch
+from bertforge.benchmark.roofline import product_rate
 from bertforge.data.loader import Examples
 from bertforge.data.prepared import PreparedData
 from bertforge.data.tokens import Tokenizer
+from bertforge.engines.base import BatchShape, Engine
+from bertforge.engines.onnxruntime import OnnxRuntimeEngine
+from bertforge.engines.pytorch import PyTorchEngine
+from bertforge.engines.run import batch_of, group, padding_waste, run
 from bertforge.evaluation.groups import wilson_interval
 from bertforge.export.bert_onnx import export_onnx
 from bertforge.hardware import Hardware, detect
 from bertforge.inference.predictor import Predictor, plain_model
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.config import BertConfig
+from bertforge.peak_memory import PeakMemory
 from fixed_packs import Compiled, FixedPacks, Recorded
 from record import record
 
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
     options = parser.parse_args()
     hardware = detect()
-    ceilings = {precision: ceiling(hardware.device, dtype) for precision, dtype in DTYPES.items()}
+    ceilings = {precision: (product_rate(hardware, precision) or math.nan) * 1e-12 for precision in DTYPES}
     there = {distribution.metadata["Name"] for distribution in metadata.distributions()}
     found: list[dict[str, Any]] = [
         {"system": "torch", "framework": "matrix product", "precision": precision, "tflops": rate}
@@ -160,7 +160,7 @@ def load_job(model: str, prepared: Path, rows: int, hardware: Hardware, scratch:
         network.save_pretrained(folder)
         examples = Examples(data.tokens(tokenizer), data.labels, tokenizer.sep_id, 512)
         chosen = np.random.default_rng(SEED).permutation(chosen)[:rows]
-    reference = run(PyTorchBackend(copy.deepcopy(network), hardware, "fp32"), examples, chosen)
+    reference = run(PyTorchEngine(copy.deepcopy(network), hardware, "fp32"), examples, chosen)
     return Job(Path(model).name, folder, network, examples, chosen, reference, labelled, hardware)
 
 
@@ -230,42 +230,43 @@ def peer(job: Job, precision: str, attention: str, by_length: bool = False, comp
 def onnxruntime(job: Job, tokens: int | None, fused: bool) -> Ready:
     """Our graph in float16, or as it is for ONNX Runtime alone."""
     with tempfile.TemporaryDirectory() as folder:
-        path = export_onnx(job.model, Path(folder) / "model.onnx", precision="fp16", fused=fused)
-        backend = OnnxRuntimeBackend(path, job.hardware, "fp16")
-    return ready(job, backend, replace(backend.shape, tokens=tokens) if tokens else job.padded)
+        export_onnx(job.model, Path(folder) / "model.onnx", precision="fp16", fused=fused)
+        engine = OnnxRuntimeEngine(Path(folder), "fp16", job.hardware)
+    return ready(job, engine, replace(engine.shape, tokens=tokens) if tokens else job.padded)
 
 
 def packed(job: Job, tokens: int, weights: str = "bf16", how: type[FixedPacks] | None = None) -> Ready:
     """Our model as it is served, or with float32 weights under autocast, or `how` on packs of one shape."""
-    backend: Any = PyTorchBackend(copy.deepcopy(job.model), job.hardware, weights)
-    backend.cast = "bf16" if weights == "fp32" else backend.cast
+    engine: Any = PyTorchEngine(copy.deepcopy(job.model), job.hardware, weights)
+    engine.cast = "bf16" if weights == "fp32" else engine.cast
     shape = BatchShape(tokens)
     if how:
-        backend = how(backend.model, job.examples.max_length, tokens, job.hardware)
+        engine = how(engine.model, job.examples.max_length, tokens, job.hardware)
         shape = BatchShape(tokens, rows=tokens // FixedPacks.SHORTEST)
-    return ready(job, backend, shape)
+    return ready(job, engine, shape)
 
 
-def ready(job: Job, backend: Backend, shape: BatchShape) -> Ready:
-    """A backend with the batches it is given."""
-    waste = padding_waste(job.examples.lengths(job.rows), backend.packed, shape)
-    return Ready(partial(run, backend, job.examples, job.rows, shape=shape), waste)
+def ready(job: Job, engine: Engine, shape: BatchShape) -> Ready:
+    """An engine with the batches it is given."""
+    waste = padding_waste(job.examples.lengths(job.rows), engine.packed, shape)
+    return Ready(partial(run, engine, job.examples, job.rows, shape=shape), waste)
 
 
 def measure(system: System, job: Job, repeats: int, ceilings: dict[str, float]) -> dict[str, Any]:
     """Loads, warms up and times a system; what it takes is given back before it returns."""
     if system.precision == "fp32" and not job.labelled:
         job = job.eighth()
-    with clean() as memory:
-        loaded = system.load(job)
-        logits = loaded.work()
-        rates = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            loaded.work()
-            rates.append(len(job.rows) / (time.perf_counter() - start))
-        taken, waste = memory(), loaded.padding_waste
-        del loaded  # the next system finds its memory free
+    torch.compiler.reset()
+    memory = PeakMemory(job.hardware.device)
+    loaded = system.load(job)
+    logits = loaded.work()
+    rates = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        loaded.work()
+        rates.append(len(job.rows) / (time.perf_counter() - start))
+    taken, waste = memory.taken_gb(), loaded.padding_waste
+    del loaded  # the next system finds its memory free
     median = float(np.median(rates))
     tflops = job.operations * median / len(job.rows) * 1e-12
     return {
@@ -297,32 +298,6 @@ def quality(job: Job, logits: np.ndarray) -> dict[str, Any]:
     low, high = wilson_interval(right, len(labels))
     recovery = right / int((job.reference.argmax(1) == labels).sum())
     return {**found, "accuracy": right / len(labels), "accuracy_low": low, "accuracy_high": high, "recovery": recovery}
-
-
-@contextmanager
-def clean() -> Iterator[Callable[[], float | None]]:
-    """A device without what ran before; gives a function that tells the GB taken from it since."""
-    gc.collect()
-    torch.compiler.reset()
-    there = torch.cuda.is_available()
-    if there:
-        torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info()[0]
-    yield lambda: (free - torch.cuda.mem_get_info()[0]) / 1e9 if there else None
-
-
-def ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s of a product of two square matrices."""
-    size = 8192 if device.type == "cuda" else 512
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    if device.type == "cuda":
-        return 2e-12 * size**3 / gpu_time.seconds(lambda: a @ b)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - start)
-    return 2e-12 * size**3 / min(times)
 
 
 def describe(system: System) -> dict[str, str]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import shutil
 import statistics
 import time
@@ -36,6 +35,7 @@ from bertforge.data.prepared import join_texts
 from bertforge.data.schema import QUESTIONS
 from bertforge.data.tokens import MAX_TOKENS, Tokenizer
 from bertforge.models import resolve
+from bertforge.peak_memory import resident_gb
 
 PAIRS = 5
 BATCH = 1024  # the fastest of 1,024 and 8,192 here
@@ -114,19 +114,19 @@ def repeat(table: Path, rows: int, path: Path) -> Path:
 def in_a_process(work: Callable[..., Timed], *arguments: Path | str) -> dict[str, Any]:
     """Runs `work` in a fresh process, so that its peak memory is its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        (rows, seconds, cpu_seconds), peak_bytes = pool.apply(_with_peak_memory, (work, arguments))
+        (rows, seconds, cpu_seconds), peak_gb = pool.apply(_with_peak_memory, (work, arguments))
     return {
         "rows": rows,
         "seconds": round(seconds, 2),
         "rows_per_s": round(rows / seconds, 1),
         "cpu_us_per_row": round(cpu_seconds / rows * 1e6, 1),
-        "peak_memory_gb": round(peak_bytes / 1e9, 3),
+        "peak_memory_gb": peak_gb and round(peak_gb, 3),
     }
 
 
-def _with_peak_memory(work: Callable[..., Timed], arguments: tuple[Path | str, ...]) -> tuple[Timed, int]:
+def _with_peak_memory(work: Callable[..., Timed], arguments: tuple[Path | str, ...]) -> tuple[Timed, float | None]:
     timed = work(*arguments)
-    return timed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    return timed, resident_gb()
 
 
 def prepare_alone(table: Path, out: Path, model: Path) -> Timed:

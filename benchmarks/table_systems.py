@@ -5,6 +5,8 @@ same pretrained weights in float32:
 
 - a linear probe on sentence embeddings: mean-pooled and normalised, texts cut to 256 tokens, as the model card of
   all-MiniLM-L6-v2 has it, with scikit-learn's logistic regression, its C chosen on validation rows;
+- AutoGluon's TabularPredictor with its defaults, on every column of the table, in an environment of its own, whose
+  interpreter AUTOGLUON_PYTHON names: pip install "autogluon.tabular[lightgbm,catboost]";
 - transformers' Trainer with TrainingArguments as they come (5e-5, 3 epochs, batches of 8, float32), texts cut to 512
   tokens and padded to the longest of a batch; the weights after the last step, as the Trainer leaves them.
 
@@ -14,6 +16,7 @@ No system sees a test label. Seconds are of a process that may share its device 
 from __future__ import annotations
 
 import os
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,8 +30,8 @@ import torch
 from bertforge.artifact import read_manifest
 from bertforge.autofit.columns import choose_columns
 from bertforge.autofit.fit import FitOptions, fit_table
+from bertforge.columns.transform import TabularSpec
 from bertforge.data.prepared import PreparedData
-from bertforge.data.tabular import TabularSpec
 from bertforge.evaluation.baselines import baselines
 from bertforge.inference.predictor import Predictor
 from bertforge.inference.scoring import score
@@ -258,6 +261,26 @@ def trainer(task: Task) -> list[Answers]:
     return [Answers("transformers Trainer", logits, facts)]
 
 
+def autogluon(task: Task) -> list[Answers]:
+    """AutoGluon on text and columns, for as many minutes as `fit` may take."""
+    python = os.environ["AUTOGLUON_PYTHON"]
+    data, split = task.data, task.data.split_name()
+    labels, schema = np.asarray(data.labels), data.schema
+    frame = data.columns([name for name in data.manifest["columns"] if name != schema.label_column])
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        for part in ("train", *PARTS):
+            rows = data.rows(split, part)
+            frame.iloc[rows].assign(label=labels[rows]).to_parquet(Path(folder) / f"{part}.parquet")
+        script = str(Path(__file__).with_name("autogluon_peer.py"))
+        subprocess.run([python, script, folder, str(60 * task.minutes)], check=True, stdout=subprocess.DEVNULL)
+        logits = {part: np.log(np.load(Path(folder) / f"{part}.npy").clip(1e-9)) for part in PARTS}
+        version = (Path(folder) / "version").read_text()
+    seconds = round(time.perf_counter() - began, 2)
+    facts = {"train_seconds": seconds, "seconds": seconds, "minutes": task.minutes, "version": version}
+    return [Answers("AutoGluon", logits, facts)]
+
+
 @dataclass(frozen=True)
 class System:
     """A system by the name that commands give it."""
@@ -280,4 +303,5 @@ SYSTEMS = {
     "fit": System(fit, 0, 0),
     "embeddings": System(embeddings, 5, 0.5),
     "trainer": System(trainer, 10, 11),
+    "autogluon": System(autogluon, 0, 0),
 }

@@ -42,6 +42,7 @@ from record import record
 from table_systems import SYSTEMS, Answers, Task
 
 NAMES = {table.name: table for table in TABLES}
+TIMED = ("fit", "autogluon")  # systems that are told how long they may take
 LIBRARIES = ("scikit-learn", "transformers", "accelerate")
 
 
@@ -57,7 +58,7 @@ class Job:
         """That it may take, roughly."""
         system = SYSTEMS[self.system]
         rows = min(self.table.rows, most_rows or self.table.rows)
-        return 60 * minutes if self.system == "fit" else system.fixed_s + system.thousand_s * rows / 1000
+        return 60 * minutes if self.system in TIMED else system.fixed_s + system.thousand_s * rows / 1000
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -91,12 +92,14 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", type=Path, metavar="DIR", help="the folder of the tables' files")
     parser.add_argument("--only", default=",".join(NAMES), help="tables, separated by commas; default: %(default)s")
-    usual = ",".join(name for name in SYSTEMS if name != "fit")
-    parser.add_argument("--systems", default=usual, help="separated by commas; default: %(default)s; also fit")
+    usual = ",".join(name for name in SYSTEMS if name not in TIMED)
+    parser.add_argument(
+        "--systems", default=usual, help="separated by commas; default: %(default)s; also fit, autogluon"
+    )
     parser.add_argument("--seeds", default="42,43,44")
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--rows", type=int, help="use so many rows of each table, to try the script")
-    parser.add_argument("--minutes", type=float, default=5.0, help="that `fit` may take")
+    parser.add_argument("--minutes", type=float, default=5.0, help="that `fit` and autogluon may take")
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep prepared tables here, for other processes too")
     parser.add_argument("--part", default="1/1", metavar="I/N", help="run the I-th of N shares")
     parser.add_argument("--skip", type=Path, nargs="*", default=[], metavar="FILE", help="records of what is done")

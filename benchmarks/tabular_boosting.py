@@ -22,10 +22,10 @@ import pandas as pd
 from sklearn.metrics import log_loss
 
 from bertforge.artifact import write_json
+from bertforge.columns.transform import TabularSpec
 from bertforge.data.features import FEATURES
 from bertforge.data.prepared import PreparedData
 from bertforge.data.schema import CLOSED_DATE
-from bertforge.data.tabular import TabularSpec
 from bertforge.errors import BertforgeError, UsageError
 from bertforge.evaluation.boosting import boosted_trees, encode_columns
 from record import record
@@ -118,7 +118,7 @@ def spec_of(frame: pd.DataFrame, multi: str) -> TabularSpec:
     numeric = tuple(n for n, c in columns.items() if pd.to_numeric(c, errors="coerce").notna().equals(c.notna()))
     multi = multi if multi in columns and multi not in numeric else ""
     categorical = tuple(name for name in columns if name not in (*numeric, multi))
-    return TabularSpec(numeric=numeric, categorical=categorical, multi=multi)
+    return TabularSpec.of(numeric=numeric, categorical=categorical, multi=multi)
 
 
 def interval(correct: np.ndarray) -> tuple[float, float]:

@@ -5,8 +5,9 @@
 BERT-base with random weights: speed does not depend on what they are. bertforge runs its own `Trainer` for three epochs
 of the train rows, so what is timed is what `bertforge train` does, loading and packing included; validation and the
 recording of the CUDA graph are not. transformers runs 50 batches three times, which hold all lengths and lie on the
-GPU already. Both use bfloat16 autocast, AdamW and clipping; "-fp8" is bertforge with precision=fp8. Each figure is a
-median, with its lowest and highest. torch.compile is given one layer after another: they are alike.
+GPU already, with dropout on its attention weights as it comes and without, as bertforge trains. Both use bfloat16
+autocast, AdamW and clipping; "-fp8" is bertforge with precision=fp8. Each figure is a median, with its lowest and
+highest. torch.compile is given one layer after another: they are alike.
 
 Each system has a process of its own, one after another: the peer ran at half its speed in a process that had trained
 our variants before, we do not know why.
@@ -38,18 +39,20 @@ from transformers.models.bert.modeling_bert import BertLayer
 
 import peers
 from bertforge.artifact import write_json
+from bertforge.benchmark.roofline import product_rate
 from bertforge.data.loader import Examples, Split, load
 from bertforge.data.prepared import PreparedData
 from bertforge.data.schema import QUESTIONS as SCHEMA
 from bertforge.data.tokens import Tokenizer
 from bertforge.determinism import seed_everything
+from bertforge.hardware import detect
 from bertforge.lora.inject import inject_lora
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.config import BertConfig
 from bertforge.models import resolve
+from bertforge.peak_memory import PeakMemory
 from bertforge.training.config import load_recipe
 from bertforge.training.loop import Trainer
-from gpu_time import seconds
 from record import record
 
 SEED = 42
@@ -74,6 +77,7 @@ FAMILIES = {  # name -> pattern of kernels' names
 PADDED = "transformers + PEFT, padded to 512"  # as tutorials have it
 BY_LENGTH = "transformers + PEFT, by length"
 COMPILED = "transformers + PEFT, by length, torch.compile"
+NO_DROPOUT = ", no attention dropout"  # behind a name: as bertforge trains, and as fused attention may
 BATCHES = 50  # of a peer; all lengths are among them
 
 
@@ -85,7 +89,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="systems and variants whose names match this pattern")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    ceiling = apart(product_rate)
+    ceiling = apart(measure_ceiling)
     print(f"ceiling {ceiling * 1e-12:.0f} TFLOP/s", flush=True)
     rows: list[dict[str, Any]] = []
     for system, variant in names():
@@ -112,7 +116,12 @@ def names() -> list[tuple[str, str]]:
     return [
         *(("bertforge", variant) for variant in VARIANTS),
         (PADDED, "lora-r8"),
-        *((system, variant) for system in (BY_LENGTH, COMPILED) for variant in bf16),
+        *(
+            (system + dropout, variant)
+            for system in (BY_LENGTH, COMPILED)
+            for dropout in ("", NO_DROPOUT)
+            for variant in bf16
+        ),
     ]
 
 
@@ -122,10 +131,11 @@ def apart(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def product_rate() -> float:
+def measure_ceiling() -> float:
     """Floating-point operations a second of the product that is the ceiling."""
-    one = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    return 2 * 8192**3 / seconds(lambda: one @ one)
+    found = product_rate(detect(), "bf16")
+    assert found is not None
+    return found
 
 
 def measure(system: str, variant: str, data: Path, model: str, tokens: int) -> list[dict[str, Any]]:
@@ -138,9 +148,10 @@ def measure(system: str, variant: str, data: Path, model: str, tokens: int) -> l
         found = train(variant, split, tokens)
     else:
         torch.manual_seed(SEED)
-        found = peer(
-            split, variant, 32 if system == PADDED else 128, padded=system == PADDED, by_layer=system == COMPILED
-        )
+        padded, batch = system == PADDED, 32 if system == PADDED else 128
+        dropout = 0.0 if system.endswith(NO_DROPOUT) else 0.1
+        by_layer = system.startswith(COMPILED)
+        found = peer(split, variant, batch, padded=padded, by_layer=by_layer, attention_dropout=dropout)
     for row in found:
         rate = row["questions_per_s"]
         row["precision"] = VARIANTS[variant][1]
@@ -182,7 +193,7 @@ def trainer_of(variant: str, split: Split, tokens: int, folder: Path) -> Trainer
 
 def train(variant: str, split: Split, tokens: int) -> list[dict[str, Any]]:
     """Rows for the first epoch and, where they differ, the later ones."""
-    begun = {"set-up": time.perf_counter()}
+    memory, begun = PeakMemory(torch.device("cuda")), {"set-up": time.perf_counter()}
     marks: list[tuple[int, float, int]] = []  # epoch, time, questions of the epoch so far
 
     with tempfile.TemporaryDirectory() as folder:
@@ -207,7 +218,7 @@ def train(variant: str, split: Split, tokens: int) -> list[dict[str, Any]]:
         if cached
         else {"": [rate for each in rates.values() for rate in each]}
     )
-    peak_memory_gb = torch.cuda.max_memory_allocated() * 1e-9
+    peak_memory_gb = memory.gb()
     shares = profile(trainer_of(variant, split, tokens, Path(tempfile.gettempdir())))
     shape = trainer.shape
     real = float(split.examples.lengths(split.train).sum()) / (len(trainer.plans[0]) * shape.tokens)
@@ -255,9 +266,15 @@ def profile(trainer: Trainer) -> dict[str, float]:
     return shares
 
 
-def peer(split: Split, variant: str, batch: int, *, padded: bool, by_layer: bool) -> list[dict[str, Any]]:
+def peer(
+    split: Split, variant: str, batch: int, *, padded: bool, by_layer: bool, attention_dropout: float
+) -> list[dict[str, Any]]:
     """One row; batches are of `batch` rows of like length, padded to the longest or to 512."""
-    model: Any = TheirModel(TheirConfig(num_labels=2, attn_implementation="sdpa"))
+    device = torch.device("cuda")
+    memory = PeakMemory(device)
+    config = TheirConfig(num_labels=2, attn_implementation="sdpa")
+    config.attention_probs_dropout_prob = attention_dropout
+    model: Any = TheirModel(config)
     if variant != "full":
         layers = list(range(8, 12)) if variant == "lora-r8-last-4" else None
         model = peers.adapt(model, "lora-r8", layers)
@@ -269,7 +286,6 @@ def peer(split: Split, variant: str, batch: int, *, padded: bool, by_layer: bool
     rng = np.random.default_rng(SEED)
     lengths = np.minimum(split.examples.tokens.lengths, 512)
     chosen = peers.batches(rng.permutation(split.train)[: BATCHES * batch], lengths, rng, batch)
-    device = torch.device("cuda")
     inputs = [peers.collate(split.examples.tokens, rows, device, 512 if padded else None) for rows in chosen]
     labels = [torch.from_numpy(split.examples.labels[rows]).to(device) for rows in chosen]
 
@@ -295,7 +311,7 @@ def peer(split: Split, variant: str, batch: int, *, padded: bool, by_layer: bool
             "batch": f"{batch} rows",
             **spread(rates),
             "set_up_s": set_up,
-            "peak_memory_gb": torch.cuda.max_memory_allocated() * 1e-9,
+            "peak_memory_gb": memory.gb(),
             "padding_waste": 1 - used,
         }
     ]

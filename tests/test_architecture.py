@@ -1,6 +1,7 @@
 """Which part of the package may import which, read from the source itself."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,17 +16,20 @@ PARTS = {path.parent.name for path in PACKAGE.glob("*/*.py")}
 # What each part may import beside itself and the files at the root.
 MAY_IMPORT = {
     "kernels": set(),
-    "model": {"kernels"},
+    "columns": set(),
+    "model": {"kernels", "columns"},
     "lora": {"kernels"},
     "data": set(),
-    "evaluation": {"data"},
-    "training": {"model", "lora", "data", "evaluation"},
-    "quantize": {"model"},
+    "evaluation": {"data", "columns"},
     "export": {"model"},
-    "backends": {"model", "data"},
-    "inference": {"model", "lora", "data", "evaluation", "quantize", "export", "backends"},
-    "benchmark": {"model", "backends", "inference", "data", "evaluation"},
-    "autofit": {"model", "lora", "data", "evaluation", "training", "inference", "benchmark"},
+    "engines": {"model", "data", "export"},
+    "proof": {"model", "data", "columns", "evaluation", "engines"},
+    "training": {"model", "lora", "data", "columns", "evaluation", "proof"},
+    "quantize": {"model", "data", "evaluation", "proof"},
+    "inference": {"model", "lora", "data", "columns", "evaluation", "quantize", "engines", "proof"},
+    "jobs": {"model", "lora", "data", "evaluation", "quantize", "engines", "proof", "inference"},
+    "benchmark": {"model", "engines", "inference", "data", "evaluation", "jobs"},
+    "autofit": {"model", "lora", "data", "columns", "evaluation", "training", "engines", "inference", "jobs"},
     "cli": PARTS - {"cli"},
 }
 # Libraries a part is there for; nobody imports the part before it is asked for.
@@ -43,7 +47,6 @@ OPTIONAL = {
         "onnx",
         "onnxruntime",
         "openvino",
-        "nncf",
         "ml_dtypes",
         "modelopt",
         "tensorrt",
@@ -104,6 +107,14 @@ def test_every_part_has_a_rule_and_says_what_it_is():
     assert MAY_IMPORT.keys() == PARTS
     for part in PARTS:
         assert ast.get_docstring(ast.parse((PACKAGE / part / "__init__.py").read_text())), part
+
+
+def test_the_layout_in_contributing_is_this_one():
+    document = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| `(\w+)/` \| .+ \| (.+) \|$", document, re.MULTILINE)
+    assert sorted(part for part, _ in rows) == sorted(PARTS)  # each of them once
+    told = {part: PARTS - {part} if may == "all" else set(re.findall(r"`(\w+)`", may)) for part, may in rows}
+    assert told == MAY_IMPORT
 
 
 def test_parts_import_only_what_they_may(source):

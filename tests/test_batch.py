@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bertforge.batch import PaddedBatch, TabularBatch, pack
+from bertforge.batch import PaddedBatch, pack
 
 # Three sequences, a a / b / c c c, small enough to check by eye.
 RIGHT = PaddedBatch(
     input_ids=torch.tensor([[11, 12, 0], [21, 0, 0], [31, 32, 33]]),
     attention_mask=torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]]),
     token_type_ids=torch.tensor([[0, 1, 0], [1, 0, 0], [0, 0, 1]]),
-    tabular=TabularBatch(torch.randn(3, 2), torch.ones(3, 1, dtype=torch.int64), torch.ones(3, 4, dtype=torch.int64)),
+    tabular={"numeric": torch.randn(3, 2), "multi": torch.ones(3, 4, dtype=torch.int64)},
 )
 LEFT = replace(
     RIGHT,
@@ -50,7 +50,7 @@ def test_moving_a_batch_moves_every_tensor_in_it():
     assert {t.device.type for t in (moved.input_ids, moved.position_ids, moved.cu_seqlens, moved.token_type_ids)} == {
         "meta"
     }
-    assert {t.device.type for t in vars(moved.tabular).values()} == {"meta"}
+    assert {t.device.type for t in moved.tabular.values()} == {"meta"}
     assert moved.max_seqlen == 3
     assert replace(RIGHT, tabular=None).to("meta").tabular is None
     assert RIGHT.to("cpu").input_ids.tolist() == RIGHT.input_ids.tolist()

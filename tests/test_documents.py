@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bertforge.engines.registry import TARGETS
 from bertforge.models import resolve
 from bertforge.training.config import variants
 
@@ -19,6 +20,15 @@ def test_tables_are_those_of_the_records():
         [sys.executable, "benchmarks/documents.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert check.returncode == 0, check.stdout + check.stderr
+
+
+def test_every_engine_has_a_row():
+    rows = dict(re.findall(r"^\| `([\w-]+)` \| (.+) \|$", (ROOT / "docs/engines.md").read_text(), re.MULTILINE))
+    assert rows.keys() >= TARGETS.keys()
+    for name, target in TARGETS.items():
+        precisions, _, install = rows[name].split(" | ")
+        assert set(re.findall(r"[a-z]+\d+", precisions)) == set(target.precisions)
+        assert target.hint in install
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -54,8 +54,10 @@ def test_auto_takes_bf16_where_it_is_in_hardware_and_on_a_cpu_only_when_it_is_fa
     assert choose_precision(GPU) == "bf16"
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     for bf16_seconds, chosen in ((1.0, "bf16"), (3.0, "fp32")):
-        seconds = {torch.float32: 2.0, torch.bfloat16: bf16_seconds}
-        monkeypatch.setattr(module, "_product_seconds", seconds.__getitem__)
+        seconds = {"fp32": 2.0, "bf16": bf16_seconds}
+        monkeypatch.setattr(
+            module, "product_seconds", lambda device, precision, *rest, seconds=seconds: seconds[precision]
+        )
         assert choose_precision(replace(PLAIN, bf16=True)) == chosen
     # Slower at this moment, as on a busy machine: with tile registers nothing is timed.
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)

@@ -30,7 +30,19 @@ _FIELDS = {
     "run": ("recipe", "labels", "schema", "tabular", "data", "base", "golden"),
     "model": ("recipe", "labels", "schema", "tabular", "data", "base", "golden"),
     "quantized": ("recipe", "labels", "schema", "tabular", "data", "base", "golden", "quantization"),
-    "engine": ("recipe", "labels", "schema", "tabular", "data", "base", "golden", "target", "precision", "hashes"),
+    "engine": (
+        "recipe",
+        "labels",
+        "schema",
+        "tabular",
+        "data",
+        "base",
+        "golden",
+        "target",
+        "precision",
+        "hashes",
+        "spared",
+    ),
     "fit": ("serves",),
 }
 _MADE_BY = {

@@ -21,7 +21,7 @@ from torch import Tensor
 
 
 class _TensorFields:
-    """What a dataclass of tensors (and of nested batches) can do as a whole."""
+    """What a dataclass of tensors (and of nested batches and dicts of tensors) can do as a whole."""
 
     def to(self, device: torch.device | str) -> Self:
         """A copy on `device`, made asynchronously where the memory is pinned."""
@@ -46,20 +46,10 @@ class _TensorFields:
                 value = function(value)
             elif isinstance(value, _TensorFields):
                 value = value.map(function)
+            elif isinstance(value, dict):
+                value = {name: function(tensor) for name, tensor in value.items()}
             mapped[field.name] = value
         return type(self)(**mapped)
-
-
-@dataclass(frozen=True)
-class TabularBatch(_TensorFields):
-    """The columns that travel beside the text, names already numbered by `data.tabular.TabularTransform`."""
-
-    numeric: Tensor
-    """[sequences, numeric columns] float32, as the table has them; NaN where there is no finite number."""
-    categorical: Tensor
-    """[sequences, categorical columns] int64; 0 stands for a missing or unseen value."""
-    multi: Tensor
-    """[sequences, values] int64: the values of the multi-valued column, 0 fills the end."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +72,8 @@ class PaddedBatch(_TensorFields):
     """[batch, seq]; nonzero where a token is real. Padding may stand on either side."""
     token_type_ids: Tensor | None = None
     """[batch, seq] int64; None means all zero."""
-    tabular: TabularBatch | None = None
+    tabular: dict[str, Tensor] | None = None
+    """The columns beside the text, [sequences, width] for each kind of `columns.registry`, by its name."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +92,8 @@ class PackedBatch(_TensorFields):
     """Tokens in the longest sequence."""
     token_type_ids: Tensor | None = None
     """[tokens] int64; None means all zero."""
-    tabular: TabularBatch | None = None
+    tabular: dict[str, Tensor] | None = None
+    """The columns beside the text, [sequences, width] for each kind of `columns.registry`, by its name."""
     lower: LowerLayers | None = None
     """None leaves the lowest layers to the model."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +11,12 @@ import torch
 
 from bertforge import threads
 from bertforge.errors import MachineError, UsageError
+from bertforge.matrix_product import product_seconds
 
 PRECISIONS = ("auto", "fp32", "bf16")
 TRAINING_PRECISIONS = (*PRECISIONS, "fp8")
+_FEED_FORWARD = (2048, 384, 1536)  # tokens through the wider half of a small BERT's, the product that is timed
+_SECONDS = 0.2  # of timing it in one precision
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ def choose_precision(hardware: Hardware, wanted: str = "auto") -> str:
     # Tile registers are always faster; AVX-512's instructions are on some CPUs, and a busy moment may hide it.
     if wanted == "bf16" or hardware.device.type == "cuda" or torch.cpu._is_amx_tile_supported():
         return "bf16"
-    return "bf16" if _product_seconds(torch.bfloat16) < 0.8 * _product_seconds(torch.float32) else "fp32"
+    bf16, fp32 = (product_seconds("cpu", precision, _FEED_FORWARD, _SECONDS) for precision in ("bf16", "fp32"))
+    return "bf16" if bf16 < 0.8 * fp32 else "fp32"
 
 
 def choose_training_precision(hardware: Hardware, wanted: str = "auto") -> str:
@@ -126,17 +129,6 @@ def free_host_bytes() -> int:
     except (OSError, KeyError, ValueError):
         pass
     return max(0, free)
-
-
-def _product_seconds(dtype: torch.dtype) -> float:
-    """Seconds for a matrix product of a small BERT's feed-forward, the fastest of five."""
-    x, weight = torch.ones(2048, 384, dtype=dtype), torch.ones(1536, 384, dtype=dtype)
-    seconds = []
-    for _ in range(6):
-        start = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
 
 
 def _cpu_name() -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
@@ -36,6 +37,11 @@ class Scales:
     def largest(self) -> float:
         """The largest number of the format."""
         return FORMATS[self.format]
+
+    def without(self, points: Collection[str]) -> Self:
+        """A copy in which `points` are not quantized."""
+        kept = {name: value for name, value in self.activations.items() if name not in points}
+        return replace(self, activations=kept)
 
     def save(self, folder: Path) -> Path:
         """Writes `scales.safetensors` into `folder`."""

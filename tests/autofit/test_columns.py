@@ -21,8 +21,8 @@ def test_text_and_columns_are_found_and_what_is_left_out_is_told(table):
     found = choose_columns(table(mails()), "folder", (), seed=1)
     assert found.options.text_columns == ("message",)
     assert found.options.label_column == "folder"
-    assert found.beside.numeric == ("size",)
-    assert found.beside.categorical == ("country",)
+    assert found.beside.to_dict()["numeric"] == ("size",)
+    assert found.beside.to_dict()["categorical"] == ("country",)
     told = "\n".join(found.told)
     assert "text: message; label: folder" in told
     assert "columns that may help: size, country" in told
@@ -33,7 +33,7 @@ def test_text_and_columns_are_found_and_what_is_left_out_is_told(table):
 def test_text_that_is_named_is_taken_whatever_it_looks_like(table):
     found = choose_columns(table(mails()), "folder", ("country", "message"), seed=1)
     assert found.options.text_columns == ("country", "message")
-    assert found.beside.categorical == ()
+    assert found.beside.to_dict()["categorical"] == ()
     assert "country" not in "\n".join(found.told[1:])
 
 
@@ -69,5 +69,5 @@ def test_without_a_label_it_is_the_questions_table_or_prepare_says_what_is_missi
     from bertforge.data.sample import sample_rows, write_sample
 
     questions = write_sample(tmp_path / "questions.csv", sample_rows(20, seed=1))
-    assert "reputation" in choose_columns(questions, None, (), seed=1).beside.numeric
+    assert "reputation" in choose_columns(questions, None, (), seed=1).beside.to_dict()["numeric"]
     assert choose_columns(table(mails()), None, (), seed=1).beside is None

@@ -12,7 +12,7 @@ from bertforge.artifact import MANIFEST, read_manifest
 from bertforge.autofit import fit as module
 from bertforge.autofit import search
 from bertforge.autofit.fit import STATE, FitOptions, fit, fit_table
-from bertforge.benchmark.fastest import Candidate
+from bertforge.engines.fastest import Candidate
 from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.inference.predictor import Predictor
 from bertforge.training import schedule

@@ -14,19 +14,19 @@ from rich.console import Console
 
 import bertforge
 from bertforge.artifact import MANIFEST, hash_file, read_manifest
-from bertforge.backends.onnxruntime import OnnxRuntimeBackend
-from bertforge.backends.registry import TARGETS, Target
-from bertforge.benchmark.measure import latencies_ms, rate
 from bertforge.benchmark.memory import peak_memory_gb
 from bertforge.benchmark.roofline import add_shares, needed_flops, product_rate
 from bertforge.benchmark.run import _accuracy, _changed, chosen, run_benchmark
 from bertforge.benchmark.table import markdown, summary
 from bertforge.benchmark.workload import Workload
 from bertforge.data.prepared import PreparedData
+from bertforge.engines.measure import latencies_ms, rate
+from bertforge.engines.onnxruntime import OnnxRuntimeEngine
+from bertforge.engines.registry import TARGETS
 from bertforge.errors import ArtifactError, UsageError
 from bertforge.hardware import detect
 from bertforge.inference.predictor import Predictor
-from bertforge.inference.quantize import QuantizeOptions, quantize_model
+from bertforge.jobs.quantize import QuantizeOptions, quantize_model
 from tests.model.tiny import tiny_bert
 from tests.runs import run_command
 
@@ -45,8 +45,14 @@ def memory_unread(monkeypatch):
 
 @pytest.mark.usefixtures("memory_unread")
 def test_a_target_that_is_missing_is_a_row_that_says_how_to_get_it(model, data, monkeypatch):
-    absent = Target(("fp32",), ("no_such_library",), "fast", "model.bin")
-    monkeypatch.setitem(TARGETS, "absent", absent)
+    missing = {
+        "name": "absent",
+        "libraries": ("no_such_library",),
+        "extra": "fast",
+        "precisions": ("fp32",),
+        "only": {},
+    }
+    monkeypatch.setitem(TARGETS, "absent", replace(TARGETS["onnxruntime"], **missing))
     found = run_benchmark(model, data, "absent", split="validation", rows=32, repeats=1, say=lambda text: None)
     assert [row["framework"] for row in found["rows"]] == ["pytorch", "absent"]
     assert "pip install 'bertforge[fast]'" in found["rows"][1]["missing"]
@@ -67,16 +73,16 @@ def measured(model, data, targets, **more):
 
 @pytest.mark.usefixtures("memory_unread")
 def test_what_a_library_raises_is_a_row_and_the_others_stay(model, data, monkeypatch):
-    def fail(backend, *arguments):
-        if backend.name == "onnxruntime":
+    def fail(engine, *arguments):
+        if engine.name == "onnxruntime":
             raise RuntimeError("an illegal memory access\nat 0x7f")
-        return latencies_ms(backend, *arguments)
+        return latencies_ms(engine, *arguments)
 
     closed = []
     monkeypatch.setattr("bertforge.benchmark.run.latencies_ms", fail)
-    measured(model, data, "onnxruntime-fp32")  # compiled, and the backend that proved it closed
-    monkeypatch.setattr(OnnxRuntimeBackend, "close", lambda self: closed.append(self.name))
-    reference, broken, intact = measured(model, data, "onnxruntime-fp32,openvino-fp32")
+    measured(model, data, "onnxruntime-fp32")  # compiled, and the engine that proved it closed
+    monkeypatch.setattr(OnnxRuntimeEngine, "close", lambda self: closed.append(self.name))
+    reference, intact, broken = measured(model, data, "onnxruntime-fp32,openvino-fp32")
     assert broken == {
         "framework": "onnxruntime",
         "precision": "fp32",
@@ -203,11 +209,12 @@ def test_the_ceiling_is_measured_where_torch_has_the_product():
 def test_a_product_so_slow_that_a_larger_one_takes_seconds_is_not_made_larger(monkeypatch, flops, sizes):
     tried = []
 
-    def product_seconds(device, precision, size):
-        tried.append(size)
-        return 2 * size**3 / flops
+    def product_seconds(device, precision, shape, measure_s):
+        assert len(set(shape)) == 1
+        tried.append(shape[0])
+        return 2 * shape[0] ** 3 / flops
 
-    monkeypatch.setattr("bertforge.benchmark.roofline._product_seconds", product_seconds)
+    monkeypatch.setattr("bertforge.benchmark.roofline.product_seconds", product_seconds)
     assert product_rate(replace(detect(), device=torch.device("cpu")), "bf16") == pytest.approx(flops)
     assert tried == sizes
 

@@ -2,8 +2,8 @@
 
 from bertforge.artifact import read_manifest
 from bertforge.autofit import fit, search
-from bertforge.benchmark.fastest import Candidate
 from bertforge.cli import demo
+from bertforge.engines.fastest import Candidate
 from bertforge.training import schedule
 from tests.runs import needs_the_minilm_package, run_command
 

@@ -4,7 +4,7 @@ import pytest
 
 from bertforge.autofit import fit as module
 from bertforge.autofit import search
-from bertforge.benchmark.fastest import Candidate
+from bertforge.engines.fastest import Candidate
 from tests.autofit.tables import mails
 from tests.runs import run_command
 

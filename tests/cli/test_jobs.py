@@ -118,7 +118,7 @@ def test_predict_and_merge_go_together(tmp_path, data, runs, capsys):
     table, model = data.with_suffix(".csv"), tmp_path / "model"
     assert run_command("merge", runs["lora"], "--out", model) == 0
     said = capsys.readouterr().out
-    assert re.search(r"on 16 validation rows the merge changed logits by \S+ at most, and 0 labels", said)
+    assert re.search(r"on 4 validation rows the merge changed logits by \S+ at most, and 0 labels", said)
     assert f"next: bertforge predict {model} TABLE --out predictions.csv" in said
     for folder, out in ((runs["lora"], tmp_path / "run.parquet"), (model, tmp_path / "model.parquet")):
         assert run_command("predict", folder, table, "--out", out) == 0

@@ -7,10 +7,11 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from bertforge.data.features import FEATURES, derive
+from bertforge.data.features import FEATURES, derive, require_readable
 from bertforge.data.rows import Rows
 from bertforge.data.schema import QUESTIONS, Schema
 from bertforge.data.tables import read_chunks
+from bertforge.errors import DataError
 
 from .tables import COLUMNS, question
 
@@ -74,6 +75,20 @@ def test_an_owner_date_may_lack_its_time() -> None:
     assert found["account_age_days"] == 1.5
 
 
+@pytest.mark.parametrize(
+    ("written", "utc"),
+    [
+        ("2012-07-31T23:30:00-05:00", "2012-08-01T04:30:00"),
+        ("2012-08-01 04:30:00+0530", "2012-07-31T23:00:00"),
+        ("2012-07-31T23:30:00Z", "2012-07-31T23:30:00"),
+        ("2012-07-31T23:30:00", "2012-07-31T23:30:00"),
+    ],
+)
+def test_a_date_with_an_offset_is_read_as_utc(written: str, utc: str) -> None:
+    dates = Rows(pa.table({"d": pa.array([written, "2012-07-31"], pa.large_string())})).date("d")
+    assert dates.tolist() == np.array([utc, "2012-07-31T00:00:00"], "datetime64[s]").tolist()
+
+
 def test_columns_whose_sources_are_absent_are_left_out() -> None:
     derived = derive(Rows(pa.table({"Title": ["a b"], "BodyMarkdown": ["c?"]})), QUESTIONS)
     assert set(derived.column_names) == {
@@ -130,3 +145,19 @@ def test_first_person_backticks_and_paragraphs_are_counted_in_prose() -> None:
     assert found["first_person"] == 3.0  # not the I of a code line, nor that of "It"
     assert found["backticks"] == 2.0
     assert found["paragraph_breaks"] == 3.0
+
+
+def test_a_missing_derived_column_is_named_with_the_sources_it_lacks() -> None:
+    given = ["Title", "BodyMarkdown", "PostCreationDate", "title_words"]
+    with pytest.raises(DataError) as caught:
+        require_readable(["title_words", "account_age_days"], given)
+    assert str(caught.value) == (
+        "the model reads 'account_age_days', made from OwnerCreationDate, which the table lacks; "
+        "it has Title, BodyMarkdown, PostCreationDate"
+    )
+
+
+def test_a_missing_column_is_named_with_those_there_are() -> None:
+    require_readable(["n", "c"], ["c", "m", "n"])
+    with pytest.raises(DataError, match="reads column 'x', but the table has n, c, m"):
+        require_readable(["n", "x"], ["n", "c", "m"])

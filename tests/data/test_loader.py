@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from bertforge.columns.encoder import TabularConfig
 from bertforge.data.loader import IGNORED, Examples, PackShape, epoch_plan, load, sorted_plan
-from bertforge.data.tabular import TabularArrays
 from bertforge.data.tokens import TokenStore
-from bertforge.model.config import TabularConfig
 from bertforge.training.optim import make_optimizer
 from bertforge.training.step import EagerStep
 from tests.model.tiny import tiny_bert
@@ -17,11 +16,11 @@ from tests.model.tiny import tiny_bert
 SEP = 9
 # Three rows of 3, 2 and 4 tokens; every row ends with SEP.
 STORE = TokenStore(np.array([1, 2, SEP, 1, SEP, 1, 3, 4, SEP], np.uint16), np.array([0, 3, 5, 9]))
-COLUMNS = TabularArrays(
-    numeric=np.array([[0.5], [1.5], [2.5]], np.float32),
-    categorical=np.array([[1], [2], [0]]),
-    multi=np.array([[1, 2], [0, 0], [2, 0]]),
-)
+COLUMNS = {
+    "numeric": np.array([[0.5], [1.5], [2.5]], np.float32),
+    "categorical": np.array([[1], [2], [0]]),
+    "multi": np.array([[1, 2], [0, 0], [2, 0]]),
+}
 EXAMPLES = Examples(STORE, np.array([1, 0, 1]), sep_id=SEP, max_length=8, tabular=COLUMNS)
 CPU = torch.device("cpu")
 
@@ -33,9 +32,9 @@ def test_a_pack_worked_by_hand():
     assert batch.cu_seqlens.tolist() == [0, 4, 7]
     assert batch.cu_seqlens.dtype == torch.int32
     assert batch.max_seqlen == 4
-    assert batch.tabular.numeric.tolist() == [[2.5], [0.5]]
-    assert batch.tabular.categorical.tolist() == [[0], [1]]
-    assert batch.tabular.multi.tolist() == [[2, 0], [1, 2]]
+    assert batch.tabular["numeric"].tolist() == [[2.5], [0.5]]
+    assert batch.tabular["categorical"].tolist() == [[0], [1]]
+    assert batch.tabular["multi"].tolist() == [[2, 0], [1, 2]]
     assert labels.tolist() == [1, 1]
 
 
@@ -59,13 +58,13 @@ def test_a_filled_pack_worked_by_hand():
     assert batch.cu_seqlens.tolist() == [0, 3, 5, 9, 13, 16, 16], "a full filler, a short one, an empty one"
     assert batch.max_seqlen == 4
     assert labels.tolist() == [1, 0, 1, IGNORED, IGNORED, IGNORED]
-    assert batch.tabular.numeric.shape == (6, 1)
-    assert batch.tabular.multi[3:].tolist() == [[0, 0]] * 3
+    assert batch.tabular["numeric"].shape == (6, 1)
+    assert batch.tabular["multi"][3:].tolist() == [[0, 0]] * 3
 
 
 @pytest.mark.parametrize("tokens", [9, 10, 16])
 def test_what_fills_a_pack_changes_neither_logits_nor_loss_nor_gradients(tokens):
-    config = TabularConfig(numeric=1, categorical=(3,), multi=3, bins=2, embedding_size=3, hidden_size=4)
+    config = TabularConfig.of(numeric=1, categorical=(3,), multi=3, bins=2, embedding_size=3, hidden_size=4)
     model = tiny_bert(tabular=config)
     optimizer = make_optimizer(model, 2e-5, 2e-5, 0.01)
     step = EagerStep(

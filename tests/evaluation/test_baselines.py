@@ -8,16 +8,16 @@ import pandas as pd
 import pytest
 from tests.runs import prepare_frame
 
+from bertforge.columns.transform import TabularSpec
 from bertforge.data.prepare import PrepareOptions
 from bertforge.data.prepared import PreparedData
-from bertforge.data.tabular import TabularSpec
 from bertforge.errors import ArtifactError
 from bertforge.evaluation import baselines as module
 from bertforge.evaluation.baselines import COLUMNS, MAJORITY, TEXT, baselines
 from bertforge.evaluation.standing import Standing, standing
 
 WORDS = {"ham": ["meeting", "lunch", "report"], "spam": ["prize", "winner", "cash"], "news": ["vote", "storm", "goal"]}
-SPEC = TabularSpec(numeric=("amount",), categorical=("country",), multi="tags")
+SPEC = TabularSpec.of(numeric=("amount",), categorical=("country",), multi="tags")
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_what_was_fitted_is_kept_with_the_data(copied, monkeypatch):
     for one, other in zip(first, baselines(copied, "random", SPEC), strict=True):
         assert (one.name, one.train_rows) == (other.name, other.train_rows)
         np.testing.assert_array_equal(one.probabilities, other.probabilities)
-    kept = {baseline.name for baseline in baselines(copied, "random", TabularSpec(numeric=("amount",)))}
+    kept = {baseline.name for baseline in baselines(copied, "random", TabularSpec.of(numeric=("amount",)))}
     assert COLUMNS not in kept, "other columns are another baseline"
 
 

@@ -139,6 +139,20 @@ def test_eight_bits_come_close_and_stand_in_the_graph(tmp_path, batch):
     assert {tensor.data_type for tensor in weights} == {onnx.TensorProto.INT8}
 
 
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_every_output_channel_of_a_weight_has_a_scale_of_its_own(tmp_path, batch, form):
+    """Each channel's largest weight is the format's largest number, the one of a channel of small weights too."""
+    model = tiny_bert(**SMALL)
+    name = "bert.encoder.layer.0.intermediate.dense"
+    weight = model.get_submodule(name).weight.detach()
+    weight[3] *= 1e-3
+    graph = onnx.load(export_onnx(model, tmp_path / "m.onnx", scales=calibrated(model, batch, form))).graph
+    tensors = {tensor.name: onnx.numpy_helper.to_array(tensor).astype(np.float32) for tensor in graph.initializer}
+    stored, scale = tensors[f"{name}.weight_{form}"], tensors[f"{name}.weight_scale"]  # [in, out], [out]
+    assert np.abs(stored).max(0).tolist() == [Scales(form, {}).largest] * len(weight)
+    np.testing.assert_allclose(scale * Scales(form, {}).largest, weight.abs().amax(1), rtol=1e-6)
+
+
 def test_fp8_stands_in_the_graph(tmp_path, batch):
     model = tiny_bert(**SMALL)
     path = export_onnx(model, tmp_path / "m.onnx", precision="fp16", scales=calibrated(model, batch, "fp8"))

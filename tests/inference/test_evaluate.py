@@ -7,9 +7,11 @@ from html import unescape
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from bertforge.data.prepare import PrepareOptions
+from bertforge.data.prepare import PrepareOptions, prepare
 from bertforge.data.prepared import PreparedData
+from bertforge.data.tokens import Tokenizer
 from bertforge.errors import DataError, UsageError
 from bertforge.evaluation.baselines import COLUMNS, MAJORITY, TEXT
 from bertforge.evaluation.metrics import classification_metrics
@@ -17,6 +19,8 @@ from bertforge.inference import scoring
 from bertforge.inference.evaluate import evaluate_run
 from bertforge.inference.predictor import Predictor
 from bertforge.inference.scoring import score
+from bertforge.jobs.compile import compile_model
+from bertforge.jobs.quantize import QuantizeOptions, quantize_model
 from bertforge.training.finetune import finetune
 from tests.runs import KINDS, made_up, prepare_frame, quick_recipe
 
@@ -56,6 +60,15 @@ def test_the_validation_loss_of_training_is_found_again(data, runs, kind):
     exact = score(Predictor.load(runs[kind], "fp32"), data, "validation")
     surprise = np.log(np.exp(exact.logits).sum(1)) - exact.logits[np.arange(len(exact.labels)), exact.labels]
     assert surprise.mean() == pytest.approx(metrics["validation_loss"], rel=1e-5)
+
+
+def test_the_test_part_is_scored_where_none_is_named(data, runs):
+    prepared = PreparedData.open(data)
+    expected = {part: prepared.lines[prepared.rows("random", part)].tolist() for part in ("train", "test")}
+    assert score(Predictor.load(runs["full"]), data).lines.tolist() == expected["test"] != expected["train"]
+    found = evaluate_run(runs["full"], data)
+    assert found.scored.lines.tolist() == expected["test"]
+    assert found.standing.part == "test"
 
 
 def test_rows_without_text_or_label_are_left_out_and_counted(tmp_path, runs):
@@ -99,6 +112,14 @@ def test_rows_the_run_may_have_learnt_from_are_called_so(tmp_path, data, base, r
     assert warning in evaluate_run(runs["full"], other).write_report(tmp_path / "r.html").read_text()
 
 
+def test_another_split_of_the_same_table_is_refused(tmp_path, data, base, runs):
+    """Its test rows are rows that the model was trained on."""
+    options = PrepareOptions(seed=7)
+    prepare(data.with_suffix(".csv"), tmp_path / "other", Tokenizer.load(base), options)
+    with pytest.raises(DataError, match=r"or on another split of it, .* name the folder it was trained on with --data"):
+        score(Predictor.load(runs["full"]), tmp_path / "other")
+
+
 def test_a_part_of_a_raw_table_is_refused(runs, raw_test_rows):
     with pytest.raises(UsageError, match=r"test\.csv is a raw table and scored whole; leave --split test out"):
         score(Predictor.load(runs["full"]), raw_test_rows, "test")
@@ -129,6 +150,37 @@ def test_two_runs_are_compared_row_by_row(data, runs):
     same = evaluate_run(runs["full"], data, "test", against=runs["full"]).comparison
     assert (same.changed_labels, same.accuracy_difference.value, same.loss_difference.value) == (0, 0, 0)
     assert evaluate_run(runs["full"], data).comparison is None
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory, data, runs):
+    """One model three times: as it was trained, in simulated 8 bits, and as an INT8 engine."""
+    folder = tmp_path_factory.mktemp("full")
+    options = QuantizeOptions(calibration="max", rows=16, validation_rows=16)
+    quantize_model(runs["full"], data, folder / "quantized", options, None, lambda stage: None)
+    compile_model(runs["full"], "onnxruntime", "int8", data, folder / "engine")
+    return {"model": runs["full"], "quantized": folder / "quantized", "engine": folder / "engine"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="ONNX Runtime's INT8 is a CPU's")
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("engine", "model"), ("model", "engine"), ("quantized", "model"), ("model", "quantized"), ("engine", "quantized")],
+)
+def test_each_is_compared_in_the_precision_it_has(data, full, first, second):
+    """And a model, which has none of its own, in float32 beside what has one."""
+
+    def loss(name, precision):
+        predictor = Predictor.load(full[name], precision)
+        scored = score(predictor, data, "test")
+        logits = scored.logits / predictor.temperature
+        return classification_metrics(logits, scored.labels, "ab", bootstrap=1).loss.value
+
+    found = evaluate_run(full[first], data, "test", against=full[second])
+    assert found.precision == {"engine": "int8", "quantized": "fp32"}.get(first, found.precision)
+    beside = loss(second, "fp32" if second == "model" else "auto")
+    assert found.comparison.loss_difference.value == pytest.approx(loss(first, found.precision) - beside, abs=1e-6)
+    assert found.comparison.loss_difference.value != 0
 
 
 @pytest.mark.parametrize("kind", ["full", "columns"])

@@ -45,7 +45,7 @@ def test_a_loaded_run_is_the_model_that_was_trained(tmp_path, data, base, runs, 
     loaded = predictor.logits(prepared.texts(rows), columns)
     np.testing.assert_allclose(loaded, trained, atol=1e-5)
     assert np.abs(trained).max() > 0.01
-    assert not predictor.backend.model.training
+    assert not predictor.engine.model.training
 
 
 def test_predictions_are_labels_with_their_probabilities(data, runs):
@@ -110,12 +110,12 @@ def test_examples_of_some_rows_are_those_of_all(data, runs):
     (some, labels), (same, _) = (examples.pack(rows) for examples in (predictor.examples(prepared, rows), everything))
     assert torch.equal(some.input_ids, same.input_ids)
     assert labels.tolist() == prepared.labels[rows].tolist()
-    assert torch.equal(some.tabular.numeric, same.tabular.numeric)
-    assert torch.equal(some.tabular.categorical, same.tabular.categorical)
-    values = some.tabular.multi.shape[1]  # as many as these rows need
-    assert torch.equal(some.tabular.multi, same.tabular.multi[:, :values])
-    assert not same.tabular.multi[:, values:].any()
-    assert some.tabular.numeric.abs().nansum() > 0
+    assert torch.equal(some.tabular["numeric"], same.tabular["numeric"])
+    assert torch.equal(some.tabular["categorical"], same.tabular["categorical"])
+    values = some.tabular["multi"].shape[1]  # as many as these rows need
+    assert torch.equal(some.tabular["multi"], same.tabular["multi"][:, :values])
+    assert not same.tabular["multi"][:, values:].any()
+    assert some.tabular["numeric"].abs().nansum() > 0
     assert Predictor.load(runs["full"]).examples(prepared, rows).tabular is None
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bertforge.batch import PaddedBatch, TabularBatch
+from bertforge.batch import PaddedBatch
+from bertforge.columns.encoder import TabularConfig
 from bertforge.errors import ArtifactError
 from bertforge.lora.adapter_io import load_adapter, save_adapter
 from bertforge.lora.config import LoraConfig
-from bertforge.model.config import TabularConfig
 from tests.lora.test_inject import BATCH, adapted_bert
 from tests.model.tiny import tiny_bert
 
@@ -53,18 +53,20 @@ def test_the_folder_holds_the_adapter_and_the_head_alone(saved):
 
 
 def test_a_tabular_head_is_saved_with_its_buffers(tmp_path):
-    tabular = TabularConfig(numeric=2, categorical=(3,), multi=4, bins=3, embedding_size=4, hidden_size=5)
+    tabular = TabularConfig.of(numeric=2, categorical=(3,), multi=4, bins=3, embedding_size=4, hidden_size=5)
     config = LoraConfig(modules_to_save=("classifier", "tabular"))
     model = adapted_bert(config, tabular=tabular)
-    model.tabular.learn([1, 2], [3, 4], [[0, 1, 2, 3]] * 2)
+    model.tabular.learn({"scaler.mean": [1, 2], "scaler.std": [3, 4], "numeric.edges": [[0, 1, 2, 3]] * 2})
     save_adapter(model, config, tmp_path, base_model="tiny")
     again = tiny_bert(seed=0, tabular=tabular)
     for parameter in again.tabular.parameters():
         torch.nn.init.zeros_(parameter)
     load_adapter(again, tmp_path)
-    columns = TabularBatch(
-        torch.tensor([[0.5, -2.0], [0.1, 0.2]]), torch.tensor([[1], [0]]), torch.tensor([[1, 3], [0, 0]])
-    )
+    columns = {
+        "numeric": torch.tensor([[0.5, -2.0], [0.1, 0.2]]),
+        "categorical": torch.tensor([[1], [0]]),
+        "multi": torch.tensor([[1, 3], [0, 0]]),
+    }
     batch = PaddedBatch(BATCH.input_ids, BATCH.attention_mask, tabular=columns)
     assert again.tabular.numeric.edges.tolist() == [[0, 1, 2, 3]] * 2
     assert again.tabular.scaler.std.tolist() == [3, 4]

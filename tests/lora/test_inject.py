@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from bertforge.batch import PaddedBatch, pack
+from bertforge.columns.encoder import TabularConfig
 from bertforge.errors import ArtifactError, UsageError
 from bertforge.lora.config import LoraConfig
-from bertforge.lora.inject import inject_lora, merge
+from bertforge.lora.inject import inject_lora, merge, unmerged
 from bertforge.lora.layer import LoraLinear
 from bertforge.model.classifier import BertForSequenceClassification
-from bertforge.model.config import BertConfig, TabularConfig
+from bertforge.model.config import BertConfig
 from bertforge.training.config import load_recipe
 from tests.model.tiny import tiny_bert
 
@@ -86,7 +87,7 @@ def test_only_the_adapters_and_the_head_learn():
 
 def test_the_tabular_branch_learns_when_it_is_to_be_saved():
     config = LoraConfig(modules_to_save=("classifier", "tabular"))
-    tabular = TabularConfig(numeric=2, categorical=(3,), bins=4, embedding_size=2, hidden_size=3)
+    tabular = TabularConfig.of(numeric=2, categorical=(3,), bins=4, embedding_size=2, hidden_size=3)
     model = inject_lora(tiny_bert(tabular=tabular), config)
     assert all(parameter.requires_grad for parameter in model.tabular.parameters())
     assert not any("tabular" in name for name in adapted_layers(model))
@@ -122,6 +123,34 @@ def test_merged_equals_unmerged_and_differs_from_the_base(targets, layout):
     # Relative to the largest logit: the sums are the same in another order.
     assert (merged(batch) - unmerged).abs().max() <= 1e-5 * unmerged.abs().max()
     assert (tiny_bert()(batch) - unmerged).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("layout", [lambda batch: batch, pack], ids=["padded", "packed"])
+def test_merged_weights_compute_what_the_branches_do(layout):
+    """In float64 only the rounding of the merged weights is left; twice the scale is far from it."""
+    model, batch = adapted_bert(LoraConfig(target_modules=ALL_LINEARS)), layout(BATCH)
+    apart = unmerged(model)(batch)
+    assert apart.dtype == torch.float64
+    assert (merge(model).double()(batch) - apart).abs().max() <= 1e-6 * apart.abs().max()
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            module.scaling *= 2
+    assert (merge(model).double()(batch) - apart).abs().max() > 0.1 * apart.abs().max()
+
+
+def test_a_branch_by_hand():
+    """A is 2 x 3 and B 4 x 2, so that a product in the other order has no shape."""
+    model = inject_lora(nn.Sequential(nn.Linear(3, 4)), LoraConfig(2, 6, 0.5, ("0",), modules_to_save=()))
+    layer, x = model[0], torch.randn(5, 3, dtype=torch.float64)
+    nn.init.normal_(layer.lora_B.weight)
+    weight, bias, a, b = (
+        tensor.detach().double()
+        for tensor in (layer.base_layer.weight, layer.base_layer.bias, layer.lora_A.weight, layer.lora_B.weight)
+    )
+    found = unmerged(model.eval())(x)
+    torch.testing.assert_close(found, x @ weight.T + bias + 3 * (x @ a.T) @ b.T)
+    assert layer.lora_A.weight.dtype == torch.float32, "the model itself stays as it was"
+    assert not torch.allclose(found, x @ weight.T + bias)
 
 
 def test_the_merged_model_is_plain_and_trainable_and_the_adapted_one_stays(tmp_path):
@@ -216,6 +245,10 @@ def test_adapters_are_not_put_on_adapters():
     ("options", "message"),
     [
         ({"r": 0}, "r=0"),
+        ({"lora_alpha": 0}, "lora_alpha=0 is not a finite number above 0; twice r is usual, here 16"),
+        ({"lora_alpha": -1}, "lora_alpha=-1 is not a finite number above 0"),
+        ({"lora_alpha": float("nan")}, "lora_alpha=nan is not a finite number above 0"),
+        ({"lora_alpha": float("inf")}, "lora_alpha=inf is not a finite number above 0"),
         ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
         ({"target_modules": ()}, "target_modules is empty"),
     ],
@@ -240,8 +273,7 @@ VARIANTS = {
 @pytest.mark.parametrize(("name", "vocab_size", "expected"), [(name, *row) for name, row in VARIANTS.items()])
 def test_the_six_variants_train_as_many_parameters_as_the_study_says(name, vocab_size, expected):
     recipe = load_recipe(name)
-    spec = recipe.tabular
-    tabular = spec and TabularConfig(numeric=len(spec.numeric), bins=spec.bins, hidden_size=spec.hidden_size)
+    tabular = recipe.tabular and TabularConfig.of(numeric=len(recipe.tabular.columns))  # joined directly
     with torch.device("meta"):  # shapes without memory
         model = BertForSequenceClassification(BertConfig(vocab_size=vocab_size, tabular=tabular))
     if recipe.lora:

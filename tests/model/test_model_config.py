@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from bertforge.columns.encoder import TabularConfig
 from bertforge.errors import ArtifactError
-from bertforge.model.config import BertConfig, TabularConfig
+from bertforge.model.config import BertConfig
 from tests.model.tiny import tiny_config
 
 CHANGED = {
@@ -17,7 +18,7 @@ CHANGED = {
     "layer_norm_eps": 1e-6,
     "pad_token_id": 1,
     "labels": ("open", "closed", "spam"),
-    "tabular": TabularConfig(
+    "tabular": TabularConfig.of(
         numeric=3, categorical=(4, 5), multi=6, bins=7, embedding_size=8, hidden_size=9, dropout=0.5
     ),
 }
@@ -75,7 +76,7 @@ def test_what_this_bert_cannot_be_is_refused(values, named):
 def test_columns_joined_directly_can_only_be_numbers():
     for columns in ({"categorical": (3,)}, {"multi": 3}, {"bins": 3}):
         with pytest.raises(ArtifactError, match="hidden_size"):
-            TabularConfig(numeric=2, hidden_size=0, **columns)
+            TabularConfig.of(numeric=2, hidden_size=0, **columns)
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path):

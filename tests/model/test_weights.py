@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bertforge.batch import PaddedBatch
+from bertforge.columns.encoder import TabularConfig
 from bertforge.errors import ArtifactError
 from bertforge.lora.config import LoraConfig
 from bertforge.lora.inject import inject_lora
 from bertforge.model.classifier import BertForSequenceClassification
-from bertforge.model.config import TabularConfig
 from tests.model.tiny import tiny_bert, tiny_config
 
 BATCH = PaddedBatch(torch.arange(1, 13).view(2, 6), torch.ones(2, 6, dtype=torch.int64))
@@ -231,10 +231,10 @@ def test_a_whole_checkpoint_warns_of_nothing(saved, caplog):
 
 def test_a_new_head_takes_the_labels_and_columns_asked_for(saved, caplog):
     rewrite(saved, lambda tensors: {name: t for name, t in tensors.items() if not name.startswith("classifier")})
-    model = load(saved, labels=("a", "b", "c"), tabular=TabularConfig(numeric=4), attention_dropout=0.0)
+    model = load(saved, labels=("a", "b", "c"), tabular=TabularConfig.of(numeric=4), attention_dropout=0.0)
     assert model.classifier.weight.shape == (3, 16 + 4)
     assert model.config == replace(
-        tiny_config(labels=("a", "b", "c"), attention_probs_dropout_prob=0.0), tabular=TabularConfig(numeric=4)
+        tiny_config(labels=("a", "b", "c"), attention_probs_dropout_prob=0.0), tabular=TabularConfig.of(numeric=4)
     )
     assert caplog.text == ""  # who names the labels knows that the head is new
 
@@ -257,8 +257,8 @@ def test_the_stored_heads_own_labels_keep_it(saved, caplog):
 
 
 def test_other_columns_than_the_stored_heads_get_a_new_head(tmp_path):
-    tiny_bert(tabular=TabularConfig(numeric=2, hidden_size=3)).save_pretrained(tmp_path)
-    model = load(tmp_path, tabular=TabularConfig(numeric=5, hidden_size=4))
+    tiny_bert(tabular=TabularConfig.of(numeric=2, hidden_size=3)).save_pretrained(tmp_path)
+    model = load(tmp_path, tabular=TabularConfig.of(numeric=5, hidden_size=4))
     assert model.new_heads == ("classifier", "tabular")
     assert model.classifier.weight.shape == (2, 16 + 4)
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 import transformers
 
-from bertforge.inference.compile import compile_model
-from bertforge.inference.merge import merge_run
 from bertforge.inference.predictor import Predictor
-from bertforge.inference.quantize import QuantizeOptions, quantize_model
+from bertforge.jobs.compile import compile_model
+from bertforge.jobs.merge import merge_run
+from bertforge.jobs.quantize import QuantizeOptions, quantize_model
 from tests.runs import made_up
 
 TEXTS = [f"{row.Title} {row.BodyMarkdown}" for row in made_up(8, seed=9).itertuples()]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from bertforge.model.points import units
 from bertforge.quantize import calibrate, fake
-from bertforge.quantize.points import units
 from tests.model.tiny import tiny_bert
 from tests.quantize.test_fake import SMALL, batch, logits  # noqa: F401
 

@@ -6,8 +6,8 @@ import torch
 
 from bertforge.batch import PaddedBatch, pack
 from bertforge.model.classifier import BertForSequenceClassification
+from bertforge.model.points import units
 from bertforge.quantize import calibrate, fake
-from bertforge.quantize.points import units
 from bertforge.scales import Scales
 from tests.model.tiny import tiny_bert
 
@@ -60,6 +60,25 @@ def test_more_is_further_from_the_model(batch):
     found = [logits(quantized(batch, preset=preset)[0], batch) for preset in ("ffn", "projections", "attention")]
     assert not np.array_equal(found[0], found[1])
     assert not np.array_equal(found[1], found[2])
+
+
+def test_every_output_channel_of_a_weight_has_a_range_of_its_own(batch):
+    """A channel a thousand times smaller than its neighbours is rounded as finely for its size as they are."""
+    model = tiny_bert(**SMALL)
+    name = "bert.encoder.layer.0.intermediate.dense"
+    with torch.no_grad():
+        model.get_submodule(name).weight[3] *= 1e-3
+    fake.insert(model, "int8", "ffn")
+    chosen = units(model.config, "ffn")
+    fake.calibrate_weights(model, chosen)
+    fake.quantize_only(model, chosen)
+    linear = model.get_submodule(name)
+    weight = linear.weight.detach()
+    largest = weight.abs().amax(1, keepdim=True)  # [out, 1]
+    assert largest[3] < 0.01 * largest.median()
+    error = (linear.weight_quantizer(weight) - weight).abs()
+    assert (error <= 1.001 * largest / 254).all(), "half a step of 127 on each side of 0"
+    assert error.max() > 0.9 * largest.min() / 254
 
 
 def test_smoothing_alone_changes_no_bit(batch):

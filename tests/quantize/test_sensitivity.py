@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from bertforge.model.points import Unit, share_of_work, units
 from bertforge.quantize import fake
-from bertforge.quantize.points import Unit, share_of_work, units
 from bertforge.quantize.sensitivity import Judge, search, table
 from tests.model.tiny import tiny_bert
 

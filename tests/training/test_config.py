@@ -65,7 +65,7 @@ def test_settings_change_what_they_name_and_nothing_else():
 
 def test_a_setting_may_open_a_section():
     changed = load_recipe("bert-base").with_settings(['tabular.numeric=["hour"]', "lora.r=1"])
-    assert changed.tabular.numeric == ("hour",)
+    assert changed.tabular.columns == ["hour"]
     assert changed.lora == LoraRecipe(r=1)
 
 
@@ -88,6 +88,8 @@ def test_a_setting_may_open_a_section():
         ("lr=nan", "lr=nan is not a finite number"),
         ("max_grad_norm=inf", "max_grad_norm=inf is not a finite number"),
         ("lora.lora_alpha=-inf", r"lora\.lora_alpha=-inf is not a finite number"),
+        ("lora.lora_alpha=0", r"lora_alpha=0\.0 is not a finite number above 0; twice r is usual, here 16"),
+        ("lora.r=0", "r=0 is not a rank; use 1 or more"),
         ("head_lr=-1", "head_lr=-1.0 must be above 0"),
         ("seed=-1", "seed=-1 must not be below 0"),
         ("prefix_cache_gb=-1", "prefix_cache_gb=-1.0 must not be below 0; 0 keeps nothing"),

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,11 +14,15 @@ from safetensors.torch import load_file
 from bertforge.cli.main import main
 from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.training.config import load_recipe
-from bertforge.training.distributed import World, joined
+from bertforge.training.distributed import ALONE, World, joined
 from bertforge.training.finetune import finetune
+from bertforge.training.optim import make_optimizer
+from bertforge.training.step import EagerStep
+from tests.model.tiny import tiny_bert
 from tests.runs import KINDS, WEIGHTS, make_base
 from tests.training.processes import Forked, UnderTorchrun, ended, held
 from tests.training.test_resume import CrashError, crash_after, outcome
+from tests.training.test_step import examples
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two processes need two GPUs, or none")
 
@@ -216,6 +221,30 @@ def meet():
         with world.together():
             if world.rank:
                 raise DataError("row 7 is odd")
+
+
+def take_a_clipped_step():
+    """Two processes take half a pack each; what they clip is the sum of both, as one process would clip it."""
+
+    def gradients(rows, most, world=ALONE):
+        model = tiny_bert()
+        optimizer = make_optimizer(model, 2e-5, 2e-5, 0.01)
+        EagerStep(model, optimizer, torch.tensor([1.0, 3.0]), 0.0, most, "fp32", world).backward(*examples().pack(rows))
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    pack = np.arange(8)
+    norm = gradients(pack, most=1e9).norm().item()
+    with joined() as world:
+        for most in (norm / 4, 4 * norm):
+            clipped = gradients(pack, most)
+            assert clipped.norm().item() == pytest.approx(min(norm, most), rel=1e-4)
+            # The same numbers, summed in two halves: float32 rounds the last of seven digits.
+            torch.testing.assert_close(gradients(pack[world.rank :: 2], most, world), clipped, rtol=1e-4, atol=1e-6)
+
+
+def test_the_gradients_of_all_processes_are_clipped_together(tmp_path):
+    code, _, said = ended(Forked(tmp_path / "said", target=take_a_clipped_step))
+    assert code == 0, said
 
 
 def test_what_one_process_finds_all_raise_and_one_tells(tmp_path):

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bertforge.artifact import hash_file
+from bertforge.columns.transform import TabularSpec
 from bertforge.data.prepare import PrepareOptions
 from bertforge.data.prepared import PreparedData
 from bertforge.determinism import seed_everything
@@ -212,10 +213,7 @@ def test_full_training_moves_every_weight_that_a_text_reaches(tmp_path, data, ba
 def test_columns_can_be_of_one_kind_only(tmp_path, data, base, columns):
     finetune(data, tmp_path / "run", quick_recipe(base, "lora", tabular=columns, epochs=1))
     spec = Predictor.load(tmp_path / "run").transform.spec  # its golden rows agree, or it would not load
-    assert [list(spec.numeric), list(spec.categorical), spec.multi] == [
-        *(columns.get(name, []) for name in ("numeric", "categorical")),
-        columns.get("multi", ""),
-    ]
+    assert spec == TabularSpec.of(**columns)
 
 
 def test_transforms_are_fitted_on_train_rows_alone(tmp_path, base, data):
@@ -230,8 +228,9 @@ def test_transforms_are_fitted_on_train_rows_alone(tmp_path, base, data):
     ours, theirs = assemble(prepared, recipe, cpu), assemble(other, recipe, cpu)
     assert ours.transform == theirs.transform
     train = ours.split.train
-    assert np.array_equal(ours.split.examples.tabular.numeric[train], theirs.split.examples.tabular.numeric[train])
-    assert not np.array_equal(ours.split.examples.tabular.numeric, theirs.split.examples.tabular.numeric)
+    numbers, others = (run.split.examples.tabular["numeric"] for run in (ours, theirs))
+    assert np.array_equal(numbers[train], others[train])
+    assert not np.array_equal(numbers, others)
 
 
 def test_the_curves_are_json_lines_of_steps_and_epochs(runs):

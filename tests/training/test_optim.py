@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from bertforge.columns.encoder import TabularConfig
 from bertforge.lora.inject import inject_lora
-from bertforge.model.config import TabularConfig
 from bertforge.training.config import LoraRecipe
 from bertforge.training.optim import lr_scale, make_optimizer, set_lr
 from tests.model.tiny import tiny_bert
@@ -33,7 +33,7 @@ def groups(model, lr, head_lr, weight_decay):
 
 
 def test_heads_may_have_a_rate_of_their_own_and_biases_do_not_decay():
-    model = tiny_bert(tabular=TabularConfig(numeric=2, bins=3, hidden_size=3))
+    model = tiny_bert(tabular=TabularConfig.of(numeric=2, bins=3, hidden_size=3))
     found = groups(model, lr=1e-3, head_lr=1e-2, weight_decay=0.1)
     assert len(found) == len(list(model.parameters()))
     assert found["classifier.weight"] == found["tabular.mix.0.weight"] == (1e-2, 0.1)

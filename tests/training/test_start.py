@@ -18,8 +18,8 @@ from bertforge.data.prepared import PreparedData
 from bertforge.determinism import seed_everything
 from bertforge.errors import ArtifactError, DataError
 from bertforge.evaluation.logits import predict_logits
-from bertforge.inference.merge import merge_run
 from bertforge.inference.predictor import Predictor
+from bertforge.jobs.merge import merge_run
 from bertforge.training import finetune as module
 from bertforge.training.finetune import assemble, finetune
 from bertforge.training.start import PENALTIES, _FirstTokens, _logistic_regression, _logits, probe

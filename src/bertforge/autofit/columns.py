@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from bertforge.columns.transform import TabularSpec
 from bertforge.data.dialect import Dialect
 from bertforge.data.guess import SAMPLE_ROWS, GuessedColumns, guess_columns
 from bertforge.data.prepare import PrepareOptions
 from bertforge.data.schema import QUESTIONS, require_columns
 from bertforge.data.tables import read_chunks
-from bertforge.data.tabular import TabularSpec
 from bertforge.errors import DataError
 from bertforge.training.config import load_recipe
 
@@ -82,7 +82,7 @@ def _beside(guessed: GuessedColumns, text: tuple[str, ...]) -> TabularSpec | Non
     multi = "" if guessed.multi in text else guessed.multi
     if not (numeric or categorical or multi):
         return None
-    return TabularSpec(numeric=numeric, log=log, categorical=categorical, multi=multi, **_BRANCH)  # type: ignore[arg-type]
+    return TabularSpec.of(numeric=numeric, log=log, categorical=categorical, multi=multi, **_BRANCH)
 
 
 def _sample(table: Path, named: tuple[str, ...], seed: int, dialect: Dialect) -> pa.Table:

@@ -29,18 +29,19 @@ import pyarrow as pa
 from bertforge.artifact import MANIFEST, RUNNING, hash_file, read_manifest, write_json, write_manifest
 from bertforge.autofit.columns import Columns, choose_columns
 from bertforge.autofit.search import Log, Say, Trial, Workbench, search
-from bertforge.benchmark.fastest import AUTO, candidates, compile_fastest
 from bertforge.data.concerns import concerns
 from bertforge.data.dialect import Dialect
 from bertforge.data.prepare import prepare
 from bertforge.data.prepared import PreparedData
 from bertforge.data.tokens import Tokenizer
+from bertforge.engines.fastest import AUTO, candidates
 from bertforge.errors import ArtifactError, DataError, MachineError, UsageError, reason
 from bertforge.evaluation.baselines import baselines
 from bertforge.hardware import detect
 from bertforge.inference.evaluate import evaluate_run
-from bertforge.inference.merge import merge_run
 from bertforge.inference.predictor import Predictor
+from bertforge.jobs.compile import compile_fastest
+from bertforge.jobs.merge import merge_run
 from bertforge.lora.adapter_io import ADAPTER_CONFIG
 from bertforge.models import resolve
 from bertforge.training.config import Recipe

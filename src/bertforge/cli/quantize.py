@@ -28,7 +28,7 @@ def quantize(
     smooth: Annotated[float, typer.Option(help="SmoothQuant's alpha, 0 (off) to 1.")] = 0.0,
     rows: Annotated[int, typer.Option(min=2, help="Train rows to calibrate on.")] = 300,
     validation_rows: Annotated[
-        int, typer.Option(min=16, help="Validation rows to judge by; a fourth of them ranks methods and parts.")
+        int, typer.Option(min=16, help="Validation rows that judge, at most; others choose methods and parts.")
     ] = 1000,
     max_drop: Annotated[
         float | None,
@@ -55,7 +55,7 @@ def quantize(
             --max-drop 0.3
     """
     from bertforge.artifact import check_output, write_json
-    from bertforge.inference.quantize import QuantizeOptions, quantize_model
+    from bertforge.jobs.quantize import QuantizeOptions, quantize_model
     from bertforge.training.qat import tune
 
     console = Console(highlight=False, soft_wrap=True, markup=False)

@@ -11,7 +11,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from bertforge.data.tabular import TabularSpec
+from bertforge.columns.transform import TabularSpec
 from bertforge.training.config import LoraRecipe, Recipe
 from bertforge.training.schedule import Schedule
 
@@ -22,16 +22,17 @@ def show_settings(recipe: Recipe) -> None:
     """Prints a table of the recipe's settings, and one of each section."""
     console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(f"settings of {recipe.name}; change them with --set NAME=VALUE, or in a TOML file with --recipe")
-    console.print(_table(Recipe, recipe, "", without={"lora", "tabular", "stackoverflow"}))
+    console.print(_table([Recipe], vars(recipe), "", without={"lora", "tabular", "stackoverflow"}))
     if recipe.stackoverflow:
         tuned = {name: value for name, value in vars(recipe.stackoverflow).items() if value}
         console.print(
             "on the Stack Overflow questions: " + " ".join(f"{name}={value}" for name, value in tuned.items())
         )
-    for name, cls in (("lora", LoraRecipe), ("tabular", TabularSpec)):
-        if getattr(recipe, name) is None:
+    values = recipe.to_dict()
+    for name, classes in (("lora", [LoraRecipe]), ("tabular", TabularSpec.sections())):
+        if values[name] is None:
             console.print(f"no [{name}] in this recipe; setting one of these brings the others at these values")
-        console.print(_table(cls, getattr(recipe, name), f"{name}.", without=set()))
+        console.print(_table(classes, values[name] or {}, f"{name}.", without={"kinds"}))
 
 
 def _meanings(cls: type) -> dict[str, str]:
@@ -47,18 +48,19 @@ def _meanings(cls: type) -> dict[str, str]:
     return found
 
 
-def _table(cls: Any, values: Any, prefix: str, without: set[str]) -> Table:
-    """The fields' defaults where `values` is None."""
+def _table(classes: list[Any], values: dict[str, Any], prefix: str, without: set[str]) -> Table:
+    """The fields of `classes`, and the default of each that `values` lacks."""
     table = Table(box=SIMPLE, pad_edge=False)
     table.add_column("setting", no_wrap=True)
     table.add_column("value", max_width=30, overflow="fold")
     table.add_column("meaning")
-    meaning = _meanings(cls)
-    for field in fields(cls):
-        if field.name not in without:
-            value = field.default if values is None else getattr(values, field.name)
-            is_open = value in (None, "") and prefix + field.name in _DERIVED
-            table.add_row(prefix + field.name, "derived" if is_open else _toml(value), meaning[field.name])
+    for cls in classes:
+        meaning = _meanings(cls)
+        for field in fields(cls):
+            if field.name not in without:
+                value = values.get(field.name, field.default)
+                is_open = value in (None, "") and prefix + field.name in _DERIVED
+                table.add_row(prefix + field.name, "derived" if is_open else _toml(value), meaning[field.name])
     return table
 
 

@@ -1,4 +1,4 @@
 """From a table to packed batches: reading (`tables`, `dialect`), what its columns are (`schema`, `guess`), checking
-(`clean`, `concerns`), derived columns (`features`), splits, tokens, and what training reads (`tabular`, `packing`,
+(`clean`, `concerns`), derived columns (`features`), splits, tokens, and what training reads (`packing`,
 `loader`). `prepare` wires it, `sample` makes a table up.
 """

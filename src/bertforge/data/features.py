@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bertforge.data.rows import Floats, Rows
-from bertforge.data.schema import OWNER_DATE, STACK_OVERFLOW, TAGS, Schema
+from bertforge.data.schema import OWNER_DATE, QUESTIONS, STACK_OVERFLOW, TAGS, Schema
+from bertforge.errors import DataError
 
 SITE_START = np.datetime64("2008-07-31", "s")  # the first question of Stack Overflow
 _POSTED = "PostCreationDate"
@@ -50,6 +51,23 @@ def feature(*sources: str) -> Callable[[Callable[[Rows], Floats | pa.Array]], Ca
 def named_as_derived(columns: Iterable[str], schema: Schema) -> list[str]:
     """Columns of a table that have the name of a derived one: `prepare` refuses them, `predict` leaves them out."""
     return [name for name in columns if name in FEATURES] if schema.kind == STACK_OVERFLOW else []
+
+
+def require_readable(read: Iterable[str], given: list[str]) -> None:
+    """Raises DataError where a table with the columns `given` lacks one that a model reads.
+
+    It names the source columns of a derived one.
+    """
+    for name in read:
+        if name in given:
+            continue
+        if name in FEATURES and set(QUESTIONS.text_columns) <= set(given):
+            missing = [source for source in FEATURES[name].sources if source not in given]
+            found = ", ".join(column for column in given if column not in FEATURES)
+            raise DataError(
+                f"the model reads {name!r}, made from {', '.join(missing)}, which the table lacks; it has {found}"
+            )
+        raise DataError(f"the model reads column {name!r}, but the table has {', '.join(given)}")
 
 
 def derive(rows: Rows, schema: Schema) -> pa.Table:

@@ -55,7 +55,7 @@ Ints = NDArray[np.int64]
 class GuessedColumns:
     """What each column of a table is for; every column of it stands in exactly one place.
 
-    `numeric`, `categorical` and `multi` are the fields of `TabularSpec` of the same names; `log` is among `numeric`.
+    `numeric`, `categorical`, `multi` and `log` are the settings of these names in a recipe's `[tabular]` section.
     """
 
     text: tuple[str, ...]

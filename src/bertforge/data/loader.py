@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bertforge.batch import PackedBatch, TabularBatch
+from bertforge.batch import PackedBatch
 from bertforge.data.packing import packs, shares
 from bertforge.data.streaming import ahead
-from bertforge.data.tabular import TabularArrays
 from bertforge.data.tokens import TokenStore
 from bertforge.determinism import generator
 
@@ -31,12 +30,19 @@ class Examples:
     """The token that ends a sequence; it stays when a longer one is cut."""
     max_length: int
     """Tokens a sequence is cut to."""
-    tabular: TabularArrays | None = None
+    tabular: dict[str, np.ndarray] | None = None
+    """The columns beside the text, [rows, width] for each kind of `columns.registry`, by its name."""
 
     def lengths(self, rows: np.ndarray) -> np.ndarray:
         """Tokens of each row after cutting, `[rows]` int64."""
         whole = self.tokens.offsets[rows + 1] - self.tokens.offsets[rows]
         return np.asarray(np.minimum(whole, self.max_length))
+
+    def columns(self, rows: np.ndarray) -> dict[str, Tensor] | None:
+        """The columns of some rows, as a batch has them."""
+        if self.tabular is None:
+            return None
+        return {name: torch.from_numpy(array[rows]) for name, array in self.tabular.items()}
 
     def shares(self, rows: np.ndarray, count: int) -> list[np.ndarray]:
         """`rows` dealt to `count` processes by their tokens, each share in the order of `rows`."""
@@ -56,7 +62,7 @@ class Examples:
             position_ids=torch.from_numpy(positions),
             cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
             max_seqlen=int(lengths.max(initial=0)),
-            tabular=None if self.tabular is None else tabular_batch(self.tabular[rows]),
+            tabular=self.columns(rows),
         )
         labels = torch.from_numpy(self.labels[rows])
         return (batch, labels) if shape is None else shape.fill(batch, labels, self.max_length)
@@ -104,30 +110,24 @@ class PackShape:
         tokens = min(self.tokens, steps * self.step)
         bounds = torch.arange(1, spare + 1) * max_length + used
         positions = torch.arange(tokens - used) % max_length
-        tabular = batch.tabular
         filled = PackedBatch(
             input_ids=torch.nn.functional.pad(batch.input_ids, (0, tokens - used)),
             position_ids=torch.cat([batch.position_ids, positions]),
             cu_seqlens=torch.cat([batch.cu_seqlens, bounds.clamp(max=tokens).int()]),
             max_seqlen=max_length,
-            tabular=None if tabular is None else tabular.map(lambda column: _with_rows(column, spare)),
+            tabular=batch.tabular and {name: _with_rows(array, spare) for name, array in batch.tabular.items()},
         )
         return filled, torch.nn.functional.pad(labels, (0, spare), value=IGNORED)
 
 
-def _with_rows(column: Tensor, rows: int) -> Tensor:
-    return torch.cat([column, column.new_zeros(rows, column.shape[1])])
+def _with_rows(array: Tensor, rows: int) -> Tensor:
+    return torch.cat([array, array.new_zeros(rows, array.shape[1])])
 
 
 def spread(rows: np.ndarray, count: int) -> np.ndarray:
     """`count` of `rows`, or all where there are fewer, at even distances from the first to the last."""
     places = np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)
     return np.asarray(rows[places])
-
-
-def tabular_batch(arrays: TabularArrays) -> TabularBatch:
-    """The same numbers as tensors."""
-    return TabularBatch(*(torch.from_numpy(a) for a in (arrays.numeric, arrays.categorical, arrays.multi)))
 
 
 def epoch_plan(

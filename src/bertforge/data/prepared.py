@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -49,7 +49,7 @@ class PreparedData:
     """True when `prepare` found its work done already."""
 
     @classmethod
-    def open(cls, directory: Path) -> PreparedData:
+    def open(cls, directory: Path) -> Self:
         """Raises ArtifactError when the folder is not prepared data or a file of it is missing or cut short."""
         manifest = read_manifest(directory, "data")
         for name, size in manifest["files"].items():
@@ -60,6 +60,26 @@ class PreparedData:
                     f"{path} {what}; prepare the data again: rm -r {directory}, then `bertforge prepare`"
                 )
         return cls(directory, manifest)
+
+    @classmethod
+    def of(cls, directory: Path, model: Path | str, manifest: dict[str, Any], *, other_tables: bool = False) -> Self:
+        """The prepared data that the `model` with this `manifest` was trained on: the one door for all that judges it.
+
+        With `other_tables`, data of another table will do as well, and that of an earlier run, which does not say what
+        table it was trained on. Raises DataError for other data, and always for
+        another split of the same table: its validation and test rows may be rows that the model was trained on, and
+        judging or calibrating by those proves nothing.
+        """
+        found = cls.open(directory)
+        trained_on = manifest["data"]
+        if found.fingerprint == trained_on["fingerprint"]:
+            return found
+        if not set(found.tables) & set(trained_on.get("tables", ())) and other_tables:
+            return found
+        raise DataError(
+            f"{model} was trained on other data than {directory}, or on another split of it, whose train rows may be "
+            "test rows here; name the folder it was trained on with --data"
+        )
 
     def __len__(self) -> int:
         return int(self.manifest["rows"])
@@ -76,6 +96,11 @@ class PreparedData:
     def fingerprint(self) -> str:
         """Hash of the source's bytes and the options: equal fingerprints, equal rows, labels and splits."""
         return str(self.manifest["fingerprint"])
+
+    @property
+    def tables(self) -> list[str]:
+        """Hashes of the tables it was prepared from."""
+        return [source["hash"] for source in (self.manifest["source"], *self.manifest.get("more_sources", ()))]
 
     @property
     def labels(self) -> NDArray[np.int64]:

@@ -27,15 +27,17 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import util
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from bertforge.artifact import write_atomic
 from bertforge.data.prepared import PreparedData
-from bertforge.data.tabular import TabularSpec
 from bertforge.errors import ArtifactError
 from bertforge.evaluation.boosting import boosted_trees, encode_columns
+
+if TYPE_CHECKING:
+    from bertforge.columns.transform import TabularSpec
 
 MAJORITY = "the most frequent label"
 TEXT = "TF-IDF + logistic regression"
@@ -124,7 +126,8 @@ def baselines(data: PreparedData, split: str, columns: TabularSpec | None) -> li
     found = [_timed(MAJORITY, rows, partial(_majority, known, len(rows.asked), len(data.label_names)))]
     fitted: list[tuple[str, Callable[[], np.ndarray], Any]] = [(TEXT, partial(_text, data, labels, rows), None)]
     if columns:
-        read = {"numeric": columns.numeric, "categorical": columns.categorical, "multi": columns.multi}
+        given = columns.to_dict()
+        read = {name: given[name] for name in columns.kinds}
         fitted.append((COLUMNS, partial(_columns, data, labels, rows, columns), read))
     for name, fit, settings in fitted:
         key = hashlib.sha256(json.dumps([_FORMAT, name, split, settings]).encode()).hexdigest()[:12]

@@ -7,12 +7,13 @@ is not in: else a name seen once would give its own row's label away.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from bertforge.data.tabular import TabularSpec
+if TYPE_CHECKING:
+    from bertforge.columns.transform import TabularSpec
 
 FOLDS = 5
 PRIOR_ROWS = 8.0  # a name's rate is pulled towards the overall one as by so many rows more
@@ -50,14 +51,15 @@ def encode_columns(
     `train` and `asked` are row numbers, and the index of the result; `labels` `[rows]` are read of train rows alone.
     """
     wanted = np.concatenate([train, asked])
+    numeric, several = spec.holding("number"), spec.holding("names")
     encoded: dict[str, Any] = {}
     categories = []
     for name in frame.columns:
         column = frame[name].iloc[wanted].replace("", None)  # source columns are strings, "" where absent
-        if name in spec.numeric:
+        if name in numeric:
             numbers = pd.to_numeric(column, errors="coerce").to_numpy(np.float64, na_value=np.nan)
             encoded[name] = np.where(np.isfinite(numbers), numbers, np.nan)
-        elif name == spec.multi:
+        elif name in several:
             names = [value.split() if isinstance(value, str) else [] for value in frame[name].tolist()]
             rates = _rates_of_names(names, labels, train, asked)
             encoded |= {f"{name}:{kind}": rates[wanted, i] for i, kind in enumerate(_kinds(labels[train]))}

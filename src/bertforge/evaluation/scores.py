@@ -54,8 +54,7 @@ def score(logits: npt.ArrayLike, labels: npt.ArrayLike) -> Scores:
     _check(values, true)
     true = true.astype(np.int64)
     rows = np.arange(len(true))
-    shifted = values - values.max(axis=1, keepdims=True)
-    log_probability = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))  # [rows, classes]
+    log_probability = log_softmax(values)  # [rows, classes]
     predicted = values.argmax(axis=1).astype(np.int64)
     return Scores(
         true=true,
@@ -64,6 +63,13 @@ def score(logits: npt.ArrayLike, labels: npt.ArrayLike) -> Scores:
         confidence=np.exp(log_probability[rows, predicted]),
         log_odds=_log_odds(values),
     )
+
+
+def log_softmax(logits: npt.NDArray[np.floating]) -> Floats:
+    """Log-probabilities `[rows, classes]` in float64 of `logits` `[rows, classes]`."""
+    shifted = logits - logits.max(axis=1, keepdims=True).astype(np.float64)
+    log_probability: Floats = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return log_probability
 
 
 def _check(values: Floats, labels: npt.NDArray[np.generic]) -> None:

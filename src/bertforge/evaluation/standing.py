@@ -7,17 +7,19 @@ or that the model gives every row the same label.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from bertforge.data.prepared import PreparedData
-from bertforge.data.tabular import TabularSpec
 from bertforge.errors import ArtifactError
 from bertforge.evaluation.baselines import INSTALL, MAJORITY, TEXT, Baseline, baselines
 from bertforge.evaluation.bootstrap import Estimate
 from bertforge.evaluation.compare import compare
 from bertforge.evaluation.metrics import macro_f1
+
+if TYPE_CHECKING:
+    from bertforge.columns.transform import TabularSpec
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """A BERT classifier as an ONNX graph over padded batches.
 
-Inputs: `input_ids` and `attention_mask`, `[batch, seq]`, both axes dynamic; where the model reads columns also some of
-`numeric` (raw numbers, NaN where missing), `categorical` and `multi`, see `tabular_onnx`. Output: `logits`
-`[batch, labels]` float32.
+Inputs: `input_ids` and `attention_mask`, `[batch, seq]`, both axes dynamic; where the model reads columns, one more for
+each kind that it reads, see `columns.encoder`. Output: `logits` `[batch, labels]` float32.
 
 Types are in the graph: matrix products in `precision`; LayerNorm, softmax, the head and the columns in float32, which
 float16 would overflow or blur (Kim et al. 2021, "I-BERT", keeps the same ones apart). The mask is a finite constant:
@@ -34,7 +33,6 @@ from torch import nn
 from bertforge.artifact import write_atomic
 from bertforge.errors import ArtifactError, UsageError
 from bertforge.export.graph import TYPES, Graph
-from bertforge.export.tabular_onnx import add_columns
 from bertforge.model.attention import BertAttention
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.encoder import BertLayer
@@ -95,8 +93,9 @@ class _Exporter:
             graph.scope = f"layer{index}/"
             hidden = self.layer(layer, hidden, bias, first_only=index == last)
         columns = None
-        if self.model.tabular is not None and config.tabular is not None:
-            columns = add_columns(graph, self.model.tabular, config.tabular)  # [batch, columns]
+        if self.model.tabular is not None:
+            graph.scope = "columns/"
+            columns = self.model.tabular.onnx(graph)  # [batch, columns]
         graph.scope = "head/"
         first = graph.cast(graph.add("Squeeze", hidden, graph.ints(1)), TYPES["fp32"])  # [batch, hidden]
         pooled = graph.add("Tanh", self.dense(self.model.bert.pooler.dense, first))

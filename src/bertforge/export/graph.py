@@ -74,6 +74,12 @@ class Graph:
         return model
 
 
+def products_of(model: onnx.ModelProto, linears: Sequence[str]) -> list[str]:
+    """The nodes that multiply with the weights of `linears`, which `Graph.dense` and `bert_onnx` name after them."""
+    weights = {f"{name}.weight" for name in linears}
+    return [node.name for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in weights]
+
+
 def input_names(path: Path) -> list[str]:
     """Of the graph in a file."""
     return [value.name for value in onnx.load(str(path), load_external_data=False).graph.input]

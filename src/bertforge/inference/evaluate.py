@@ -20,8 +20,10 @@ from bertforge.evaluation.metrics import Metrics, calibration_error, classificat
 from bertforge.evaluation.report import Report, write_report
 from bertforge.evaluation.standing import Standing, standing
 from bertforge.hardware import detect
-from bertforge.inference.predictor import Predictor
+from bertforge.inference.predictor import Predictor, served
 from bertforge.inference.scoring import Scored, score
+
+_OF_ONE_PRECISION = ("engine", "quantized")  # kinds of folder
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Evaluation:
     standing: Standing | None
     """Beside the baselines, on the validation or test rows of the data that the run was trained on; else None."""
     precision: str
-    """What the model computed in: fp32 or bf16."""
+    """What the model or engine computed in."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: the metrics, with what was measured on what."""
@@ -115,12 +117,15 @@ class Evaluation:
 def evaluate_run(
     run: Path, data: Path, part: str | None = None, against: Path | None = None, dialect: Dialect | None = None
 ) -> Evaluation:
-    """Scores `run` and `against` on the same rows: a part of prepared data, or a raw table written in `dialect`."""
+    """Scores `run` and `against` on the same rows: a part of prepared data, or a raw table written in `dialect`.
+
+    Both are any folder that `Predictor.load` takes. Raises DataError when they would be scored on different rows.
+    """
     predictor = Predictor.load(run)
     raw, scored = _scored(predictor, data, part, dialect)
     comparison = None
     if against is not None:
-        _, other = _scored(Predictor.load(against, predictor.precision), data, part, dialect)
+        _, other = _scored(_load_beside(predictor, against), data, part, dialect)
         if not (np.array_equal(other.lines, scored.lines) and np.array_equal(other.labels, scored.labels)):
             raise DataError(
                 f"{run} and {against} cannot be compared: one was scored on {scored.source}, the other on "
@@ -139,6 +144,18 @@ def evaluate_run(
         standing=_standing(predictor, data, part or "test", scored),
         precision=predictor.precision,
     )
+
+
+def _load_beside(first: Predictor, against: Path) -> Predictor:
+    """`against`, in the precision of `first` where both could compute in another, so that they differ in weights alone.
+
+    An engine and a quantized folder have one precision. A model named with --against beside one of them computes in
+    float32, from which `compile` and `quantize` measured what 8 bits cost; named first, it computes as it is served.
+    """
+    _, manifest = served(against)
+    if manifest["kind"] in _OF_ONE_PRECISION:
+        return Predictor.load(against)
+    return Predictor.load(against, "fp32" if first.manifest["kind"] in _OF_ONE_PRECISION else first.precision)
 
 
 def _scored(predictor: Predictor, data: Path, part: str | None, dialect: Dialect | None) -> tuple[np.ndarray, Scored]:

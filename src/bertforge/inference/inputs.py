@@ -17,9 +17,9 @@ from typing import Any
 
 import pandas as pd
 
+from bertforge.columns.transform import TabularTransform
 from bertforge.data.raw import RawRows, read_raw
 from bertforge.data.schema import STACK_OVERFLOW, Schema, require_columns
-from bertforge.data.tabular import TabularTransform
 from bertforge.errors import DataError, UsageError
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def _read_frame(frame: pd.DataFrame, schema: Schema, transform: TabularTransform
     for name in schema.text_columns:
         if kept[name].dtype == object:  # may hold anything
             _checked(kept[name].tolist(), missing_is_blank=True, column=f" of column {name}")
-    numbers = () if transform is None else transform.spec.numeric
+    numbers = () if transform is None else transform.spec.holding("number")
     chunks = list(read_raw(kept, schema, require_labels=False, numbers=numbers))
     if transform is not None:
         _warn(chunks)

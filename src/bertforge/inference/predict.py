@@ -45,7 +45,7 @@ def predict_table(predictor: Predictor, table: Path, out: Path, dialect: Dialect
     if out.exists() and table.exists() and out.samefile(table):
         raise UsageError(f"--out {out} is the table itself, which would be overwritten; name another file")
     rows, unlabelled, made_up = 0, 0, False
-    numbers = () if predictor.transform is None else predictor.transform.spec.numeric
+    numbers = () if predictor.transform is None else predictor.transform.spec.holding("number")
     with _writer(out) as write, progress(f"predicting {table.name}") as report:
         for chunk in read_raw(table, predictor.schema, require_labels=False, numbers=numbers, dialect=dialect):
             predictions = _predict_chunk(predictor, chunk)

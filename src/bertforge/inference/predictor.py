@@ -13,18 +13,18 @@ import pandas as pd
 import torch
 
 from bertforge.artifact import compile_command, hash_file, read_manifest
-from bertforge.backends.base import Backend
-from bertforge.backends.pytorch import PyTorchBackend
-from bertforge.backends.registry import open_engine
-from bertforge.backends.run import run
+from bertforge.columns.transform import TabularTransform
+from bertforge.data.features import require_readable
 from bertforge.data.loader import Examples
 from bertforge.data.prepared import PreparedData
 from bertforge.data.sample import is_made_up
 from bertforge.data.schema import STACK_OVERFLOW, Schema
-from bertforge.data.tabular import TabularArrays, TabularTransform
 from bertforge.data.tokens import Tokenizer, TokenStore
+from bertforge.engines.base import Engine
+from bertforge.engines.pytorch import PyTorchEngine
+from bertforge.engines.registry import TARGETS, open_engine
+from bertforge.engines.run import run
 from bertforge.errors import ArtifactError, DataError, MachineError, UsageError
-from bertforge.evaluation.golden import TOLERANCE, GoldenRows
 from bertforge.hardware import Hardware, choose_precision, detect
 from bertforge.inference.inputs import Given, read_inputs
 from bertforge.lora.adapter_io import ADAPTER_CONFIG, load_adapter
@@ -32,15 +32,16 @@ from bertforge.model import weights
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.config import BertConfig
 from bertforge.models import resolve, weights_file
+from bertforge.proof.golden import GoldenRows
+from bertforge.proof.tolerances import SAVED
 from bertforge.scales import Scales
-from bertforge.tensorrt_library import unfit
 
 
 @dataclass(frozen=True)
 class Predictor:
     """`Predictor.load("runs/closed").predict(["How do I ...?"])`."""
 
-    backend: Backend
+    engine: Engine
     tokenizer: Tokenizer
     schema: Schema
     transform: TabularTransform | None
@@ -55,19 +56,15 @@ class Predictor:
         golden rows do not give the logits they gave when the model was saved, or when an engine was not verified where
         that counts; UsageError for a precision that the engine was not compiled in.
         """
-        directory = Path(directory)
-        manifest = read_manifest(directory, "run", "model", "quantized", "engine", "fit")
-        if manifest["kind"] == "fit":
-            directory = Path(directory, manifest["serves"])
-            manifest = read_manifest(directory, "run", "model", "engine")
+        directory, manifest = served(Path(directory))
         hardware = detect()
-        backend: Backend
+        engine: Engine
         if manifest["kind"] == "engine":
             if precision not in ("auto", manifest["precision"]):
                 raise UsageError(f"{directory} was compiled in {manifest['precision']}, not in {precision}")
             _check_verified(directory, manifest, hardware)
-            _check_files(directory, manifest)
-            backend = open_engine(directory, manifest["target"], manifest["precision"], hardware)
+            check_files(directory, manifest)
+            engine = open_engine(directory, manifest["target"], manifest["precision"], hardware)
         else:
             model = verified_model(directory, manifest, hardware)
             if manifest["kind"] == "quantized":
@@ -76,9 +73,9 @@ class Predictor:
                         f"{directory} simulates its 8 bits in float32, which alone is exact, not {precision}"
                     )
                 precision = "fp32"
-            backend = PyTorchBackend(model, hardware, choose_precision(hardware, precision))
+            engine = PyTorchEngine(model, hardware, choose_precision(hardware, precision))
         return cls(
-            backend=backend,
+            engine=engine,
             tokenizer=Tokenizer.load(directory),
             schema=Schema.from_dict(manifest["schema"]),
             transform=None if manifest["tabular"] is None else TabularTransform.from_dict(manifest["tabular"]),
@@ -98,7 +95,7 @@ class Predictor:
     @property
     def precision(self) -> str:
         """What the matrix products run in."""
-        return self.backend.precision
+        return self.engine.precision
 
     @property
     def max_length(self) -> int:
@@ -157,10 +154,11 @@ class Predictor:
         if len(texts) == 0:
             return np.zeros((0, len(self.label_names)), np.float32)
         store = TokenStore(*self.tokenizer.encode(list(texts)))
-        arrays: TabularArrays | None = None
+        arrays: dict[str, np.ndarray] | None = None
         if self.transform is not None:
             if columns is None:
                 raise DataError(f"this model reads columns beside the text: {', '.join(self.transform.spec.columns)}")
+            require_readable(self.transform.spec.columns, list(columns.columns))
             arrays = self.transform(columns)
         return self.token_logits(store, np.arange(len(texts)), arrays, advance)
 
@@ -176,7 +174,8 @@ class Predictor:
             )
         columns, tabular = self.columns(prepared, rows), None
         if self.transform is not None and columns is not None:
-            tabular = self.transform(columns).among(rows, len(prepared))
+            arrays = self.transform(columns)
+            tabular = {name: _among(array, rows, len(prepared)) for name, array in arrays.items()}
         store = prepared.tokens(self.tokenizer)
         return Examples(store, prepared.labels, self.tokenizer.sep_id, self.max_length, tabular)
 
@@ -188,19 +187,35 @@ class Predictor:
         self,
         store: TokenStore,
         rows: np.ndarray,
-        tabular: TabularArrays | None,
+        tabular: dict[str, np.ndarray] | None,
         advance: Callable[[int], None] = lambda rows: None,
     ) -> np.ndarray:
         """Logits `[rows, labels]` of tokenised rows."""
         examples = Examples(store, np.full(len(store), -1), self.tokenizer.sep_id, self.max_length, tabular)
-        return run(self.backend, examples, rows, advance=advance)
+        return run(self.engine, examples, rows, advance=advance)
+
+
+def served(directory: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder that is loaded for `directory`, another one for a folder made by `fit`, and its manifest."""
+    manifest = read_manifest(directory, "run", "model", "quantized", "engine", "fit")
+    if manifest["kind"] != "fit":
+        return directory, manifest
+    directory = Path(directory, manifest["serves"])
+    return directory, read_manifest(directory, "run", "model", "engine")
+
+
+def _among(array: np.ndarray, rows: np.ndarray, total: int) -> np.ndarray:
+    """`[total, width]` with `array` at `rows`; the others are zeros, which take no memory."""
+    table = np.zeros((total, array.shape[1]), array.dtype)
+    table[rows] = array
+    return table
 
 
 def verified_model(directory: Path, manifest: dict[str, Any], hardware: Hardware) -> BertForSequenceClassification:
     """`load_model` on the device here, once it has given its golden rows' logits; raises ArtifactError otherwise."""
     model = load_model(directory, manifest).to(hardware.device).eval()
     difference = GoldenRows.from_dict(manifest["golden"]).difference(model)
-    if not difference <= TOLERANCE:  # NaN is refused too
+    if not difference <= SAVED:  # NaN is refused too
         raise ArtifactError(
             f"{directory} does not compute what it did when it was saved: logits differ by {difference:.3g} on its "
             "golden rows; its weights were changed or damaged, so make it again"
@@ -246,7 +261,7 @@ def check_merged(directory: Path) -> None:
         )
 
 
-def _check_files(directory: Path, manifest: dict[str, Any]) -> None:
+def check_files(directory: Path, manifest: dict[str, Any]) -> None:
     """Raises ArtifactError when a file of an engine is not the one that was proved."""
     for name, proved in manifest["hashes"].items():
         path = directory / name
@@ -258,13 +273,14 @@ def _check_files(directory: Path, manifest: dict[str, Any]) -> None:
 def _check_verified(directory: Path, manifest: dict[str, Any], hardware: Hardware) -> None:
     """Raises ArtifactError for an engine that was not shown to compute what its model does, naming what shows it.
 
-    TensorRT-RTX compiles an engine's kernels anew for each GPU, so what was shown on one says nothing of another.
+    Where kernels are compiled anew for each device, what was shown on one says nothing of another.
     """
     target = manifest["target"]
+    here = TARGETS.get(target)
     verify = f"{compile_command(directory, target, manifest['precision'])} --verify"
     if manifest.get("verified") is False:
         raise ArtifactError(f"{directory} is not verified ({manifest['not_verified']}); where it runs: {verify}")
-    if target == "tensorrt-rtx" and manifest["device"] != hardware.name and not unfit(target, hardware):
+    if here and here.compiles_at_load and manifest["device"] != hardware.name and not here.unfit(hardware):
         raise ArtifactError(
             f"{directory} was verified on {manifest['device']}, and this is {hardware.name}; prove it here: {verify}"
         )
@@ -272,5 +288,5 @@ def _check_verified(directory: Path, manifest: dict[str, Any], hardware: Hardwar
 
 def plain_model(predictor: Predictor) -> BertForSequenceClassification:
     """The PyTorch model behind a predictor that is no engine."""
-    assert isinstance(predictor.backend, PyTorchBackend)
-    return predictor.backend.model
+    assert isinstance(predictor.engine, PyTorchEngine)
+    return predictor.engine.model

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from bertforge.artifact import MANIFEST
-from bertforge.backends.run import run
 from bertforge.data.dialect import Dialect
 from bertforge.data.prepared import PreparedData
 from bertforge.data.raw import read_raw
 from bertforge.data.streaming import progress
 from bertforge.data.tokens import TokenStore
+from bertforge.engines.run import run
 from bertforge.errors import DataError, UsageError
 from bertforge.inference.predictor import Predictor
 
@@ -48,7 +48,8 @@ class Scored:
 def score(predictor: Predictor, data: Path, part: str | None = None, dialect: Dialect | None = None) -> Scored:
     """Scores a part of a prepared folder's split (None: test), or the whole of a raw table, written in `dialect`.
 
-    Raises DataError when the labels are not those the model knows or no row can be scored, UsageError for a part of a
+    Raises DataError for another split of the table that the model was trained on, when the labels are not those the
+    model knows or no row can be scored, UsageError for a part of a
     raw table, and for an encoding or separator of prepared data.
     """
     dialect = dialect or Dialect()
@@ -57,7 +58,8 @@ def score(predictor: Predictor, data: Path, part: str | None = None, dialect: Di
             raise UsageError(
                 f"{data} is prepared already; leave --encoding and --separator out, they are of a raw table"
             )
-        return _score_prepared(predictor, PreparedData.open(data), part or "test")
+        prepared = PreparedData.of(data, "the model", predictor.manifest, other_tables=True)
+        return _score_prepared(predictor, prepared, part or "test")
     if part is not None and data.is_file():
         raise UsageError(f"{data} is a raw table and scored whole; leave --split {part} out, or prepare it first")
     return _score_raw(predictor, data, dialect)
@@ -75,7 +77,7 @@ def _score_prepared(predictor: Predictor, prepared: PreparedData, part: str) -> 
             done += count
             report(done, done / len(rows))
 
-        logits = run(predictor.backend, examples, rows, advance=advance)
+        logits = run(predictor.engine, examples, rows, advance=advance)
     dates = prepared.dates
     source = f"the {part} part of the {split} split of {prepared.manifest['source']['name']}"
     return Scored(

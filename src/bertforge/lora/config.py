@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from bertforge.errors import UsageError
@@ -14,7 +15,7 @@ class LoraConfig:
     r: int = 8
     """Rank of the update (Hu et al. 2021, section 4.1)."""
     lora_alpha: float = 16
-    """The update is scaled by lora_alpha / r."""
+    """The update is scaled by lora_alpha / r; above 0."""
     lora_dropout: float = 0.0
     """Probability with which an input of the adapter is dropped in training."""
     target_modules: tuple[str, ...] = ("query", "value")
@@ -28,6 +29,10 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if self.r < 1:
             raise UsageError(f"r={self.r} is not a rank; use 1 or more")
+        if not 0 < self.lora_alpha < math.inf:  # NaN is refused too
+            raise UsageError(
+                f"lora_alpha={self.lora_alpha} is not a finite number above 0; twice r is usual, here {2 * self.r}"
+            )
         if not 0 <= self.lora_dropout < 1:
             raise UsageError(f"lora_dropout={self.lora_dropout} is not a probability below 1")
         if not self.target_modules:

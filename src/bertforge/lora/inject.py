@@ -1,4 +1,4 @@
-"""Putting adapters into a model and merging them out of it."""
+"""Putting adapters into a model, merging them out of it, and computing them as branches to check the merge."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import re
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bertforge.errors import ArtifactError, UsageError
 from bertforge.lora.config import LoraConfig
@@ -24,15 +24,14 @@ def inject_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
     for name in saved:
         model.get_submodule(name).requires_grad_(True)
     for name, linear in targets.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LoraLinear(linear, config))
+        _replace(model, name, LoraLinear(linear, config))
     return model
 
 
 def find_targets(model: nn.Module, config: LoraConfig) -> tuple[dict[str, nn.Linear], list[str]]:
     """The layers `inject_lora` would wrap and the modules it would leave trainable, by name; changes nothing."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if any(isinstance(module, LoraLinear) for module in model.modules()):
+    if _adapted(model):
         raise UsageError("the model holds adapters already; merge them before injecting new ones")
     saved = _saved_modules(model, config)
     candidates = {name: module for name, module in linears.items() if not _within(name, saved)}
@@ -45,7 +44,7 @@ def merge(model: nn.Module) -> nn.Module:
     Raises ArtifactError when there is nothing to merge or a merged weight is not finite.
     """
     merged = copy.deepcopy(model).float()  # whole: a layer alone would not fit its neighbours' bfloat16
-    adapted = [(name, module) for name, module in merged.named_modules() if isinstance(module, LoraLinear)]
+    adapted = _adapted(merged)
     if not adapted:
         raise ArtifactError("the model holds no adapters, so there is nothing to merge")
     for name, module in adapted:
@@ -53,14 +52,47 @@ def merge(model: nn.Module) -> nn.Module:
         if not torch.isfinite(total).all():
             raise ArtifactError(f"merging {name} gives weights that are not finite; the adapter is damaged")
         module.base_layer.weight = nn.Parameter(total)
-        parent, _, child = name.rpartition(".")
-        setattr(merged.get_submodule(parent), child, module.base_layer)
+        _replace(merged, name, module.base_layer)
     return merged.requires_grad_(True)
+
+
+class Unmerged(nn.Module):
+    """W x + b, and (alpha / r) B (A x) beside it, summed only as activations: no weight is merged on the way."""
+
+    def __init__(self, adapted: LoraLinear) -> None:
+        super().__init__()
+        self.adapted = adapted
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in]` -> `[..., out]`."""
+        output: Tensor = self.adapted.base_layer(x)
+        return output + self.adapted.branch(x)
+
+
+def unmerged(model: nn.Module) -> nn.Module:
+    """A float64 copy of `model` that computes each adapter as a branch of its own: what `merge` is checked against.
+
+    `LoraLinear` itself adds the update to its weight where it can, by the code that `merge` runs, so a mistake in that
+    code would be in both. The copy shares none of it.
+    """
+    copied = copy.deepcopy(model).double()
+    for name, module in _adapted(copied):
+        _replace(copied, name, Unmerged(module))
+    return copied
 
 
 def named(name: str, ending: str) -> bool:
     """Whether the module `name` is meant by `ending`, its last dotted parts: PEFT's rule."""
     return f".{name}".endswith(f".{ending}")
+
+
+def _adapted(model: nn.Module) -> list[tuple[str, LoraLinear]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear)]
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 def _matching(linears: dict[str, nn.Linear], config: LoraConfig) -> list[str]:

@@ -35,9 +35,13 @@ class LoraLinear(nn.Module):
         if (adapted := self.adapted()) is not None:
             return F.linear(x, *adapted)
         output: Tensor = self.base_layer(x)
-        dropped = F.dropout(x, self.dropout_p, self.training).to(self.lora_A.weight.dtype)
-        update: Tensor = self.lora_B(self.lora_A(dropped)) * self.scaling  # [..., out]
-        return output + update.to(output.dtype)
+        return output + self.branch(F.dropout(x, self.dropout_p, self.training)).to(output.dtype)
+
+    def branch(self, x: Tensor) -> Tensor:
+        """(alpha / r) B (A x), `[..., in]` -> `[..., out]`, without the `[out, in]` matrix B A."""
+        narrow = self.lora_A(x.to(self.lora_A.weight.dtype))  # [..., r]
+        update: Tensor = self.lora_B(narrow) * self.scaling  # [..., out]
+        return update
 
     def adapted(self) -> tuple[Tensor, Tensor] | None:
         """W + (alpha / r) B A `[out, in]` in W's type, and the bias `[out]`.

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from bertforge.batch import PackedBatch, PaddedBatch
+from bertforge.columns.encoder import TabularConfig, TabularEncoder
 from bertforge.errors import UsageError
 from bertforge.model import weights
 from bertforge.model.bert import BertModel
-from bertforge.model.config import BertConfig, TabularConfig
-from bertforge.model.tabular import TabularEncoder
+from bertforge.model.config import BertConfig
 from bertforge.models import resolve
 
 log = logging.getLogger(__name__)

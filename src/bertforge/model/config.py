@@ -3,51 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
 from bertforge.artifact import write_json
+from bertforge.columns.encoder import TabularConfig
 from bertforge.errors import ArtifactError
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 _TABULAR_KEY = "bertforge_tabular"
-
-
-@dataclass(frozen=True)
-class TabularConfig:
-    """Shape of the branch that reads columns beside the text; see `model.tabular`."""
-
-    numeric: int
-    """Numeric columns."""
-    log: tuple[int, ...] = ()
-    """Those of them, counted from 0, whose signed logarithm is read."""
-    indicators: tuple[int, ...] = ()
-    """Those with another input that says where they are missing."""
-    categorical: tuple[int, ...] = ()
-    """Number of known values of each categorical column, the 0 for missing and unseen ones included."""
-    multi: int = 0
-    """Number of known values of the multi-valued column, 0 included; 0 when there is no such column."""
-    bins: int = 0
-    """Bins of each numeric column's piecewise-linear encoding; 0 passes the scaled value itself."""
-    embedding_size: int = 16
-    """Width of an embedded column."""
-    hidden_size: int = 0
-    """Width of the branch's hidden layers; 0 joins the columns to the text's vector directly, as the study did."""
-    dropout: float = 0.1
-
-    def __post_init__(self) -> None:
-        if self.hidden_size == 0 and (self.categorical or self.multi or self.bins):
-            raise ArtifactError("columns joined directly (hidden_size = 0) can only be plain numbers; set hidden_size")
-        if unknown := {*self.log, *self.indicators} - set(range(self.numeric)):
-            raise ArtifactError(
-                f"log and indicators name {sorted(unknown)}, but numeric columns are 0 to {self.numeric - 1}"
-            )
-
-    @property
-    def numeric_inputs(self) -> int:
-        """Numeric columns with their indicators."""
-        return self.numeric + len(self.indicators)
 
 
 @dataclass(frozen=True)
@@ -114,8 +79,7 @@ class BertConfig:
         elif "num_labels" in values:
             given["labels"] = tuple(f"LABEL_{index}" for index in range(values["num_labels"]))
         if tabular := values.get(_TABULAR_KEY):
-            lists = {name: tuple(value) for name, value in tabular.items() if isinstance(value, list)}
-            given["tabular"] = TabularConfig(**{**tabular, **lists})
+            given["tabular"] = TabularConfig.of(**tabular)
         return cls(**given)
 
     @classmethod
@@ -133,16 +97,15 @@ class BertConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """What transformers reads, and our own tabular branch beside it."""
-        values = asdict(self)
-        labels, tabular = values.pop("labels"), values.pop("tabular")
+        values = {name: value for name, value in vars(self).items() if name not in ("labels", "tabular")}
         return {
             "architectures": ["BertForSequenceClassification"],
             "model_type": "bert",
             **values,
             "position_embedding_type": "absolute",
-            "id2label": {str(index): name for index, name in enumerate(labels)},
-            "label2id": {name: index for index, name in enumerate(labels)},
-            **({_TABULAR_KEY: tabular} if tabular else {}),
+            "id2label": {str(index): name for index, name in enumerate(self.labels)},
+            "label2id": {name: index for index, name in enumerate(self.labels)},
+            **({_TABULAR_KEY: self.tabular.to_dict()} if self.tabular else {}),
         }
 
     def save(self, directory: Path) -> Path:

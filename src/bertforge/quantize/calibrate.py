@@ -14,8 +14,8 @@ from modelopt.torch.quantization.calib import HistogramCalibrator
 from modelopt.torch.quantization.tensor_quant import scaled_e4m3
 
 from bertforge.model.classifier import BertForSequenceClassification
+from bertforge.model.points import Unit
 from bertforge.quantize.fake import Loop, activation_quantizers, quantize_only
-from bertforge.quantize.points import Unit
 
 PERCENTILES = (99.9, 99.99, 99.999, 99.9999)
 _FIRST = 128  # bin from which on they try: 128 bins are all that 8 bits tell apart
@@ -29,7 +29,7 @@ def ranges(
 ) -> dict[str, Ranges]:
     """Name of a way to calibrate -> point -> amax, from one run of `loop` over calibration rows.
 
-    `method` is one of `points.METHODS`; percentile gives four ways and best all of them. There is no entropy
+    `method` is one of `jobs.quantize.METHODS`; percentile gives four ways and best all of them. There is no entropy
     in fp8: it is defined for integers.
     """
     points = [point for unit in chosen for point in unit.points]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bertforge.model.attention import AttentionCore, BertSelfAttention, PackedCore
 from bertforge.model.classifier import BertForSequenceClassification
-from bertforge.quantize.points import COMPONENTS, PRODUCTS, Unit, units
+from bertforge.model.points import COMPONENTS, PRODUCTS, Unit, units
 from bertforge.scales import Scales
 
 Loop = Callable[[nn.Module], object]

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from bertforge.evaluation.scores import log_softmax
 from bertforge.model.classifier import BertForSequenceClassification
+from bertforge.model.points import Unit, share_of_work
 from bertforge.quantize.fake import quantize_only
-from bertforge.quantize.points import Unit, share_of_work
 
 Logits = Callable[[], np.ndarray]
 
@@ -47,7 +48,7 @@ class Judge:
     def cost(self) -> Cost:
         """Of the model as it is now."""
         found = self.logits()
-        before, after = _log_softmax(self.reference), _log_softmax(found)
+        before, after = log_softmax(self.reference), log_softmax(found)
         right = [(logits.argmax(1) == self.labels).mean() for logits in (self.reference, found)]
         return Cost(
             divergence=float((np.exp(before) * (before - after)).sum(1).mean()),
@@ -141,9 +142,3 @@ def search(
 def _cost(model: BertForSequenceClassification, members: list[Unit], judge: Judge) -> Cost:
     quantize_only(model, members)
     return judge.cost()
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
-    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-    return result

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Self, get_args, get_type_hints
 
+from bertforge.columns.transform import TabularSpec
 from bertforge.data.schema import STACK_OVERFLOW, Schema
-from bertforge.data.tabular import TabularSpec
 from bertforge.errors import UsageError
 from bertforge.hardware import TRAINING_PRECISIONS
 from bertforge.lora.config import LoraConfig
@@ -43,6 +43,9 @@ class LoraRecipe:
     """Linear layers to adapt, by the end of their names."""
     last_layers: int = 0
     """Adapt only this many layers, the ones nearest the head; 0 for all."""
+
+    def __post_init__(self) -> None:
+        self.config(self.last_layers, ())  # refuses what no model can be adapted with
 
     def config(self, num_layers: int, modules_to_save: tuple[str, ...]) -> LoraConfig:
         """For a model of `num_layers`; raises UsageError when it has fewer than `last_layers`."""
@@ -117,8 +120,8 @@ class Recipe:
     checkpoint_seconds: float = 60
     """The most work, in seconds, that a crash can lose."""
     prefix_cache_gb: float | None = None
-    """GB of frozen layers' output that may be kept from epoch to epoch; 0 keeps none. None takes what it needs, up to
-    half of what is free on the GPU, then in host memory; a number also lets the disk of the run's folder be used."""
+    """GB of frozen layers' output that may be kept from epoch to epoch, on the GPU, then in host memory; 0 keeps none.
+    None takes what it needs. More than half of what is free is never taken."""
     lora: LoraRecipe | None = None
     """None trains every weight."""
     tabular: TabularSpec | None = None
@@ -167,7 +170,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, sections nested."""
-        return asdict(self)
+        return asdict(self) | {"tabular": self.tabular and self.tabular.to_dict()}
 
     def with_settings(self, settings: list[str]) -> Self:
         """A copy with `name=value` strings applied; values are TOML, and a bare word is a string."""
@@ -238,7 +241,7 @@ def _toml_value(text: str) -> Any:
 
 
 def _build(cls: Any, values: dict[str, Any], prefix: str) -> Any:
-    hints = get_type_hints(cls)
+    hints = _settings(cls)
     if unknown := set(values) - set(hints):
         wrong = sorted(unknown)[0]
         close = [f"did you mean {prefix}{name}? " for name in difflib.get_close_matches(wrong, hints, n=1)]
@@ -246,7 +249,16 @@ def _build(cls: Any, values: dict[str, Any], prefix: str) -> Any:
             f"{prefix}{wrong} is not a setting; {''.join(close)}known: {', '.join(prefix + n for n in hints)}; "
             "`bertforge train --set list` tells what they mean"
         )
-    return cls(**{name: _coerced(hints[name], value, prefix + name) for name, value in values.items()})
+    make = cls.of if cls is TabularSpec else cls
+    return make(**{name: _coerced(hints[name], value, prefix + name) for name, value in values.items()})
+
+
+def _settings(cls: Any) -> dict[str, Any]:
+    """The settings that `cls` is built from, and their types."""
+    if cls is not TabularSpec:
+        return get_type_hints(cls)
+    hints = {name: hint for section in TabularSpec.sections() for name, hint in get_type_hints(section).items()}
+    return {name: hint for name, hint in hints.items() if name != "kinds"}
 
 
 def _coerced(hint: Any, value: Any, name: str) -> Any:

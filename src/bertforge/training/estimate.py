@@ -14,8 +14,8 @@ round alike, so it is measured as well: the system counts how long a thread was 
 from __future__ import annotations
 
 import math
+import os
 import statistics
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -35,11 +35,11 @@ from bertforge.evaluation.logits import TOKENS_PER_PACK, predict_logits
 from bertforge.hardware import choose_training_precision, detect
 from bertforge.model.config import BertConfig
 from bertforge.models import resolve
+from bertforge.peak_memory import PeakMemory
 from bertforge.training.checkpoint import Progress, count_trainable
 from bertforge.training.config import Recipe, load_recipe, variants
 from bertforge.training.finetune import assemble
 from bertforge.training.loop import Trainer
-from bertforge.training.memory import PeakMemory
 
 SECONDS = 60.0  # for all variants
 OUT_OF_MEMORY = "out of memory: lower tokens_per_step"
@@ -173,8 +173,7 @@ class _Rehearsal:
         recipe = recipe.on(self.prepared.schema)
         settings = replace(recipe, lr=_LR, head_lr=_LR, checkpoint_seconds=math.inf)  # no checkpoint falls due
         run = assemble(self.prepared, settings, self.device)
-        with tempfile.TemporaryDirectory() as folder:  # frozen layers' output may go there; its file has no name
-            trainer = Trainer(run.model, run.split, settings, Path(folder), self.precision)
+        trainer = Trainer(run.model, run.split, settings, Path(os.devnull), self.precision)  # nothing is saved
         epochs, plan = len(trainer.plans), trainer.plans[0]
         steps_an_epoch = trainer.total_steps / epochs
         first = guess = _train(trainer, plan[:1], end)

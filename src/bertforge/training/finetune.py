@@ -24,14 +24,13 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from bertforge.artifact import MANIFEST, RUNNING, hash_file, write_atomic, write_json, write_manifest
+from bertforge.columns.transform import TabularTransform
 from bertforge.data.loader import Examples, Split
 from bertforge.data.prepared import PreparedData
 from bertforge.data.schema import CLOSED_DATE, STACK_OVERFLOW, Schema
-from bertforge.data.tabular import TabularTransform
 from bertforge.data.tokens import Tokenizer
 from bertforge.determinism import branch, seed_everything
 from bertforge.errors import ArtifactError, DataError, UsageError
-from bertforge.evaluation.golden import GoldenRows
 from bertforge.evaluation.standing import standing
 from bertforge.evaluation.temperature import fit_temperature
 from bertforge.hardware import Hardware, choose_training_precision, detect
@@ -39,8 +38,8 @@ from bertforge.lora.adapter_io import save_adapter
 from bertforge.lora.config import LoraConfig
 from bertforge.lora.inject import inject_lora
 from bertforge.model.classifier import BertForSequenceClassification
-from bertforge.model.config import TabularConfig
 from bertforge.models import MINILM, MINILM_HUB_ID, minilm_folder, resolve, weights_file
+from bertforge.proof.golden import GoldenRows
 from bertforge.training.checkpoint import Progress, count_trainable
 from bertforge.training.config import Recipe
 from bertforge.training.distributed import World, joined
@@ -276,7 +275,7 @@ def assemble(prepared: PreparedData, recipe: Recipe, device: torch.device) -> Ru
     model = BertForSequenceClassification.from_pretrained(
         base,
         labels=tuple(prepared.label_names),
-        tabular=None if transform is None else tabular_config(transform),
+        tabular=None if transform is None else transform.config,
         attention_dropout=recipe.attention_dropout,
     )
     if recipe.max_length > model.config.max_position_embeddings:
@@ -290,7 +289,7 @@ def assemble(prepared: PreparedData, recipe: Recipe, device: torch.device) -> Ru
             "or name a model of text alone with --model"
         )
     if transform is not None and model.tabular is not None:
-        model.tabular.learn(transform.mean, transform.std, transform.edges)
+        model.tabular.learn(transform.buffers)
     lora, probed = None, is_probed(recipe, model)
     if recipe.lora:
         pooler = "bert.pooler" in model.new_heads or probed
@@ -311,22 +310,6 @@ def _refuse_answers(columns: list[str], schema: Schema) -> None:
         raise UsageError(f"[tabular] names {given[0]}, which gives the label away; take it out of the recipe")
 
 
-def tabular_config(transform: TabularTransform) -> TabularConfig:
-    """The shape of the model's branch for these columns."""
-    spec = transform.spec
-    return TabularConfig(
-        numeric=len(spec.numeric),
-        log=tuple(spec.numeric.index(name) for name in spec.log),
-        indicators=tuple(spec.numeric.index(name) for name in transform.indicators),
-        categorical=transform.category_sizes,
-        multi=transform.multi_size,
-        bins=spec.bins if spec.numeric else 0,
-        embedding_size=spec.embedding_size,
-        hidden_size=spec.hidden_size,
-        dropout=spec.dropout,
-    )
-
-
 def describe(run: Run, prepared: PreparedData, recipe: dict[str, Any]) -> dict[str, Any]:
     """What a manifest says of a model so that raw rows can be put to it."""
     return {
@@ -334,7 +317,11 @@ def describe(run: Run, prepared: PreparedData, recipe: dict[str, Any]) -> dict[s
         "labels": list(prepared.label_names),
         "schema": prepared.schema.to_dict(),
         "tabular": None if run.transform is None else run.transform.to_dict(),
-        "data": {"fingerprint": prepared.fingerprint, "made_up": bool(prepared.manifest.get("made_up"))},
+        "data": {
+            "fingerprint": prepared.fingerprint,
+            "tables": prepared.tables,
+            "made_up": bool(prepared.manifest.get("made_up")),
+        },
         "base": {"model": _found_anywhere(recipe["model"]), "weights": hash_file(weights_file(run.base))},
     }
 

@@ -103,9 +103,7 @@ class Trainer:
         self.prefix: FrozenPrefix | None = None
         if layers:
             below = EagerPrefix(model.bert, layers, precision)
-            self.prefix = FrozenPrefix(
-                below, split, schedule.epochs, recipe.prefix_cache_gb, directory, world, graphed=graphed
-            )
+            self.prefix = FrozenPrefix(below, split, schedule.epochs, recipe.prefix_cache_gb, world, graphed=graphed)
         self._started = self._saved_at = time.monotonic()
 
     def resume(self) -> None:

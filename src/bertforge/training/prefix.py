@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -82,12 +81,11 @@ class FrozenPrefix:
         split: Split,
         epochs: int,
         cache_gb: float | None,
-        folder: Path,
         world: World,
         *,
         graphed: bool,
     ) -> None:
-        """Keeps the output of the train rows where it has room; `folder`'s disk is the last place.
+        """Keeps the output of the train rows where memory has room, up to `cache_gb` where that is given.
 
         Several processes keep nothing: each epoch deals the rows anew, so a process would seldom meet a whole pack of
         rows that it met before. Raises MachineError when the system does not give the room that it said was free.
@@ -97,11 +95,9 @@ class FrozenPrefix:
         examples, rows, device = split.examples, split.train, next(eager.model.parameters()).device
         lengths = examples.lengths(rows)
         sample = eager(examples.pack(rows[:1])[0].to(device))  # [tokens, hidden]: its type and width are what counts
-        room = Room.free(device, folder)
-        # Filling a disk takes longer than a few epochs give back, so it is used only when asked.
-        room = replace(room, disk=0) if cache_gb is None else room.within(int(cache_gb * 1e9))
+        room = Room.free(device) if cache_gb is None else Room.free(device).within(int(cache_gb * 1e9))
         read = epochs > 1 and world.size == 1
-        self.cache = RowCache(rows, lengths, sample, room, folder) if read and fits(lengths, sample, room) else None
+        self.cache = RowCache(rows, lengths, sample, room) if read and fits(lengths, sample, room) else None
         frozen, whose = ("layer 0 is", "its") if self.layers == 1 else (f"layers 0 to {self.layers - 1} are", "their")
         if self.cache:
             fate = f"{_size(sum(self.cache.bytes.values()))} of {whose} output are kept, {_tiers(self.cache)}"

@@ -1,21 +1,16 @@
-"""Rows' hidden states, kept from epoch to epoch on the GPU, then in host memory, then on disk.
+"""Rows' hidden states, kept from epoch to epoch in memory: the GPU's first, then the host's.
 
-Rows fill the tiers in order, each whole in one block, its tokens side by side. Either all rows have room or nothing is
-kept: a pack of 40 rows, each kept with a chance of 9 in 10, would find all of them once in 68 times.
+Rows fill the two in order, each row whole in one block, its tokens side by side. Either all rows have room or nothing
+is kept: a pack of 40 rows, each kept with a chance of 9 in 10, would find all of them once in 68 times.
 
 Host memory is taken in blocks of 1 GiB, since torch pins a power of two of bytes, whatever it is asked for; for a GPU
-it is pinned. The file on disk loses its name as soon as it is mapped, so that nothing is left of it however the process
-ends, and its space is reserved first: a write to a mapping that the disk has no room for kills a process.
+it is pinned. A third tier, on disk, was taken out: to fill it took what 23 epochs gave back (docs/engineering-log.md).
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,41 +19,37 @@ from torch import Tensor
 from bertforge.errors import MachineError
 from bertforge.hardware import free_host_bytes
 
-GPU, HOST, DISK = "on the GPU", "in host memory", "on disk"
+GPU, HOST = "on the GPU", "in host memory"
 _SHARE = 0.5  # of what is free; training, other programs and the page cache need the rest
 _BLOCK = 1 << 30  # bytes
 
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes that may be kept in each tier."""
+    """Bytes that may be kept in each memory."""
 
     gpu: int
     host: int
-    disk: int
 
     @classmethod
-    def free(cls, device: torch.device, folder: Path) -> Room:
-        """Half of what is free now: on `device` where it is a GPU, in host memory, and on the disk of `folder`."""
+    def free(cls, device: torch.device) -> Room:
+        """Half of what is free now: on `device` where it is a GPU, and in host memory."""
         gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        disk = shutil.disk_usage(existing).free if hasattr(os, "posix_fallocate") else 0  # where none can be reserved
-        return cls(*(int(_SHARE * free) for free in (gpu, free_host_bytes(), disk)))
+        return cls(int(_SHARE * gpu), int(_SHARE * free_host_bytes()))
 
     def within(self, total: int) -> Room:
-        """The same tiers, but `total` bytes in all, the fastest first."""
+        """The same room, but `total` bytes in all, the GPU's first."""
         gpu = min(self.gpu, total)
-        host = min(self.host, total - gpu)
-        return Room(gpu, host, min(self.disk, total - gpu - host))
+        return Room(gpu, min(self.host, total - gpu))
 
     def blocks(self) -> list[tuple[str, int]]:
         """Tier and bytes of every block."""
         whole, rest = divmod(self.host, _BLOCK)
-        return [(GPU, self.gpu), *[(HOST, _BLOCK)] * whole, (HOST, rest), (DISK, self.disk)]
+        return [(GPU, self.gpu), *[(HOST, _BLOCK)] * whole, (HOST, rest)]
 
     def total(self) -> int:
         """Bytes in all."""
-        return self.gpu + self.host + self.disk
+        return self.gpu + self.host
 
 
 @dataclass(frozen=True)
@@ -74,7 +65,7 @@ class Staged:
 class RowCache:
     """Hidden states by row number; `put` once, then `stage` (in any thread) and `gather`."""
 
-    def __init__(self, rows: np.ndarray, lengths: np.ndarray, sample: Tensor, room: Room, folder: Path) -> None:
+    def __init__(self, rows: np.ndarray, lengths: np.ndarray, sample: Tensor, room: Room) -> None:
         """Takes the room that `rows` of `lengths` tokens need; `sample` is `[any, hidden]`, of their type and device.
 
         `fits` must hold. Raises MachineError when the system does not give what it said was free.
@@ -83,7 +74,7 @@ class RowCache:
         self._written = torch.cuda.Event() if sample.is_cuda else None  # type: ignore[no-untyped-call]
         self._blocks: list[Tensor] = []
         self._gpu: Tensor | None = None
-        self.bytes = dict.fromkeys((GPU, HOST, DISK), 0)
+        self.bytes = dict.fromkeys((GPU, HOST), 0)
         count = int(rows.max()) + 1
         self._block, self._start, self._length = (np.zeros(count, dtype=np.int64) for _ in range(3))
         self._filled = np.zeros(count, dtype=bool)
@@ -94,7 +85,7 @@ class RowCache:
             own = lengths[part]
             self._block[rows[part]] = len(self._blocks)
             self._start[rows[part]] = np.cumsum(own) - own
-            block = _allocate(tier, (int(own.sum()), sample.shape[1]), sample, folder)
+            block = _allocate(tier, (int(own.sum()), sample.shape[1]), sample)
             self._blocks.append(block)
             self.bytes[tier] += block.nbytes
             if tier == GPU:
@@ -175,23 +166,13 @@ def _laid_out(lengths: np.ndarray, sample: Tensor, room: Room) -> list[slice]:
     return parts
 
 
-def _allocate(tier: str, shape: tuple[int, int], sample: Tensor, folder: Path) -> Tensor:
-    size = shape[0] * shape[1] * sample.element_size()
+def _allocate(tier: str, shape: tuple[int, int], sample: Tensor) -> Tensor:
+    device = sample.device if tier == GPU else torch.device("cpu")
     try:
-        if tier == DISK:
-            return _on_disk(shape, size, sample.dtype, folder)
-        device = sample.device if tier == GPU else torch.device("cpu")
         return torch.empty(shape, dtype=sample.dtype, device=device, pin_memory=tier == HOST and sample.is_cuda)
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch has no memory
-        reason = " ".join(str(error).split())[:80]
+    except RuntimeError as error:  # torch has no memory
+        size, reason = shape[0] * shape[1] * sample.element_size(), " ".join(str(error).split())[:80]
         raise MachineError(
             f"no room for {size / 1e9:.1f} GB of the frozen layers' output {tier} ({reason}); "
             "keep none with --set prefix_cache_gb=0"
         ) from error
-
-
-def _on_disk(shape: tuple[int, int], size: int, dtype: torch.dtype, folder: Path) -> Tensor:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".frozen.") as file:  # unlinked on the way out
-        os.posix_fallocate(file.fileno(), 0, size)
-        return torch.from_file(file.name, shared=True, size=shape[0] * shape[1], dtype=dtype).view(shape)

@@ -1,1 +1,0 @@
-"""Engines that compute logits, behind one protocol (`base.Backend`), so that prediction and benchmarks name none."""

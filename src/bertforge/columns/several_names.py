@@ -1,0 +1,102 @@
+"""One column of several names a row, separated by spaces, such as tags: the mean of their embeddings.
+
+Its key in files and its array are called `multi`. A name that is rare or was never seen is left out of the mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bertforge.columns.kind import VALUES, Kind, Nodes, Part, as_array
+from bertforge.columns.vocabulary import names, numbers_of, vocabulary
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class SeveralNamesSettings:
+    """Of the `[tabular]` section."""
+
+    multi: str = ""
+    """One column of several names, separated by spaces."""
+
+
+@dataclass(frozen=True)
+class SeveralNamesLearnt:
+    """Of the train rows."""
+
+    multi_vocabulary: tuple[str, ...]
+    """Known names; a name's number is its place + 1."""
+
+
+@dataclass(frozen=True)
+class SeveralNamesShape:
+    """Of the embedding."""
+
+    multi: int = 0
+    """Number of known values, 0 included; 0 when there is no such column."""
+
+
+class SeveralNames(Kind[SeveralNamesSettings, SeveralNamesLearnt, SeveralNamesShape]):
+    """The array holds each row's known names by their numbers, `[rows, most names in a row]`; 0 fills the end."""
+
+    name = "multi"
+    dtype = np.int64
+    holds = "names"
+    Settings, Learnt, Shape = SeveralNamesSettings, SeveralNamesLearnt, SeveralNamesShape
+
+    def fit(self, train: pd.DataFrame, settings: SeveralNamesSettings, min_count: int) -> SeveralNamesLearnt:
+        if not settings.multi:
+            return SeveralNamesLearnt(())
+        seen = (name for row in names(train[settings.multi]) for name in row.split())
+        return SeveralNamesLearnt(vocabulary(seen, min_count))
+
+    def encode(self, frame: pd.DataFrame, settings: SeveralNamesSettings, learnt: SeveralNamesLearnt) -> np.ndarray:
+        if not settings.multi:
+            return np.zeros((len(frame), 0), self.dtype)
+        number = numbers_of(learnt.multi_vocabulary)
+        rows = [[number[name] for name in row.split() if name in number] for row in names(frame[settings.multi])]
+        encoded = np.zeros((len(rows), max([1, *map(len, rows)])), self.dtype)
+        for index, row in enumerate(rows):
+            encoded[index, : len(row)] = row
+        return encoded
+
+    def shape(self, settings: SeveralNamesSettings, learnt: SeveralNamesLearnt) -> SeveralNamesShape:
+        return SeveralNamesShape(len(learnt.multi_vocabulary) + 1 if settings.multi else 0)
+
+    def width(self, shape: SeveralNamesShape) -> int | Literal["values"]:
+        return VALUES if shape.multi else 0
+
+    def modules(self, shape: SeveralNamesShape, embedding_size: int) -> dict[str, Part]:
+        return {"multi": MeanEmbedding(shape.multi, embedding_size)} if shape.multi else {}
+
+
+class MeanEmbedding(Part):
+    """The mean of the embeddings of a row's values, zeros when there are none. The row of number 0 stays zeros."""
+
+    def __init__(self, values: int, embedding_size: int) -> None:
+        super().__init__()
+        self.out_features = embedding_size
+        self.weight = nn.Parameter(torch.empty(values, embedding_size))
+        nn.init.normal_(self.weight)
+        with torch.no_grad():
+            self.weight[0] = 0
+
+    def forward(self, value: Tensor) -> Tensor:
+        """`[sequences, values]`, 0 where there is none -> `[sequences, embedding]`."""
+        present = (value > 0).sum(1, keepdim=True).clamp_min(1)  # [sequences, 1]
+        total: Tensor = nn.functional.embedding(value, self.weight, padding_idx=0).sum(1)
+        return total / present
+
+    def onnx(self, graph: Nodes, value: str) -> str:
+        table = graph.constant("tabular.multi", as_array(self.weight))
+        total = graph.add("ReduceSum", graph.add("Gather", table, value), graph.ints(1), keepdims=0)
+        given = graph.cast(graph.add("Greater", value, graph.constant("none", np.array(0))), np.dtype(np.float32))
+        count = graph.add("ReduceSum", given, graph.ints(1), keepdims=1)  # [batch, 1]
+        return graph.add("Div", total, graph.add("Max", count, graph.constant("one", np.array(1, np.float32))))
