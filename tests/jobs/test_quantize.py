@@ -131,7 +131,7 @@ def test_an_engine_of_other_ranges_is_not_kept(tmp_path, folders, monkeypatch):
         return whole.build(folder, replace(order, scales=replace(order.scales, activations=wide)), hardware)
 
     monkeypatch.setitem(TARGETS, "onnxruntime", replace(whole, build=build))
-    with pytest.raises(ArtifactError, match=r"probabilities of 16 rows move by .*; nothing was written"):
+    with pytest.raises(ArtifactError, match=r"does not compute what the model does: .*; nothing was written"):
         compile_model(folders / "plain", "onnxruntime", "int8", None, tmp_path / "engine")
     assert not list(tmp_path.iterdir())
 

@@ -125,6 +125,27 @@ def weights_stale(broken, share=0.1, seed=0):
         broken.change(name, lambda value: value + share * value.std() * numbers.standard_normal(value.shape))
 
 
+PAIR = "bert.encoder.layer.0.intermediate.dense.scale"  # of an activation that stands in a pair of its own
+
+
+def pair_scaled(broken, factor=1.1):
+    """Dequantized with another scale than it was quantized with."""
+    wrong = broken.graph.initializer.add()
+    wrong.CopyFrom(numpy_helper.from_array(np.asarray(factor * broken.value(PAIR), np.float32), "wrong_scale"))
+    for node in broken.nodes("DequantizeLinear"):
+        if node.input[1] == PAIR:
+            node.input[1] = "wrong_scale"
+
+
+def pair_off_by_one(broken):
+    zero_point_off(broken, steps=1)
+
+
+def pair_too_narrow(broken):
+    """A tenth of the range, on both sides."""
+    broken.change(PAIR, lambda scale: scale / 10)
+
+
 ALL = {
     function.__name__: function
     for function in (

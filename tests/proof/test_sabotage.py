@@ -12,15 +12,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from bertforge.engines.registry import TARGETS
 from bertforge.errors import ArtifactError
 from bertforge.export import bert_onnx
 from bertforge.jobs.compile import compile_model
 from bertforge.jobs.quantize import QuantizeOptions, quantize_model
 from bertforge.model.config import BertConfig
-from bertforge.scales import Scales
+from bertforge.quantize import ranges
 from bertforge.training.finetune import finetune
-from tests.proof.sabotage import ALL, broken
+from tests.proof.sabotage import ALL, broken, pair_off_by_one, pair_scaled, pair_too_narrow
 from tests.runs import quick_recipe
 
 SILENT = lambda text: None  # noqa: E731
@@ -62,19 +61,33 @@ def test_a_broken_graph_is_refused(folders, data, tmp_path, monkeypatch, target,
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1], ids="a {:.0%}".format)
-def test_ranges_that_are_too_small_are_refused(folders, tmp_path, monkeypatch, share):
-    """Whether there are rows or not: the simulation has ranges of its own."""
-    scales = Scales.load(folders["quantized"])
-    small = {point: share * amax for point, amax in scales.activations.items()}
-    quantized = shutil.copytree(folders["quantized"], tmp_path / "quantized")
-    whole = TARGETS["openvino"]
+def test_ranges_that_are_too_small_are_refused(folders, data, tmp_path, monkeypatch, share):
+    """Graph and ranges agree, so structure holds; the simulation has ranges of its own."""
+    find = ranges.find_ranges
 
-    def build(folder, order, hardware):
-        return whole.build(folder, replace(order, scales=replace(order.scales, activations=small)), hardware)
+    def small(*arguments):
+        found = find(*arguments)
+        return replace(found, activations={point: share * amax for point, amax in found.activations.items()})
 
-    monkeypatch.setitem(TARGETS, "openvino", replace(whole, build=build))
-    with pytest.raises(ArtifactError, match="probabilities of"):
-        compile_model(quantized, "openvino", "int8", None, tmp_path / "engine")
+    monkeypatch.setattr(ranges, "find_ranges", small)
+    with pytest.raises(ArtifactError, match=r"probabilities of .* no layer is left to spare"):
+        compile_model(folders["model"], "openvino", "int8", data, tmp_path / "engine")
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("defect", [pair_scaled, pair_off_by_one, pair_too_narrow], ids=lambda defect: defect.__name__)
+def test_one_pair_of_one_activation_is_seen(folders, tmp_path, monkeypatch, target, defect):
+    """8 bits blur it: the engine's own logits move by less than they do in a healthy engine."""
+    export = bert_onnx.export_onnx
+
+    def sabotaged(*arguments, **options):
+        path = export(*arguments, **options)
+        broken(path, defect)
+        return path
+
+    monkeypatch.setattr(bert_onnx, "export_onnx", sabotaged)
+    with pytest.raises(ArtifactError, match="does not compute what the model does"):
+        compile_model(folders["quantized"], target, "int8", None, tmp_path / "engine")
 
 
 def test_weights_of_another_epoch_are_refused(folders, data, tmp_path, monkeypatch):
@@ -100,9 +113,8 @@ def test_healthy_engines_are_kept(base, data, tmp_path, seed):
     """Of models of several seeds, all of ENGINES: with a quantized folder each, 21 of them."""
     model, quantized = tmp_path / "model", tmp_path / "quantized"
     finetune(data, model, quick_recipe(base, "full", seed=seed))
-    quantize_model(
-        model, data, quantized, QuantizeOptions(calibration="max", rows=32, validation_rows=16), None, SILENT
-    )
+    options = QuantizeOptions(preset="attention", calibration="percentile", rows=32, validation_rows=16)
+    quantize_model(model, data, quantized, options, None, SILENT)
     for target, precision, source in ENGINES:
         out = tmp_path / f"{target}-{precision}-{source}"
         receipt = compile_model(tmp_path / source, target, precision, data, out)

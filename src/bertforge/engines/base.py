@@ -136,7 +136,8 @@ class Target:
     open: Callable[[Path, str, Hardware], Engine]
     """The engine in a folder, of a precision, ready to run."""
     exact: Callable[[Path, str, Hardware], Engine | None]
-    """As `open`, but nothing is rounded on the way: weights as they are stored, activations and arithmetic in float32.
+    """As `open`, but nothing is rounded on the way: weights as they are stored, arithmetic in float32, and activations
+    clamped and scaled as the engine does it, for a wrong range or zero point must show.
     It gives None where an engine's files cannot be read so: then no probe shows that every part is there."""
     rest: Callable[[Hardware], str]
     """The type that an engine of 8 bits computes all else in."""

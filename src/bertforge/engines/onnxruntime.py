@@ -23,6 +23,7 @@ from bertforge.engines.base import BatchShape, Order, Target, feeds
 from bertforge.engines.receipt import Product
 from bertforge.errors import ArtifactError, MachineError
 from bertforge.hardware import Hardware
+from bertforge.model.points import PRODUCTS
 
 _CUDA = "CUDAExecutionProvider"
 _INT8 = {"MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm"}
@@ -161,44 +162,61 @@ class OnnxRuntimeEngine:
 
 
 def _without_rounding(path: Path) -> bytes:
-    """The graph at `path` with its weights as they are and its activations in float32.
+    """The graph at `path` with its weights as they are and nothing rounded on the way.
 
-    Whoever reads an activation behind a pair of QuantizeLinear and DequantizeLinear reads it before. A product of two
-    integers becomes one of the float activation and the stored weight; the activation's scale becomes 1.
+    A pair of QuantizeLinear and DequantizeLinear clamps and scales as it did; operands of attention's own products pass
+    as they are, for the model beside it has no place where it could clamp them. Where activations are quantized as they
+    come, which clamps nothing, a product of two integers becomes one of the float activation and the stored weight, and
+    the activation's scale becomes 1. Raises ArtifactError for a graph that has other nodes of 8 bits.
     """
     import onnx
-    from onnx import numpy_helper
+    from onnx import helper, numpy_helper
 
     model = onnx.load(str(path))
     graph = model.graph
-    constants = {tensor.name: tensor for tensor in graph.initializer}
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     made = {name: node for node in graph.node for name in node.output}
-    before, gone = dict[str, str](), dict[str, Any]()
-    for node in list(graph.node):
-        source = made.get(node.input[0]) if node.input else None
-        if node.op_type == "DequantizeLinear" and source is not None and source.op_type == "QuantizeLinear":
-            before[node.output[0]] = source.input[0]
-            gone |= {node.name: node, source.name: source}
-        elif node.op_type == "DequantizeLinear":  # of a weight [in, out]; left to itself, it may meet integers again
-            weight, scale, zero = (numpy_helper.to_array(constants[name]).astype(np.float32) for name in node.input)
-            graph.initializer.append(numpy_helper.from_array((weight - zero) * scale, node.output[0]))
-            gone[node.name] = node
-        if node.op_type == "MatMulInteger" and source is not None:
-            activation, unit = source.input[0], source.output[1]
-            weight, zero = (numpy_helper.to_array(constants[name]).astype(np.float32) for name in node.input[1::2])
-            cast = next(reader for reader in graph.node if node.output[0] in reader.input)
-            cast.op_type, name = "MatMul", f"{node.name}_weight"
-            del cast.attribute[:], cast.input[:]
-            cast.input.extend([activation, name])
-            graph.initializer.append(numpy_helper.from_array(weight - zero, name))
-            if source.name not in gone:  # query, key and value share theirs
-                graph.initializer.append(numpy_helper.from_array(np.ones((), np.float32), unit))
-            gone |= {node.name: node, source.name: source}
-    for node in gone.values():
-        graph.node.remove(node)
+    nodes: list[Any] = []
+
+    def constant(name: str, value: np.ndarray) -> str:
+        if name not in constants:
+            constants[name] = value
+            graph.initializer.append(numpy_helper.from_array(np.asarray(value, np.float32), name))
+        return name
+
+    def floats(name: str) -> str:
+        return constant(f"{name}_float", constants[name])
+
+    def add(kind: str, output: str, *inputs: str) -> str:
+        nodes.append(helper.make_node(kind, list(inputs), [output], name=output))
+        return output
+
     for node in graph.node:
-        for place, name in enumerate(node.input):
-            node.input[place] = before.get(name, name)
+        kind, output = node.op_type, node.output[0]
+        given, *others = [str(name) for name in node.input] or [""]
+        source = made.get(given)
+        if kind == "QuantizeLinear":
+            steps = add("Add", f"{output}_steps", add("Div", f"{output}_scaled", given, others[0]), floats(others[1]))
+            add("Clip", output, steps, constant("least", np.array(-128)), constant("most", np.array(127)))
+        elif kind == "DequantizeLinear" and others[0].removesuffix(".scale").endswith(PRODUCTS):
+            assert source is not None
+            add("Identity", output, source.input[0])
+        elif kind == "DequantizeLinear" and source is not None:
+            add("Mul", output, add("Sub", f"{output}_centered", given, floats(others[1])), others[0])
+        elif kind == "DequantizeLinear":  # of a weight [in, out]; left to itself, it may meet integers again
+            weight, scale, zero = (constants[name].astype(np.float32) for name in node.input)
+            constant(output, (weight - zero) * scale)
+        elif kind == "DynamicQuantizeLinear":
+            constant(node.output[1], np.ones(()))
+        elif kind == "MatMulInteger":
+            if source is None or source.op_type != "DynamicQuantizeLinear":
+                raise ArtifactError(f"{path} holds a product of 8 bits that bertforge does not know; compile it again")
+            weight, zero = (constants[name].astype(np.float32) for name in node.input[1::2])
+            add("MatMul", output, source.input[0], constant(f"{output}_weight", weight - zero))
+        else:
+            nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
     used = {name for node in graph.node for name in node.input}
     for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
         graph.initializer.remove(tensor)

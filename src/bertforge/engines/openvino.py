@@ -38,6 +38,7 @@ from bertforge.engines.base import BatchShape, Order, Target, feeds
 from bertforge.engines.receipt import Product
 from bertforge.errors import ArtifactError
 from bertforge.hardware import Hardware
+from bertforge.model.points import PRODUCTS
 
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}  # int8 stands in the graph; the hint is for what is left
 
@@ -95,7 +96,7 @@ class OpenVinoEngine:
             core = openvino.Core()
             model = core.read_model(str(path))
             if exact:
-                _drop_pairs(model)
+                _unround_pairs(model)
             return core.compile_model(model, "CPU", {"NUM_STREAMS": streams, **settings})
 
         try:
@@ -141,19 +142,35 @@ class OpenVinoEngine:
         self.single, self.requests, self.alone = None, SimpleQueue(), SimpleQueue()
 
 
-def _drop_pairs(model: Any) -> None:
-    """Whoever reads an activation behind a Q/DQ pair reads it before.
+def _unround_pairs(model: Any) -> None:
+    """Every pair of an activation clamps and scales as it did, and rounds no more; operands of attention's own products
+    pass as they are, for the model beside it has no place where it could clamp them.
 
-    In the IR a pair is FakeQuantize, some conversions, and the Multiply that brings the scale back; weights have no
-    FakeQuantize.
+    In the IR a pair is FakeQuantize, from the values' range to that of the integers, some conversions, Subtract of the
+    zero point and Multiply with the scale; weights have no FakeQuantize.
     """
+    from openvino import opset13 as ops
+
     for node in model.get_ops():
-        if node.get_type_name() == "FakeQuantize":
-            last = node
-            while last.get_type_name() != "Multiply":
-                (reader,) = last.output(0).get_target_inputs()
-                last = reader.get_node()
-            last.output(0).replace(node.input_value(0))
+        if node.get_type_name() != "FakeQuantize":
+            continue
+        low, high, first, last = (np.asarray(node.input_value(i).get_node().data, np.float32) for i in range(1, 5))
+        value = ops.clamp(node.input_value(0), float(low.min()), float(high.max()))
+        value = ops.multiply(ops.subtract(value, ops.constant(low)), ops.constant((last - first) / (high - low)))
+        value = ops.add(value, ops.constant(first))
+        step = node
+        while step.get_type_name() != "Multiply":
+            (reader,) = step.output(0).get_target_inputs()
+            step = reader.get_node()
+            if step.get_type_name() == "Subtract":
+                zero = step.input_value(1).get_node()
+                zero = zero if zero.get_type_name() == "Constant" else zero.input_value(0).get_node()
+                value = ops.subtract(value, ops.constant(np.asarray(zero.data, np.float32)))
+        scale = step.input_value(1)
+        if scale.get_node().get_friendly_name().removesuffix(".scale").endswith(PRODUCTS):
+            step.output(0).replace(node.input_value(0))
+        else:
+            step.output(0).replace(ops.multiply(value, scale).output(0))
 
 
 def _requests(compiled: Any, count: int) -> SimpleQueue[Any]:

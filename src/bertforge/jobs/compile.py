@@ -151,7 +151,7 @@ class _Source:
 
     def reference(self, kind: Target, precision: str, scales: Scales | None, spared: Collection[Unit]) -> Reference:
         """What an engine is held against."""
-        layers = self.layers(scales) if precision in FORMATS else []
+        layers = layers_of(self.network, scales) if precision in FORMATS else []
         return Reference(
             model=self.network,
             golden=GoldenRows.from_dict(self.predictor.manifest["golden"]),
@@ -161,10 +161,6 @@ class _Source:
             scales=scales,
             known=self.known,
         )
-
-    def layers(self, scales: Scales | None) -> list[str]:
-        """Linear layers of the encoder that `scales` has, or all of them."""
-        return layers_of(self.network, scales)
 
 
 def compile_model(
@@ -261,7 +257,7 @@ def _build(
             if precision not in FORMATS or source.prepared is None:
                 hint = "with --data DIR, layers can be spared" if precision in FORMATS else "take another --precision"
                 raise ArtifactError(f"{error}; nothing was written; {hint}") from error
-            layers, share = source.layers(whole), share / 2
+            layers, share = layers_of(source.network, whole), share / 2
             spared = source.spare(precision, layers, share)
             if set(layers) <= set(linears(spared)):
                 raise ArtifactError(f"{error}; no layer is left to spare, and nothing was written") from error

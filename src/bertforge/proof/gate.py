@@ -83,7 +83,7 @@ class Reference:
         return predict_logits(self.model, examples, rows, "fp32")
 
     def stored(self, examples: Examples, rows: np.ndarray) -> np.ndarray:
-        """With the weights as an engine of 8 bits stores them, and nothing else rounded."""
+        """With the weights that an engine of 8 bits stores, activations clamped to its ranges, nothing else rounded."""
         with rounded(self.model, self.precision, self.layers, self.scales, activations=False):
             return self.logits(examples, rows)
 

@@ -40,7 +40,7 @@ def rounded(
 ) -> Iterator[None]:
     """Within it the linear layers `names` of `model` compute in `precision`, but for fp32.
 
-    Without `activations` only weights are rounded, to what an engine stores.
+    Without `activations` only weights are rounded, to what an engine stores; activations are clamped to their range.
     """
     modules = {name: module for name, module in model.named_modules() if name in names}
     kept = {name: module.weight.data for name, module in modules.items()}
@@ -114,13 +114,17 @@ def shifts_alone(
 
 
 class _Read:
-    """How a layer reads its input: channels scaled by `smooth`, then rounded."""
+    """How a layer reads its input: channels scaled by `smooth`, values clamped to `amax`, then rounded."""
 
     def __init__(self, precision: str, smooth: Tensor | None, amax: float | None) -> None:
         self.precision, self.smooth, self.amax = precision, smooth, amax
 
     def unrounded(self, value: Tensor) -> Tensor:
-        return value if self.smooth is None else value * self.smooth
+        value = value if self.smooth is None else value * self.smooth
+        if self.amax is None:
+            return value
+        steps = 128 if self.precision == "int8" else FORMATS[self.precision]  # integers have one more below 0
+        return value.clamp(-self.amax * steps / FORMATS[self.precision], self.amax)
 
     def __call__(self, value: Tensor) -> Tensor:
         value = self.unrounded(value)

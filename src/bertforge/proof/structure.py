@@ -2,8 +2,9 @@
 
 A head that is lost, a weak mask or a position too far moves the logits of a small model less than 8 bits do: no rule
 on an engine's own logits tells one from the other. So the engine's files are opened once more in a way in which nothing
-is rounded on the way (`Target.exact`): the weights as they are stored, activations and arithmetic in float32. What is
-left must be the model with its weights rounded in the same way, up to the order of summation.
+is rounded on the way (`Target.exact`): the weights as they are stored, arithmetic in float32, activations clamped and
+scaled but not rounded. What is left must be the model with its weights rounded and its activations clamped in the same
+way, up to the order of summation.
 
 The probes are golden rows as they are, cut to a single token, in another order, drawn out to the largest length, filled
 with random tokens, and some of them among neighbours with padding up to the largest length.
