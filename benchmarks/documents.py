@@ -368,6 +368,12 @@ def measured_tables_cpu() -> str:
     return _every_system("tables_cpu")
 
 
+@table
+def measured_tables_autogluon() -> str:
+    """The same for a peer that needs an environment of its own."""
+    return _every_system("tables_autogluon")
+
+
 def _every_system(name: str) -> str:
     """A row for each table and system of the suite's record `name`."""
     if not (found := _measured_tables(name)):
