@@ -66,6 +66,10 @@ class Categorical(Kind[CategoricalSettings, CategoricalLearnt, CategoricalShape]
     def width(self, shape: CategoricalShape) -> int:
         return len(shape.categorical)
 
+    def every_name(self, shape: CategoricalShape) -> np.ndarray:
+        numbers = np.arange(max(shape.categorical, default=0))[:, None]  # [rows, 1]
+        return np.minimum(numbers, np.array(shape.categorical, self.dtype) - 1)  # [rows, columns]
+
     def modules(self, shape: CategoricalShape, embedding_size: int) -> dict[str, Part]:
         return {"categorical": Embeddings(shape.categorical, embedding_size)} if shape.categorical else {}
 

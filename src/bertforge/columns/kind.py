@@ -87,6 +87,10 @@ class Kind(ABC, Generic[S, L, H]):
         """Those numbers of `learnt` that stand in the modules' buffers, by `module.buffer`."""
         return {}
 
+    def every_name(self, shape: H) -> np.ndarray:
+        """`[rows, columns]` of `dtype`: rows that together hold every name that the modules know."""
+        return np.zeros((0, 0), self.dtype)
+
     def is_plain(self, shape: H) -> bool:
         """Whether the result may join the text's vector directly, without hidden layers."""
         return self.width(shape) == 0

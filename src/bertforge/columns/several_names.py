@@ -73,6 +73,9 @@ class SeveralNames(Kind[SeveralNamesSettings, SeveralNamesLearnt, SeveralNamesSh
     def width(self, shape: SeveralNamesShape) -> int | Literal["values"]:
         return VALUES if shape.multi else 0
 
+    def every_name(self, shape: SeveralNamesShape) -> np.ndarray:
+        return np.arange(shape.multi, dtype=self.dtype)[:, None]  # [rows, 1]
+
     def modules(self, shape: SeveralNamesShape, embedding_size: int) -> dict[str, Part]:
         return {"multi": MeanEmbedding(shape.multi, embedding_size)} if shape.multi else {}
 

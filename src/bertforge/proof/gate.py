@@ -187,7 +187,7 @@ def prove(
     name, golden = f"the {engine.name} engine in {engine.precision}", reference.golden
     proof: dict[str, Any] = {"products": _products(engine, golden), "structure": None}
     if exact:
-        asked = structure.probes(golden, reference.model.config.vocab_size)
+        asked = structure.probes(golden, reference.model.config)
         found = structure.compare(exact, asked, reference.stored(asked, np.arange(len(asked.labels))))
         if not found.holds:
             raise ArtifactError(

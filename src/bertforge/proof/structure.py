@@ -7,7 +7,8 @@ scaled but not rounded. What is left must be the model with its weights rounded 
 way, up to the order of summation.
 
 The probes are golden rows as they are, cut to a single token, in another order, drawn out to the largest length, filled
-with random tokens, and some of them among neighbours with padding up to the largest length.
+with random tokens, with no values in their columns and with every name there is, and some of them among neighbours with
+padding up to the largest length.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ from typing import Any
 
 import numpy as np
 
+from bertforge.columns.registry import KINDS
 from bertforge.data.loader import Examples, spread
 from bertforge.data.tokens import TokenStore
 from bertforge.engines.base import BatchShape, Engine
 from bertforge.engines.run import batch_of, run
+from bertforge.model.config import BertConfig
 from bertforge.proof.golden import GoldenRows
 from bertforge.proof.tolerances import STRUCTURE
 
 CROWD = 8  # rows that are padded to the largest length: more of them take long and show no more
 _RANDOM_ROWS = 8
+_MOST_NAMES = 500  # of a column; more of them take long
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,9 @@ class Structure:
         return {**vars(self), "limit": STRUCTURE}
 
 
-def probes(golden: GoldenRows, vocabulary: int) -> Examples:
-    """Rows made from golden ones, each with the columns of the row it was made from."""
+def probes(golden: GoldenRows, config: BertConfig) -> Examples:
+    """Rows made from golden ones, with the columns of the row each was made from; and short ones that together have
+    every name that the columns know."""
     given, random = golden.examples, np.random.default_rng(0)
     texts = [_tokens(given, row) for row in range(len(golden.logits))]
     made: list[tuple[np.ndarray, int]] = [(text, row) for row, text in enumerate(texts)]
@@ -63,9 +68,13 @@ def probes(golden: GoldenRows, vocabulary: int) -> Examples:
             room = given.max_length - 2
             made.append((np.concatenate([first, np.resize(inner if len(inner) else first, room), last]), row))
     for row, length in enumerate(np.linspace(4, longest, _RANDOM_ROWS).astype(int)):
-        inner = random.integers(0, vocabulary, max(1, length - 2))
+        inner = random.integers(0, config.vocab_size, max(1, length - 2))
         first, last = texts[0][:1], texts[0][-1:]
         made.append((np.concatenate([first, inner, last]), row % len(texts)))
+    kinds = config.tabular.kinds if config.tabular else {}
+    names = {name: KINDS[name].every_name(shape)[:_MOST_NAMES] for name, shape in kinds.items()}
+    short = np.concatenate([texts[0][:2], texts[0][-1:]])
+    made += [(short, 0)] * max(map(len, names.values()), default=0)
     ids = np.concatenate([text for text, _ in made])
     offsets = np.concatenate([[0], np.cumsum([len(text) for text, _ in made])])
     rows = np.array([row for _, row in made])
@@ -76,7 +85,7 @@ def probes(golden: GoldenRows, vocabulary: int) -> Examples:
         max_length=given.max_length,
         tabular=None
         if given.tabular is None
-        else {name: _columns(array, rows) for name, array in given.tabular.items()},
+        else {name: _columns(array, rows, names[name]) for name, array in given.tabular.items()},
     )
 
 
@@ -98,10 +107,13 @@ def compare(exact: Engine, examples: Examples, wanted: np.ndarray) -> Structure:
     return Structure(len(rows), float(off.max()) / max(deviation, 1e-6), deviation)  # NaN where a logit is
 
 
-def _columns(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """A kind's values of `rows`; of every fifth probe they are missing: no number, no name."""
+def _columns(array: np.ndarray, rows: np.ndarray, names: np.ndarray) -> np.ndarray:
+    """A kind's values of `rows`, the last of them `names`; in every fifth row they are missing: no number, no name."""
     found: np.ndarray = array[rows]
     found[::5] = np.nan if array.dtype.kind == "f" else 0
+    if len(names):
+        found[-len(names) :] = 0
+        found[-len(names) :, : names.shape[1]] = names
     return found
 
 
