@@ -26,7 +26,7 @@ def test_two_rows_of_500_show_nothing():
     assert loss.low < 0.003 < loss.high
     assert loss.holds
     assert not loss.decided
-    assert "cannot tell whether that is above 0.3%" in str(loss)
+    assert "cannot tell whether more than 0.3% is lost" in str(loss)
 
 
 def test_twenty_rows_of_500_show_that_accuracy_is_lost():
@@ -102,8 +102,8 @@ def test_more_rows_are_asked_until_they_tell(setting, monkeypatch):
     monkeypatch.setattr(gate, "FIRST_ROWS", 100)
     assert prove(reference, engine, None, rows, said.append)["accuracy_loss"]["rows"] == 1600
     assert said == [
-        "100 validation rows cannot tell; asking 400",
-        "400 validation rows cannot tell; asking 1,600",
+        "100 validation rows cannot tell whether accuracy is lost; asking 400",
+        "400 validation rows cannot tell whether accuracy is lost; asking 1,600",
     ]
     late = prove(reference, engine, None, rows, said.append, until=0.0)
     assert late["accuracy_loss"]["rows"] == 100, "no time is left to ask more"

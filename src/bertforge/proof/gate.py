@@ -166,7 +166,7 @@ class Loss:
         return self.low <= ACCURACY_LOSS
 
     def __str__(self) -> str:
-        told = "" if self.decided else f"; they cannot tell whether that is above {ACCURACY_LOSS:.1%}"
+        told = "" if self.decided else f"; they cannot tell whether more than {ACCURACY_LOSS:.1%} is lost"
         interval = f"{-self.high:+.2%} to {-self.low:+.2%}"
         return f"{self.rows:,} validation rows: {0.0 - self.value:+.2%} ({interval}){told}"
 
@@ -233,7 +233,9 @@ def _prove_on(
         loss = Loss.of(plain.argmax(1) == labels, found.argmax(1) == labels)
         if (loss.decided and moved.decided) or not moved.holds or asked == len(rows) or time.monotonic() > until:
             break
-        say(f"{asked:,} validation rows cannot tell; asking {(asked := min(4 * asked, len(rows))):,}")
+        say(
+            f"{asked:,} validation rows cannot tell whether accuracy is lost; asking {(asked := min(4 * asked, len(rows))):,}"
+        )
     if not moved.holds:
         raise PrecisionError(f"{name}: {moved}")
     agreement = Agreement.of(plain, found)
