@@ -233,9 +233,9 @@ def _prove_on(
         loss = Loss.of(plain.argmax(1) == labels, found.argmax(1) == labels)
         if (loss.decided and moved.decided) or not moved.holds or asked == len(rows) or time.monotonic() > until:
             break
-        say(
-            f"{asked:,} validation rows cannot tell whether accuracy is lost; asking {(asked := min(4 * asked, len(rows))):,}"
-        )
+        more = min(4 * asked, len(rows))
+        say(f"{asked:,} validation rows cannot tell whether accuracy is lost; asking {more:,}")
+        asked = more
     if not moved.holds:
         raise PrecisionError(f"{name}: {moved}")
     agreement = Agreement.of(plain, found)
