@@ -19,7 +19,7 @@ from bertforge.hardware import Hardware
 from bertforge.scales import SCALES, Scales
 
 AUTO = "auto"
-_INT8_TAKES = 4.0  # times what an exact engine takes to build and prove, for calibration and the layers it may spare
+_INT8_TAKES = 1.5  # times what an exact engine takes to build and prove: ranges are found first
 
 
 @dataclass(frozen=True)
