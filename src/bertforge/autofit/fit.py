@@ -49,7 +49,7 @@ from bertforge.training.finetune import finetune
 
 STATE = "fit.json"
 LEAST_MINUTES = 1.0
-_AFTER_SHARE, _AFTER_LEAST, _AFTER_MOST = 0.3, 30.0, 180.0  # of the time, for what follows training; seconds
+_AFTER_SHARE, _AFTER_LEAST, _AFTER_MOST = 0.4, 30.0, 180.0  # of the time, for what follows training; seconds
 _TRAINING_LEAST = 0.2  # of the time, for training, however long the table took
 
 Train = Callable[[Path, Path, Recipe, bool], dict[str, Any]]
