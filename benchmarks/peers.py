@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from bertforge.data.tokens import TokenStore
+from bertforge.evaluation.temperature import fit_temperature
 
 BATCH = 32
 TARGETS = {
@@ -31,7 +31,6 @@ class Trained:
     """Of the best epoch, by part of the split."""
     best_epoch: int
     trainable_parameters: int
-    questions_per_s: float
 
 
 def make_model(directory: Path, kind: str, labels: int = 2, **config: Any) -> torch.nn.Module:
@@ -61,14 +60,17 @@ def train(
     epochs: int,
     seed: int,
 ) -> Trained:
-    """Trains on `parts["train"]` and returns the other parts' logits at the epoch of the lowest validation loss."""
+    """Trains on `parts["train"]` and returns the other parts' logits at the epoch of the lowest validation loss.
+
+    The loss is taken after temperature scaling, as bertforge takes it.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = make_model(directory, kind).to(device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.01)
     total = epochs * -(-len(parts["train"]) // BATCH)
-    step, start, best, best_loss, best_epoch, untimed = 0, time.monotonic(), {}, float("inf"), 0, 0.0
+    step, best, best_loss, best_epoch = 0, {}, float("inf"), 0
     for epoch in range(1, epochs + 1):
         model.train()
         for rows in batches(rng.permutation(parts["train"]), tokens.lengths, rng):
@@ -77,15 +79,14 @@ def train(
             train_step(model, optimizer, collate(tokens, rows, device), torch.from_numpy(labels[rows]).to(device))
             step += 1
         logits = predict(model, tokens, parts["validation"], device)
-        target = torch.from_numpy(labels[parts["validation"]])
-        loss = float(F.cross_entropy(torch.from_numpy(logits), target))
+        target = labels[parts["validation"]]
+        scaled = torch.from_numpy(logits / fit_temperature(logits, target))
+        loss = float(F.cross_entropy(scaled, torch.from_numpy(target)))
         if loss < best_loss:
-            best_loss, best_epoch, now = loss, epoch, time.monotonic()
+            best_loss, best_epoch = loss, epoch
             best = {"validation": logits, "test": predict(model, tokens, parts["test"], device)}
-            untimed += time.monotonic() - now
-    seconds = time.monotonic() - start - untimed
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Trained(best, best_epoch, parameters, epochs * len(parts["train"]) / seconds)
+    return Trained(best, best_epoch, parameters)
 
 
 def train_step(
