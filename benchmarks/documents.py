@@ -37,31 +37,58 @@ def table(make: Callable[[], str]) -> Callable[[], str]:
 
 @table
 def variants() -> str:
-    """What each variant reaches on validation rows."""
+    """What each variant reaches, trained for the epochs that validation rows chose for it."""
     found = _record("variants")
     rows = []
-    ours = [row for row in found["rows"] if row["system"] == "bertforge"]
-    peers = [row | {"variant": f"{row['system']}: {row['variant']}"} for row in found["rows"] if row not in ours]
-    for name, all_runs in _by([*ours, *peers], "variant").items():
-        runs = [run for run in all_runs if run["split"].endswith("validation")]
-        tested = [run["accuracy"] for run in all_runs if run["split"].endswith("test")]
-        accuracies = [run["accuracy"] for run in runs]
-        mean, count = statistics.mean(accuracies), runs[0]["rows"]
-        low, high = wilson_interval(round(mean * count), count)
-        parameters = next((run["trainable_parameters"] for run in runs if "trainable_parameters" in run), None)
+    for name, counts in _by_epochs(found).items():
+        epochs = min(counts, key=lambda count: _mean(counts[count], "validation", "calibrated_loss"))
+        runs = [run for run in counts[epochs] if run["split"] == "validation"]
+        accuracy, count = _mean(runs, "validation", "accuracy"), runs[0]["rows"]
         rows.append(
             [
-                f"`{name}`" if ":" not in name else name,
-                f"{parameters:,}" if parameters else "-",
-                _percent(mean),
-                _interval(low, high),
-                ", ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies),
-                f"{statistics.mean(run['loss'] for run in runs):.4f}",
-                _percent(statistics.mean(tested)) if tested else "-",
+                name,
+                f"{runs[0]['trainable_parameters']:,}",
+                str(epochs),
+                _percent(accuracy),
+                _interval(*wilson_interval(round(accuracy * count), count)),
+                ", ".join(f"{100 * run['accuracy']:.2f}" for run in runs),
+                f"{_mean(runs, 'validation', 'calibrated_loss'):.4f}",
+                _percent(_mean(counts[epochs], "test", "accuracy")),
             ]
         )
-    header = ["variant", "trainable parameters", "validation accuracy", "95% interval", "seed by seed", "loss", "test"]
-    return _markdown(header, rows) + _source("variants", found)
+    measured = ["validation accuracy", "95% interval", "seed by seed", "loss", "test"]
+    return _markdown(["variant", "trainable parameters", "epochs", *measured], rows) + _source("variants", found)
+
+
+@table
+def variants_by_epochs() -> str:
+    """Validation loss and accuracy after each number of epochs tried."""
+    found = _record("variants")
+    systems = _by_epochs(found)
+    tried = sorted({count for counts in systems.values() for count in counts})
+    rows = []
+    for name, counts in systems.items():
+        losses = {count: _mean(runs, "validation", "calibrated_loss") for count, runs in counts.items()}
+        cells = {
+            count: f"{losses[count]:.4f}, {_percent(_mean(runs, 'validation', 'accuracy'))}"
+            for count, runs in counts.items()
+        }
+        cells[min(losses, key=losses.__getitem__)] += ", chosen"
+        rows.append([name, *(cells.get(count, "-") for count in tried)])
+    return _markdown(["variant", *(f"{count} epochs" for count in tried)], rows) + _source("variants", found)
+
+
+def _by_epochs(found: dict[str, Any]) -> dict[str, dict[int, list[dict[str, Any]]]]:
+    """Variant, with its system where that is a peer -> number of epochs -> rows."""
+    named = [
+        row | {"name": f"`{row['variant']}`" if row["system"] == "bertforge" else f"{row['system']}: {row['variant']}"}
+        for row in found["rows"]
+    ]
+    return {name: _by(rows, "epochs") for name, rows in _by(named, "name").items()}
+
+
+def _mean(rows: list[dict[str, Any]], split: str, key: str) -> float:
+    return statistics.mean(row[key] for row in rows if row["split"] == split)
 
 
 @table

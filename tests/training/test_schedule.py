@@ -117,7 +117,7 @@ TUNED = {
     "bert-base-tabular": {"lr": 5e-5, "head_lr": 1e-3, "epochs": 2, "tokens_per_step": 4096},
     "bert-overflow": {"lr": 5e-5, "epochs": 2, "tokens_per_step": 4096},
     "lora-r1": {"lr": 2e-3, "epochs": 4, "tokens_per_step": 4096},
-    "lora-r8": {"lr": 1e-3, "epochs": 4, "tokens_per_step": 4096},
+    "lora-r8": {"lr": 1e-3, "epochs": 3, "tokens_per_step": 4096},
     "lora-r8-last-4": {"lr": 1e-3, "epochs": 4, "tokens_per_step": 4096},
     "columns": {"lr": 5e-5, "head_lr": 1e-3, "epochs": 2, "tokens_per_step": 8192},
 }
