@@ -3,26 +3,29 @@
 Every folder bertforge writes (prepared data, a run, a merged model, later an engine) holds a `bertforge.json` with
 its `kind`, the versions that made it and the hash of its parent. A stage reads its parent's manifest first and
 refuses a wrong kind with the command that makes the right one. Everything is written beside its final name and
-renamed: a rename within one folder is atomic on POSIX, so a reader sees the old artifact or the new one.
+renamed: a rename within one folder is atomic on POSIX, so a reader sees the old artifact or the new one. locks.py says
+how two writers are kept apart, and what becomes of what a killed one left.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import platform
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from bertforge.errors import ArtifactError, UsageError
+from bertforge.locks import PATIENCE, BusyError, beside, leftovers, locked, new_file, tidy
 
 MANIFEST = "bertforge.json"
 RUNNING = "running.json"  # in its place: the recipe and data of a run that has not ended
+WHILE_TRAINING = ("checkpoint.safetensors", "best.safetensors", "start.safetensors", RUNNING)  # RUNNING goes last
 _LIBRARIES = ("bertforge", "torch", "numpy", "pandas", "pyarrow", "tokenizers", "safetensors")
 # What every reader of a kind relies on.
 _FIELDS = {
@@ -83,15 +86,37 @@ def check_output(path: Path) -> None:
         raise UsageError(f"{path} cannot be written: no write permission for {above}; name another path")
 
 
+@contextmanager
+def output_files(*paths: Path | None) -> Iterator[None]:
+    """Checks that each file that is named can be written, and lets no other command write it meanwhile.
+
+    Raises UsageError as `check_output` does, and BusyError as `locked` does.
+    """
+    with ExitStack() as stack:
+        for path in filter(None, paths):
+            check_output(path)
+            stack.enter_context(locked(path))
+        yield
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Lets an OSError inside name `path`: a write to a full disk does not say which file it was."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.errno, error.strerror = error.errno or errno.EIO, error.strerror or str(error)
+            error.filename = str(path)
+        raise
+
+
 def write_atomic(path: Path, content: str | bytes) -> Path:
     """Writes `content` beside `path`, then renames it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        beside.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(path) as file:
+            file.write(content.encode() if isinstance(content, str) else content)
     return path
 
 
@@ -104,28 +129,50 @@ def write_json(path: Path, value: Any) -> Path:
 def fresh_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yields an empty folder beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
 
-    An older `path` is moved aside, not deleted, until the new one stands in its place. Raises ArtifactError when `path`
-    is a file, or already holds something and `replace` is false.
+    No other command writes `path` meanwhile (see `locked`). An older `path` is moved aside, not
+    deleted, until the new one stands in its place. Raises ArtifactError when `path` is a file, or already holds
+    something and `replace` is false.
     """
     path = path.resolve()  # `.` has no name to write beside
-    if path.is_file() or (path.exists() and not replace and any(path.iterdir())):
-        raise ArtifactError(f"{path} already exists and is not empty; name another folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    aside = beside.with_suffix(".old")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
+    with locked(path), naming(path):
+        if path.is_file() or (path.exists() and not replace and any(path.iterdir())):
+            raise ArtifactError(f"{path} already exists and is not empty; name another folder")
+        partial, old = beside(path, "partial"), beside(path, "old")
+        try:
+            partial.mkdir()
+        except FileExistsError as error:
+            raise ArtifactError(f"{partial} is in the way; remove it: rm -r {partial}") from error
+        try:
+            yield partial
+            if path.exists():
+                os.replace(path, old)
+            os.replace(partial, path)
+        finally:
+            tidy(path)
+
+
+def put_right(directory: Path) -> None:
+    """What a reader of `directory` does first: what a killed command left there is put back or removed.
+
+    Raises BusyError when a command is writing the folder and nothing can be read there yet.
+    """
+    finished = (directory / MANIFEST).is_file()
+    if not leftovers(directory) and not (finished and (directory / RUNNING).is_file()):
+        return
     try:
-        yield beside
-        if path.exists():
-            os.replace(path, aside)
-        os.replace(beside, path)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        if path.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-        elif aside.exists():
-            os.replace(aside, path)
+        with locked(directory, patience=0 if finished else PATIENCE):
+            if (directory / MANIFEST).is_file():
+                for name in WHILE_TRAINING:
+                    (directory / name).unlink(missing_ok=True)
+    except BusyError:
+        if not finished:
+            raise
+    except OSError as error:  # a place where only reading is allowed
+        old = beside(directory.resolve(), "old")
+        if old.is_dir() and not directory.exists():
+            raise ArtifactError(
+                f"a command that was killed left {directory} under another name; put it back: mv {old} {directory}"
+            ) from error
 
 
 def compile_command(engine: Path, target: str, precision: str) -> str:
@@ -147,6 +194,7 @@ def read_manifest(directory: Path, *kinds: str) -> dict[str, Any]:
     Raises ArtifactError naming the command that makes the right kind when the folder is missing, is something else,
     or holds a damaged manifest.
     """
+    put_right(directory)
     hint = " or ".join(f"`{_MADE_BY[kind]}`" for kind in kinds if kind in _MADE_BY)
     path = directory / MANIFEST
     if not path.is_file():

@@ -176,11 +176,13 @@ def benchmark(
     """
     from bertforge.benchmark.run import run_benchmark
     from bertforge.benchmark.table import summary, write
+    from bertforge.locks import locked
 
-    console = Console(highlight=False, soft_wrap=True, markup=False)
-    found = run_benchmark(
-        model, data, targets, quantized=quantized, split=split, rows=rows, repeats=repeats, say=console.print
-    )
-    console.print(summary(found))
-    for path in write(out or model / "benchmark", found):
-        console.print(f"wrote {path}")
+    console, folder = Console(highlight=False, soft_wrap=True, markup=False), out or model / "benchmark"
+    with locked(folder):
+        found = run_benchmark(
+            model, data, targets, quantized=quantized, split=split, rows=rows, repeats=repeats, say=console.print
+        )
+        console.print(summary(found))
+        for path in write(folder, found):
+            console.print(f"wrote {path}")

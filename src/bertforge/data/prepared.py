@@ -13,6 +13,7 @@ set_aside.jsonl         the other rows: line, reason, raw; the file, of those th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from bertforge.data.splits import PARTS
 from bertforge.data.streaming import ahead, progress
 from bertforge.data.tokens import Tokenizer, TokenStore, TokenWriter
 from bertforge.errors import ArtifactError, DataError, UsageError
+from bertforge.locks import locked
 
 TABLE_FILE, SET_ASIDE_FILE = "table.parquet", "set_aside.jsonl"
 SPLITS = ("random", "time")  # those that can be asked for by name
@@ -172,27 +174,35 @@ class PreparedData:
         return [found[row] for row in wanted.tolist()]
 
     def tokens(self, tokenizer: Tokenizer) -> TokenStore:
-        """The ids of all rows under `tokenizer`; tokenizes the table first when that was not done before."""
+        """The ids of all rows under `tokenizer`; tokenizes the table first when that was not done before.
+
+        Of two commands that need the same tokens at once, one makes them and the other waits.
+        """
         directory = self.directory / "tokens" / tokens_key(tokenizer)
         if not directory.is_dir():
-            with (
-                fresh_directory(directory) as beside,
-                TokenWriter(beside, tokenizer) as writer,
-                pq.ParquetFile(self.directory / TABLE_FILE) as file,
-                progress("tokenizing") as report,
-            ):
-                batches = file.iter_batches(_STREAM_ROWS, columns=list(self.schema.text_columns))
-                read = (join_texts(pa.Table.from_batches([batch]), self.schema) for batch in batches)
-                with closing(ahead(read)) as chunks:
-                    for texts in chunks:
-                        writer.append(texts)
-                        report(writer.rows, writer.rows / len(self))
+            with locked(directory, patience=math.inf):
+                if not directory.is_dir():
+                    self._tokenize(directory, tokenizer)
         store = TokenStore.open(directory)
         if len(store) != len(self):
             raise ArtifactError(
                 f"{directory} holds {len(store)} rows instead of {len(self)}; remove it: rm -r {directory}"
             )
         return store
+
+    def _tokenize(self, directory: Path, tokenizer: Tokenizer) -> None:
+        with (
+            fresh_directory(directory) as beside,
+            TokenWriter(beside, tokenizer) as writer,
+            pq.ParquetFile(self.directory / TABLE_FILE) as file,
+            progress("tokenizing") as report,
+        ):
+            batches = file.iter_batches(_STREAM_ROWS, columns=list(self.schema.text_columns))
+            read = (join_texts(pa.Table.from_batches([batch]), self.schema) for batch in batches)
+            with closing(ahead(read)) as chunks:
+                for texts in chunks:
+                    writer.append(texts)
+                    report(writer.rows, writer.rows / len(self))
 
     def _array(self, name: str) -> NDArray[Any]:
         stored: NDArray[Any] = np.load(self.directory / name, mmap_mode="r", allow_pickle=False)
