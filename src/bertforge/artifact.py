@@ -106,8 +106,8 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.filename is None:
-            error.errno, error.strerror = error.errno or errno.EIO, error.strerror or str(error)
-            error.filename = str(path)
+            error.strerror = os.strerror(error.errno) if error.errno else str(error)
+            error.errno, error.filename = error.errno or errno.EIO, str(path)
         raise
 
 

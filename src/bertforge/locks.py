@@ -41,7 +41,7 @@ from typing import IO
 from bertforge.errors import ArtifactError
 
 log = logging.getLogger(__name__)
-PATIENCE = 1.0  # seconds: a command that is ending, or a reader that tidies, holds a lock for a moment
+PATIENCE = 0.5  # seconds: a command that is ending, or a reader that tidies, holds a lock for a moment
 _LOOK = 0.02  # seconds between two tries
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what a file system without locks answers
 _COMMAND = 200  # characters of a command that are told
