@@ -42,6 +42,8 @@ def doctor(
     console.print(f"attention   {machine['attention']}")
     if found["minilm_folder"]:
         console.print(f"minilm      {found['minilm_folder']}, which BERTFORGE_MINILM names")
+    console.print(f"telemetry   {found['telemetry']}")
+    console.print(f"online      {found['online']}")
     console.print("versions    " + ", ".join(f"{name} {version}" for name, version in found["versions"].items()))
     for library in found["optional"]:
         mark = "[green]there[/]  " if library["installed"] else "[yellow]missing[/]"
@@ -58,7 +60,8 @@ def examine() -> dict[str, Any]:
     from bertforge.artifact import versions
     from bertforge.engines.registry import TARGETS
     from bertforge.hardware import choose_precision, detect
-    from bertforge.models import minilm_folder
+    from bertforge.models import minilm_folder, online
+    from bertforge.quiet import telemetry
 
     hardware, folder = detect(), minilm_folder()
     on_gpu = hardware.device.type == "cuda"
@@ -81,6 +84,8 @@ def examine() -> dict[str, Any]:
             else "packed, one sequence after another (SDPA)",
         },
         "minilm_folder": folder and str(folder),
+        "telemetry": telemetry(),
+        "online": online(),
         "versions": versions(),
         "optional": [
             {"name": name, "installed": importlib.util.find_spec(name) is not None, "for": use, "extra": extra}
