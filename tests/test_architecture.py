@@ -138,6 +138,11 @@ def test_libraries_that_call_home_are_imported_by_quiet_alone(source):
     assert not {name.split(".")[0] for name in imports(tree)} & quiet.LIBRARIES.keys()
 
 
+def test_every_console_is_a_terminal_of_ours(source):
+    path, tree = source
+    assert path.name == "terminal.py" or "rich.console.Console" not in imports(tree)
+
+
 def test_what_has_libraries_of_its_own_is_imported_inside_functions(source):
     path, tree = source
     at_the_top = imports(tree, inside_functions=False)

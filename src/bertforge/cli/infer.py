@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from bertforge.cli.tables import KINDS, Encoding, Separator, dialect
+from bertforge.terminal import Terminal
 
 _MADE_UP = (
     "made-up data: these rows, or the train rows, come from `bertforge sample-data`: no figure is about real data"
@@ -52,7 +52,7 @@ def evaluate(
     from bertforge.evaluation.report import metrics_markdown
     from bertforge.inference.evaluate import evaluate_run
 
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Terminal()
     for path in (report, json_file):
         if path:
             check_output(path)
@@ -100,7 +100,7 @@ def predict(
     from bertforge.inference.predictor import Predictor
 
     done = predict_table(Predictor.load(run), table, out, dialect(encoding, separator))
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Terminal()
     if done.made_up:
         console.print(_MADE_UP)
     if done.unlabelled:
@@ -125,7 +125,7 @@ def merge(
     from bertforge.jobs.merge import merge_run
 
     measured = merge_run(run, out)
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Terminal()
     console.print(
         f"on {measured['rows']} validation rows the merge changed logits by {measured['max_logit_difference']:.2g} "
         f"at most, and {measured['changed_labels']} labels"
