@@ -83,6 +83,12 @@ def predict(
     run: RunFolder,
     table: Annotated[Path, typer.Argument(help=f"{KINDS}; labels are not needed.")],
     out: Annotated[Path, typer.Option(help="File to write: .csv, .parquet or .jsonl.")],
+    safe_csv: Annotated[
+        bool,
+        typer.Option(
+            "--safe-csv", help="For a .csv to open in a spreadsheet: ' before labels that it would take for formulas."
+        ),
+    ] = False,
     separator: Separator = "",
     encoding: Encoding = "",
 ) -> None:
@@ -90,7 +96,8 @@ def predict(
 
     The output has a row for each row of the table, in its order: line, label,
     probability, the probability of each label, and what was wrong with the
-    row. A row without text has no label.
+    row. A row without text has no label. Labels are as the training table
+    had them, also those that start with =, +, - or @; see --safe-csv.
 
     Example:
 
@@ -99,7 +106,7 @@ def predict(
     from bertforge.inference.predict import predict_table
     from bertforge.inference.predictor import Predictor
 
-    done = predict_table(Predictor.load(run), table, out, dialect(encoding, separator))
+    done = predict_table(Predictor.load(run), table, out, dialect(encoding, separator), safe_csv=safe_csv)
     console = Terminal()
     if done.made_up:
         console.print(_MADE_UP)
