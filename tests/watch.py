@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -50,6 +51,7 @@ _RECEIVE, _SEND = 0xC0502100, 0xC0182101  # ioctls SECCOMP_IOCTL_NOTIF_RECV and 
 _NOTICE = struct.Struct("QIIiIQ6Q")  # id, process, flags, call, architecture, instruction, arguments
 _ANSWER = struct.Struct("QqiI")  # id, value, error, flags; the flag 1 lets the call go on
 _PIDFD_GETFD = 438  # on every architecture
+_GONE = (FileNotFoundError, ProcessLookupError)  # what is read of a process that has just ended
 
 
 @dataclass
@@ -71,7 +73,7 @@ class Seen:
         return sorted(str(path) for path in paths if path.exists() and not path.is_relative_to(named.resolve()))
 
 
-def watch(command: Sequence[object], environment: Mapping[str, str], folder: Path, limit_s: float = 300) -> Seen:
+def watch(command: Sequence[object], environment: Mapping[str, str], folder: Path, limit_s: float = 600) -> Seen:
     """Runs `command` in `folder` with nothing but `environment`; skips the test where the kernel forbids to watch."""
     ours, theirs = socket.socketpair()
     launcher = [sys.executable, __file__, str(theirs.fileno()), *map(str, command)]
@@ -84,17 +86,17 @@ def watch(command: Sequence[object], environment: Mapping[str, str], folder: Pat
         try:
             seen = _follow(process, ours, time.monotonic() + limit_s)
         finally:
-            if process.poll() is None:
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            seen_code = process.wait()
+            code = process.wait()
         said.seek(0)
-        seen.code, seen.said = seen_code, said.read()
+        seen.code, seen.said = code, said.read()
     (folder / ".said").unlink()
     return seen
 
 
 def _follow(process: subprocess.Popen[bytes], ours: socket.socket, until: float) -> Seen:
-    """Notes what the process does until it and its children are gone."""
+    """Notes what the process and its children do, until it has ended."""
     told = os.read(ours.fileno(), 100).decode()
     if not told.isdigit():
         _skip(told or "no answer")
@@ -109,10 +111,9 @@ def _follow(process: subprocess.Popen[bytes], ours: socket.socket, until: float)
     os.write(ours.fileno(), b"!")
     try:
         while time.monotonic() < until:
-            events = dict(poller.poll(1000)).get(listener, 0)
-            if events & select.POLLIN:
+            if dict(poller.poll(300)).get(listener, 0) & select.POLLIN:
                 _notice(listener, seen, names)
-            elif events & select.POLLHUP:
+            elif process.poll() is not None:  # and no child has asked for anything meanwhile
                 return seen
     finally:
         os.close(listener)
@@ -130,21 +131,18 @@ def _notice(listener: int, seen: Seen, names: Mapping[int, str]) -> None:
     notice = bytearray(_NOTICE.size)
     try:
         fcntl.ioctl(listener, _RECEIVE, notice)
-    except FileNotFoundError:  # the process is gone
+    except _GONE:
         return
     number, process, _, call, _, _, *arguments = _NOTICE.unpack(notice)
     name = names[call]
-    try:
+    with suppress(*_GONE):
         if name in _CALLS:
             if address := _address(process, arguments, *_CALLS[name]):
                 seen.calls.append(f"{name} {address}")
         elif path := _path(process, arguments, *_FILES[name]):
             seen.written.add(path)
-    finally:
-        try:
-            fcntl.ioctl(listener, _SEND, bytearray(_ANSWER.pack(number, 0, 0, 1)))
-        except FileNotFoundError:
-            return
+    with suppress(*_GONE):
+        fcntl.ioctl(listener, _SEND, bytearray(_ANSWER.pack(number, 0, 0, 1)))
 
 
 def _address(process: int, arguments: Sequence[int], index: int, is_message: bool) -> str | None:
