@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+
+from bertforge.terminal import Terminal
 
 
 def check(
@@ -23,14 +23,15 @@ def check(
     """
     from bertforge.errors import ArtifactError
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Terminal()
     damaged = checked = 0
     for place, kind, damages in examine(folder):
         checked += 1
         damaged += bool(damages)
-        console.print(f"{'[red]damaged[/]' if damages else '[green]whole[/]  '}  {escape(str(place))} ({kind})")
+        console.print("damaged" if damages else "whole  ", style="red" if damages else "green", end="  ")
+        console.print(f"{place} ({kind})")
         for damage in damages:
-            console.print(f"         {escape(damage)}")
+            console.print(f"         {damage}")
     if not checked:
         raise ArtifactError(f"{folder} holds nothing that bertforge wrote; name a folder made by one of its commands")
     if damaged:

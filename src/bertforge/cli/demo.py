@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from bertforge.terminal import Terminal
 
 ROWS, NEW_ROWS = 2000, 20
 MINUTES = 4.0
@@ -33,7 +34,7 @@ def demo(
     from bertforge.inference.predict import predict_table
     from bertforge.inference.predictor import Predictor
 
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Terminal()
     _start(out)
     table, model = out / "questions.csv", out / "model"
     console.print(

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
 from bertforge.manifest import compile_command
+from bertforge.terminal import Terminal
 
 Model = Annotated[Path, typer.Argument(help="Folder made by `bertforge merge`, by `train` in full, or by `quantize`.")]
 
@@ -68,8 +68,8 @@ def compile_(
     from bertforge.hardware import detect
     from bertforge.jobs.compile import compile_fastest, compile_model, default_folder, verify_engine
 
-    console = Console(highlight=False, soft_wrap=True, markup=False)
-    say = Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print
+    console = Terminal()
+    say = Terminal(stderr=True).print
     if verify:
         if out is None and AUTO in (target, precision):
             raise UsageError("--verify needs an engine: name it with --out ENGINE, or with --target and --precision")
@@ -116,14 +116,14 @@ def comparison(tried: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _say_layers(console: Console, receipt: dict[str, Any]) -> None:
+def _say_layers(console: Terminal, receipt: dict[str, Any]) -> None:
     if (layers := receipt.get("layers")) and layers["gemm_share"]:
         share = ", ".join(f"{part:.1%} in {name}" for name, part in layers["gemm_share"].items())
         fused = f"{layers['fused_attention']} of {layers['softmaxes']}"
         console.print(f"matrix products: {share}; attention fused in {fused} layers")
 
 
-def _say_proof(console: Console, receipt: dict[str, Any]) -> None:
+def _say_proof(console: Terminal, receipt: dict[str, Any]) -> None:
     from bertforge.engines.receipt import verdict
     from bertforge.evaluation.agreement import Agreement
 
@@ -178,7 +178,7 @@ def benchmark(
     from bertforge.benchmark.run import run_benchmark
     from bertforge.benchmark.table import summary, write
 
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Terminal()
     found = run_benchmark(
         model, data, targets, quantized=quantized, split=split, rows=rows, repeats=repeats, say=console.print
     )

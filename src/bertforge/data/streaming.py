@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from bertforge.terminal import Terminal, visible
 
 T = TypeVar("T")
 _END = object()
@@ -48,9 +49,9 @@ def progress(doing: str) -> Iterator[Report]:
 
     It draws on a terminal only, so a log file is not filled with it.
     """
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.fields[rows]:,} rows, {task.fields[rate]:,.0f} rows/s"),
@@ -59,7 +60,7 @@ def progress(doing: str) -> Iterator[Report]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(doing, total=1.0, rows=0, rate=0.0)
+        task = bar.add_task(visible(doing), total=1.0, rows=0, rate=0.0)
 
         def report(rows: int, share_done: float) -> None:
             elapsed = bar.tasks[0].elapsed or 0.0
