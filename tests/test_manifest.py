@@ -208,7 +208,7 @@ def test_a_manifest_without_a_field_that_readers_need_is_damaged(tmp_path):
 
 
 def test_the_command_that_builds_an_engine_again_names_its_folder_where_it_must():
-    kind, command = ("openvino", "int8"), "bertforge compile {} --target openvino --precision int8"
+    kind, command = ("openvino", "int8"), "bertforge compile {} --target openvino --precision int8 --data DATA"
     assert compile_command(Path("m/engines/openvino-int8"), *kind) == command.format("m")
     assert compile_command(Path("m/engines/auto"), *kind) == command.format("m") + " --out m/engines/auto"
     assert compile_command(Path("e"), *kind) == command.format("MODEL") + " --out e"

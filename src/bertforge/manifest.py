@@ -26,6 +26,7 @@ from typing import Any
 from bertforge.artifact import versions
 from bertforge.digests import digest_file, read_sealed, write_sealed
 from bertforge.errors import ArtifactError
+from bertforge.scales import FORMATS
 
 MANIFEST = "bertforge.json"
 RUNNING = "running.json"  # in its place: the recipe and data of a run that has not ended
@@ -86,6 +87,8 @@ def read_manifest(directory: Path, *kinds: str) -> dict[str, Any]:
 def peek_manifest(directory: Path, *kinds: str) -> dict[str, Any]:
     """The manifest alone, whatever became of the files, for one about to write them anew; see `read_manifest`."""
     hint = " or ".join(f"`{_MADE_BY[kind].format('DIR')}`" for kind in kinds if kind in _MADE_BY)
+    if len(kinds) > 3:
+        hint = " or ".join(f"`{' '.join(_MADE_BY[kind].split()[:2])}`" for kind in kinds)
     path = directory / MANIFEST
     if not path.is_file():
         if (directory / RUNNING).is_file():
@@ -147,6 +150,7 @@ def compile_command(engine: Path, target: str, precision: str) -> str:
     in_model = engine.parent.name == "engines"
     command = f"bertforge compile {engine.parent.parent if in_model else 'MODEL'}"
     command += f" --target {target} --precision {precision}"
+    command += " --data DATA" if precision in FORMATS else ""  # whose rows calibrate and prove 8 bits
     return command if in_model and engine.name == f"{target}-{precision}" else f"{command} --out {engine}"
 
 

@@ -107,6 +107,7 @@ def _made_report(labels: int, names: tuple[str, ...]) -> Report:
                 "questions_per_s": 290.0,
                 "accuracy": 0.8,
                 "accuracy_of_model": 0.81,
+                "ran": "bf16",
                 "rows": 1000,
                 "why": "",
             },

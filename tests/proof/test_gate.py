@@ -26,7 +26,7 @@ def test_two_rows_of_500_show_nothing():
     assert loss.low < 0.003 < loss.high
     assert loss.holds
     assert not loss.decided
-    assert "cannot tell whether more than 0.3% is lost" in str(loss)
+    assert "cannot tell whether more than 0.3 points are lost" in str(loss)
 
 
 def test_twenty_rows_of_500_show_that_accuracy_is_lost():
@@ -130,5 +130,5 @@ def test_accuracy_that_is_lost_is_refused_though_probabilities_hardly_move(setti
         return found
 
     monkeypatch.setattr(gate, "run", wrong)
-    with pytest.raises(PrecisionError, match=r"in fp32 loses accuracy on 1,000 validation rows: -\d\.\d\d% \("):
+    with pytest.raises(PrecisionError, match=r"in fp32 loses accuracy on 1,000 validation rows: -\d\.\d\d points \("):
         prove(reference, engine, None, rows, lambda text: None)

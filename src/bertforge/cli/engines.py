@@ -43,12 +43,13 @@ def compile_(
 
     The engine is loaded again from its files. Probes with nothing rounded
     show that every part of the model is there. The rows saved with the
-    model, and validation rows with --data, show that its precision costs
-    what it must and no accuracy. Otherwise nothing is kept. Where 8 bits
-    cost too much, the layers that suffer most are spared.
+    model, and validation rows with --data, show that its precision moves
+    the probabilities no more than it must. An engine that is shown to lose
+    accuracy is not kept. Where 8 bits cost too much, the layers that suffer
+    most are spared.
 
     With --data, auto builds every engine that this machine can run, times
-    those that keep the accuracy, and keeps the fastest. Without --data, it
+    those that pass, and keeps the fastest. Without --data, it
     builds one engine: bfloat16 where the CPU supports it, else float32. A
     quantized folder is compiled in its own 8 bits, and beside them in 16 or
     32, for 8 bits are not always faster.
@@ -110,6 +111,7 @@ def comparison(tried: list[dict[str, Any]]) -> Table:
         if candidate["why"]:
             table.add_row(name, "-", "-", "-", "-", candidate["why"])
             continue
+        name += ", mixed" if candidate["ran"] == "mixed" else ""
         why = "the fastest: kept" if place == 0 else "slower"
         accuracies = (f"{candidate[key]:.2%}" for key in ("accuracy", "accuracy_of_model"))
         table.add_row(name, f"{candidate['questions_per_s']:,.1f}", *accuracies, f"{candidate['rows']:,}", why)

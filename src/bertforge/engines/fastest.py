@@ -46,6 +46,7 @@ class Candidate:
                 "accuracy": self.receipt["validation_accuracy"],
                 "accuracy_of_model": self.receipt["validation_accuracy_model"],
                 "rows": self.receipt["accuracy_loss"]["rows"],
+                "ran": self.receipt["products"]["label"] if self.receipt.get("products") else self.precision,
             }
         return {"target": self.target, "precision": self.precision, **found, "why": self.why}
 
