@@ -16,7 +16,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from bertforge import __version__, threads
-from bertforge.cli import cross_validate, data, demo, doctor, engines, fit, infer, quantize, sample, train
+from bertforge.cli import check, cross_validate, data, demo, doctor, engines, fit, infer, quantize, sample, train
 from bertforge.errors import ArtifactError, BertforgeError, MachineError
 
 
@@ -85,6 +85,7 @@ app.command("merge")(infer.merge)
 app.command("quantize")(quantize.quantize)
 app.command("compile")(engines.compile_)
 app.command("benchmark")(engines.benchmark)
+app.command("check")(check.check)
 
 
 def _print_version(asked: bool) -> None:
