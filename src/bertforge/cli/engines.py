@@ -9,7 +9,7 @@ import typer
 from rich.box import SIMPLE
 from rich.table import Table
 
-from bertforge.artifact import compile_command
+from bertforge.manifest import compile_command
 from bertforge.terminal import Terminal
 
 Model = Annotated[Path, typer.Argument(help="Folder made by `bertforge merge`, by `train` in full, or by `quantize`.")]
@@ -102,16 +102,17 @@ def compile_(
 def comparison(tried: list[dict[str, Any]]) -> Table:
     """Every candidate as `Candidate.to_dict` gives it, and why all but the first were not kept."""
     table = Table(box=SIMPLE, pad_edge=False)
-    for title in ("engine", "rows/s", "accuracy"):
+    for title in ("engine", "rows/s", "accuracy", "model's", "rows"):
         table.add_column(title, no_wrap=True)
     table.add_column("")
     for place, candidate in enumerate(tried):
         name = f"{candidate['target']} {candidate['precision']}"
         if candidate["why"]:
-            table.add_row(name, "-", "-", candidate["why"])
+            table.add_row(name, "-", "-", "-", "-", candidate["why"])
             continue
         why = "the fastest: kept" if place == 0 else "slower"
-        table.add_row(name, f"{candidate['questions_per_s']:,.1f}", f"{candidate['accuracy']:.2%}", why)
+        accuracies = (f"{candidate[key]:.2%}" for key in ("accuracy", "accuracy_of_model"))
+        table.add_row(name, f"{candidate['questions_per_s']:,.1f}", *accuracies, f"{candidate['rows']:,}", why)
     return table
 
 

@@ -47,10 +47,11 @@ def evaluate(
 
         bertforge evaluate runs/first --data data --against runs/second
     """
-    from bertforge.artifact import MANIFEST, check_output, write_json
+    from bertforge.artifact import check_output, write_json
     from bertforge.errors import MachineError
     from bertforge.evaluation.report import metrics_markdown
     from bertforge.inference.evaluate import evaluate_run
+    from bertforge.manifest import MANIFEST
 
     console = Terminal()
     for path in (report, json_file):

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from bertforge import __version__, threads
-from bertforge.cli import cross_validate, data, demo, doctor, engines, fit, infer, quantize, sample, train
+from bertforge.cli import check, cross_validate, data, demo, doctor, engines, fit, infer, quantize, sample, train
 from bertforge.errors import ArtifactError, BertforgeError, MachineError
 from bertforge.terminal import Terminal, VisibleFormatter, visible
 
@@ -86,6 +86,7 @@ app.command("merge")(infer.merge)
 app.command("quantize")(quantize.quantize)
 app.command("compile")(engines.compile_)
 app.command("benchmark")(engines.benchmark)
+app.command("check")(check.check)
 
 
 def _print_version(asked: bool) -> None:

@@ -153,7 +153,7 @@ def run(
     again: str = "the same command with --resume goes on",
 ) -> dict[str, Any]:
     """Trains and shows how far it is; an interrupt says how to go on: `again`."""
-    from bertforge.artifact import RUNNING
+    from bertforge.manifest import RUNNING
     from bertforge.training.finetune import finetune
 
     console = Terminal(stderr=True)

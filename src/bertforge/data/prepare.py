@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bertforge.artifact import MANIFEST, fresh_directory, hash_file, read_manifest, write_manifest
+from bertforge.artifact import fresh_directory, hash_file
 from bertforge.data.chunks import Chunk
 from bertforge.data.dialect import Dialect
 from bertforge.data.features import FEATURES
@@ -45,6 +45,7 @@ from bertforge.data.streaming import ahead, progress
 from bertforge.data.tables import read_chunks
 from bertforge.data.tokens import Tokenizer, TokenWriter
 from bertforge.errors import DataError, UsageError
+from bertforge.manifest import MANIFEST, read_manifest, write_manifest
 
 FORMAT_VERSION = 2  # raise it when the meaning of a prepared file changes: older folders are then made again
 
@@ -115,8 +116,7 @@ def prepare(
         data.tokens(tokenizer)
         return replace(data, reused=True)
     with fresh_directory(out, replace=ours) as folder:
-        facts = _build(list(zip(files, read, strict=True)), folder, tokenizer, options)
-        written = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(_core_files(folder))}
+        facts = _build(list(zip(files, read, strict=True)), folder, tokenizer, fingerprint, options)
         write_manifest(
             folder,
             "data",
@@ -125,7 +125,6 @@ def prepare(
             more_sources=sources[1:],
             options=asdict(options),
             **facts,
-            files=written,
         )
     _remove_abandoned(out)
     return PreparedData.open(out)
@@ -150,11 +149,6 @@ def _runs(pid: int) -> bool:
     return True
 
 
-def _core_files(folder: Path) -> list[Path]:
-    """The files without which the folder is damaged; tokens can be made again from them."""
-    return [path for path in (*folder.iterdir(), *(folder / "splits").iterdir()) if path.is_file()]
-
-
 @dataclass(frozen=True)
 class _File:
     """A table and the part of a split that its rows are."""
@@ -164,7 +158,11 @@ class _File:
 
 
 def _build(
-    tables: list[tuple[_File, Iterator[Chunk]]], folder: Path, tokenizer: Tokenizer, options: PrepareOptions
+    tables: list[tuple[_File, Iterator[Chunk]]],
+    folder: Path,
+    tokenizer: Tokenizer,
+    fingerprint: str,
+    options: PrepareOptions,
 ) -> dict[str, Any]:
     """Writes every file but the manifest, and returns what the manifest says about them."""
     first = next(tables[0][1])
@@ -178,7 +176,7 @@ def _build(
     tables[0] = (tables[0][0], chain([first], tables[0][1]))
     with (
         RowWriter(folder, schema, options.split_column) as rows,
-        TokenWriter(folder / "tokens" / tokens_key(tokenizer), tokenizer) as tokens,
+        TokenWriter(folder / "tokens" / tokens_key(tokenizer), tokenizer, fingerprint) as tokens,
         progress("preparing") as report,
         closing(ahead(_taken(rows, tables, first.table.column_names))) as batches,
     ):

@@ -39,9 +39,13 @@ def in_a_thread(work: Callable[[], T]) -> T:
         return pool.submit(work).result()
 
 
+Report = Callable[[int, float], None]
+"""`report(rows_so_far, share_done)`."""
+
+
 @contextmanager
-def progress(doing: str) -> Iterator[Callable[[int, float], None]]:
-    """A bar on stderr with rows/s and the time left; yields `report(rows_so_far, share_done)`.
+def progress(doing: str) -> Iterator[Report]:
+    """A bar on stderr with rows/s and the time left; yields what moves it.
 
     It draws on a terminal only, so a log file is not filled with it.
     """

@@ -5,7 +5,7 @@ most MAX_TOKENS: what is cut is the end of the text, and [CLS] and [SEP] stay.
 
 On disk: `ids.npy`, all rows' ids one after another (uint16 while the vocabulary fits, else uint32), and `offsets.npy`,
 int64 [rows + 1], so row i is ids[offsets[i]:offsets[i + 1]]. Both are memory-mapped when read: nothing is padded,
-nothing is pickled, and a table of any size opens at once.
+nothing is pickled, and a table of any size opens at once. A manifest beside them says of which data they are.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from tokenizers.processors import BertProcessing
 from bertforge.artifact import write_atomic, write_json
 from bertforge.data.streaming import ahead
 from bertforge.errors import ArtifactError
+from bertforge.manifest import read_manifest, remake, write_manifest
 
 MAX_TOKENS = 512  # [CLS] and [SEP] included; BERT has this many positions
 _HEAD_CHARACTERS = 2560  # of a long text, tokenized first: 4% of the real questions are longer, 0.1% need their rest
@@ -186,7 +187,13 @@ class TokenStore:
     """[rows + 1]."""
 
     @classmethod
-    def open(cls, directory: Path) -> TokenStore:
+    def open(cls, directory: Path, fingerprint: str) -> TokenStore:
+        """Reads what a TokenWriter wrote; raises ArtifactError when it is damaged, or not of that prepared data."""
+        manifest = read_manifest(directory, "tokens")
+        if manifest["fingerprint"] != fingerprint:
+            raise ArtifactError(
+                f"{directory} holds the tokens of another table; {remake(directory, 'tokens', manifest)}"
+            )
         return cls(np.load(directory / "ids.npy", mmap_mode="r"), np.load(directory / "offsets.npy", mmap_mode="r"))
 
     def __len__(self) -> int:
@@ -203,11 +210,12 @@ class TokenStore:
 
 
 class TokenWriter:
-    """Appends ids to `ids.npy`, and on leaving writes `offsets.npy` and the tokenizer beside it."""
+    """Appends ids to `ids.npy`, and on leaving writes `offsets.npy`, the tokenizer and a manifest beside it."""
 
-    def __init__(self, directory: Path, tokenizer: Tokenizer) -> None:
+    def __init__(self, directory: Path, tokenizer: Tokenizer, fingerprint: str) -> None:
+        """`fingerprint` is that of the prepared data whose texts are appended."""
         directory.mkdir(parents=True, exist_ok=True)
-        self._directory, self._tokenizer = directory, tokenizer
+        self._directory, self._tokenizer, self._fingerprint = directory, tokenizer, fingerprint
         self._file: IO[bytes] = (directory / "ids.npy").open("wb")
         self._lengths: list[NDArray[np.int64]] = [np.zeros(1, dtype=np.int64)]
         self._count = 0  # tokens
@@ -233,6 +241,14 @@ class TokenWriter:
             np.save(self._directory / "offsets.npy", np.cumsum(np.concatenate(self._lengths)))
             self._tokenizer.save(self._directory)
         self._file.close()
+        if kind is None:
+            write_manifest(
+                self._directory,
+                "tokens",
+                tokenizer=self._tokenizer.fingerprint,
+                fingerprint=self._fingerprint,
+                rows=self.rows,
+            )
 
     def _write_header(self) -> None:
         """A .npy header of 128 bytes whatever the count, so that the final one fits where the first one stood.
