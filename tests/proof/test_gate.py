@@ -98,7 +98,7 @@ def test_more_rows_are_asked_until_they_tell(setting, monkeypatch):
     proof = prove(reference, engine, None, rows, said.append)
     assert said == []
     assert proof["accuracy_loss"]["rows"] == 1000
-    assert proof["told"] == "1,000 validation rows: +0.00% (-0.20% to +0.20%)"
+    assert proof["told"] == "1,000 validation rows: +0.00 points (-0.20 to +0.20)"
     monkeypatch.setattr(gate, "FIRST_ROWS", 100)
     assert prove(reference, engine, None, rows, said.append)["accuracy_loss"]["rows"] == 1600
     assert said == [
