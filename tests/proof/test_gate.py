@@ -49,7 +49,7 @@ def test_rows_that_all_agree_leave_a_doubt_that_more_rows_take_away():
     assert few.high > 0.003 > many.high
     assert not few.decided
     assert many.decided
-    assert "+0.00%" in str(many)
+    assert "+0.00 points" in str(many)
 
 
 def test_the_interval_covers_as_often_as_it_says():
