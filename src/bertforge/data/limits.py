@@ -30,8 +30,8 @@ WORKBOOK_BYTES = 512 << 20
 """An Excel file's parts unpacked: its strings and each cell are held whole while it is read."""
 SHEET_ROWS = 1 << 20
 """Excel's own limit."""
-UNREADABLE_ROWS = 100_000
-"""More unreadable rows than this, and than good ones, mean that the file is no such table or is read wrongly."""
+UNREADABLE_LINES = 100_000
+"""More unreadable lines than this, and than good rows, mean that the file is no such table or is read wrongly."""
 SHOWN = 10_000
 """What `set_aside.jsonl` keeps of a longer cell or row."""
 

@@ -59,14 +59,14 @@ def read_chunks(
 
 
 def _checked(chunks: Iterator[Chunk], source: Path | pd.DataFrame) -> Iterator[Chunk]:
-    good = bad = 0
+    good = bad = 0  # lines of a bad row: one with a broken quote may have thousands
     for chunk in map(without_long_cells, chunks):
         good += len(chunk.line)
-        bad += len(chunk.bad)
-        if bad > limits.UNREADABLE_ROWS and bad > good:
+        bad += sum(1 if isinstance(row.raw, dict) else max(1, row.raw.count("\n")) for row in chunk.bad)
+        if bad > limits.UNREADABLE_LINES and bad > good:
             first = chunk.bad[0]
             raise DataError(
-                f"{bad:,} of the first {good + bad:,} rows of {source} cannot be read, line {first.line:,} because of: "
+                f"{bad:,} lines of {source} cannot be read, and {good:,} rows can; line {first.line:,} has: "
                 f"{first.reason}; correct them, or say how the table is written with --separator and --encoding"
             )
         yield chunk
@@ -103,7 +103,8 @@ def _parquet(path: Path, chunk_rows: int, *, named: Sequence[str]) -> Iterator[C
             if repeated := [name for name, count in Counter(names).items() if count > 1]:
                 raise DataError(f"{path} has two columns of one name: {abbreviate(sorted(repeated))}; rename one")
             schema = pa.schema([f for f in file.schema_arrow if f.name in named or not _is_bytes(f.type)])
-            pieces = _within_limit(file.iter_batches(_rows_at_once(path, file, schema), columns=schema.names), path)
+            read = file.iter_batches(_rows_at_once(path, file, schema), columns=schema.names)
+            pieces = _within_limit(map(_decoded, read), path)
             for chunk in _numbered(_joined(pieces, limits.chunk_rows(len(schema), chunk_rows)), schema):
                 yield replace(chunk, done=chunk.line[-1] / total if len(chunk.line) else 1.0)
     except (pa.ArrowException, OSError) as error:
@@ -115,7 +116,7 @@ def _rows_at_once(path: Path, file: pq.ParquetFile, schema: pa.Schema) -> int:
     any number of times.
     """
     longest = 0
-    texts = [field.name for field in schema if _is_text(field.type)]
+    texts = [field.name for field in schema if _is_text(_value_type(field.type))]
     with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, read_dictionary=texts) as coded:
         for group in range(file.num_row_groups if texts else 0):
             if file.metadata.row_group(group).total_byte_size > limits.CELL:
@@ -124,6 +125,12 @@ def _rows_at_once(path: Path, file: pq.ParquetFile, schema: pa.Schema) -> int:
                         longest, *(pc.max(pc.binary_length(c.dictionary)).as_py() or 0 for c in batch.columns)
                     )
     return max(1, min(_PIECE_ROWS, _PIECE_ROWS * limits.CELL // max(1, longest)))
+
+
+def _decoded(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Dictionaries as the values they stand for."""
+    columns = [c.dictionary_decode() if pa.types.is_dictionary(c.type) else c for c in batch.columns]
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
 def _within_limit(batches: Iterator[pa.RecordBatch], path: Path) -> Iterator[pa.RecordBatch]:
@@ -159,7 +166,7 @@ def _frame_batches(frame: pd.DataFrame, chunk_rows: int) -> Iterator[pa.RecordBa
         raise DataError(f"a column of the frame mixes types ({str(error).splitlines()[0]})") from error
     if not len(table):
         return iter([pa.RecordBatch.from_pylist([], schema=table.schema)])
-    return _joined(iter(table.to_batches(max_chunksize=min(chunk_rows, _PIECE_ROWS))), chunk_rows)
+    return _joined(map(_decoded, table.to_batches(max_chunksize=min(chunk_rows, _PIECE_ROWS))), chunk_rows)
 
 
 def _numbered(batches: Iterator[pa.RecordBatch], schema: pa.Schema | None = None) -> Iterator[Chunk]:
@@ -167,7 +174,7 @@ def _numbered(batches: Iterator[pa.RecordBatch], schema: pa.Schema | None = None
     start = 1
     for batch in batches:
         table, line, bad = _typed_to_strings(batch, start)
-        declared_text = frozenset(field.name for field in batch.schema if _is_text(_value_type(field.type)))
+        declared_text = frozenset(field.name for field in batch.schema if _is_text(field.type))
         start += batch.num_rows
         yield Chunk(table, line, bad, 1.0, declared_text)
     if start == 1 and schema is not None:
@@ -195,9 +202,7 @@ def _typed_to_strings(batch: pa.RecordBatch, start: int) -> tuple[pa.Table, NDAr
 
 def _strings(column: pa.Array) -> pa.Array:
     """One column of any type -> strings, "" for null; raises ArrowInvalid where text is no UTF-8."""
-    kind = _value_type(column.type)
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
+    kind = column.type
     if _is_text(kind):  # Parquet does not promise that its strings are UTF-8, and only a cast from binary looks
         column = column.cast(pa.large_binary()).cast(STRING)
     elif pa.types.is_floating(kind):

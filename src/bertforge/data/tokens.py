@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import sys
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +36,7 @@ from bertforge.errors import ArtifactError
 
 MAX_TOKENS = 512  # [CLS] and [SEP] included; BERT has this many positions
 _WINDOW = 1024  # characters of a text that are tokenized at once, and the rest of the word that they end in
+_PLAIN = re.compile("[A-Za-z0-9]*")  # letters that no normalizer removes and no pre-tokenizer splits
 _BATCH = 1024  # texts given to `tokenizers` at once: its result takes some 30 KB a text until the ids are taken out
 _BATCH_CHARACTERS = 1 << 19  # of which each may become a token of 400 bytes
 _UNBROKEN = 1 << 16  # characters read of a text where no windows can be cut
@@ -52,6 +55,7 @@ class Tokenizer:
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.cls_id, self.sep_id, self.pad_id = (self._special(token) for token in ("[CLS]", "[SEP]", "[PAD]"))
         self._break = breaks(backend) if backend.encode("").ids == [self.cls_id, self.sep_id] else None
+        self._longest_word = _longest_word(backend)
         self._serialised: str = backend.to_str()
         self.fingerprint = "sha256:" + hashlib.sha256(self._serialised.encode()).hexdigest()
 
@@ -141,7 +145,7 @@ class Tokenizer:
         left = [(row, 0, MAX_TOKENS - 2) for row in range(len(texts))]  # row, where its next window starts, tokens
         while left:
             ends = [self._window_end(texts[row], start) for row, start, _ in left]
-            windows = [texts[row][start:end] for (row, start, _), end in zip(left, ends, strict=True)]
+            windows = [self._window(texts[row], start, end) for (row, start, _), end in zip(left, ends, strict=True)]
             more = []
             for (row, _, wanted), end, encoding in zip(left, ends, encode(windows), strict=True):
                 found[row].append(encoding)
@@ -153,11 +157,18 @@ class Tokenizer:
 
     def _window_end(self, text: str, start: int) -> int:
         if self._break is None:
-            return _UNBROKEN
+            return min(len(text), _UNBROKEN)
         if len(text) <= start + _WINDOW:
             return len(text)
         found = self._break.search(text, start + _WINDOW)
         return found.start() if found else len(text)
+
+    def _window(self, text: str, start: int, end: int) -> str:
+        """`text[start:end]`, or less of it where its last word is so long that it is [UNK] whatever follows."""
+        last_word, sure = start + _WINDOW, start + _WINDOW + self._longest_word + 1
+        if end > sure and _PLAIN.fullmatch(text, last_word, end):
+            return text[start:sure]
+        return text[start:end]
 
     def _special(self, token: str) -> int:
         found = self._backend.token_to_id(token)
@@ -167,15 +178,23 @@ class Tokenizer:
 
 
 def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """`texts` in order, at most _BATCH of them and _BATCH_CHARACTERS together, or one that is longer."""
+    """`texts` in order, at most _BATCH of them and _BATCH_CHARACTERS in their windows."""
     start = characters = 0
     for row, text in enumerate(texts):
-        if row > start and (row - start == _BATCH or characters + len(text) > _BATCH_CHARACTERS):
+        if row - start == _BATCH or characters > _BATCH_CHARACTERS:
             yield texts[start:row]
             start, characters = row, 0
-        characters += len(text)
+        characters += min(len(text), _WINDOW)
     if start < len(texts):
         yield texts[start:]
+
+
+def _longest_word(backend: tokenizers.Tokenizer) -> int:
+    """Letters of the longest word that is not [UNK]; more than any text has where that is not known."""
+    added = (token.content for token in backend.get_added_tokens_decoder().values())
+    if not isinstance(backend.model, WordPiece) or any(map(_PLAIN.fullmatch, added)):
+        return sys.maxsize
+    return int(backend.model.max_input_chars_per_word)
 
 
 def _from_vocabulary(path: Path) -> tokenizers.Tokenizer:
