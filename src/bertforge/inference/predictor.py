@@ -27,10 +27,10 @@ from bertforge.engines.run import run
 from bertforge.errors import ArtifactError, DataError, MachineError, UsageError
 from bertforge.hardware import Hardware, choose_precision, detect
 from bertforge.inference.inputs import Given, read_inputs
-from bertforge.lora.adapter_io import ADAPTER_CONFIG, load_adapter
+from bertforge.lora.adapter_io import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
 from bertforge.manifest import compile_command, read_manifest, remake
 from bertforge.model import weights
-from bertforge.model.classifier import BertForSequenceClassification
+from bertforge.model.classifier import BertForSequenceClassification, check_size
 from bertforge.model.config import BertConfig
 from bertforge.models import resolve, weights_file
 from bertforge.proof.golden import GoldenRows
@@ -270,7 +270,9 @@ def load_model(directory: Path, manifest: dict[str, Any]) -> BertForSequenceClas
             f"the adapter in {directory} was trained on {manifest['base']['model']} with weights "
             f"{manifest['base']['weights']}, but {base} holds {found}"
         )
-    model = BertForSequenceClassification(BertConfig.load(directory))
+    config = BertConfig.load(directory)
+    check_size(config, directory, weights_file(base), directory / ADAPTER_WEIGHTS)
+    model = BertForSequenceClassification(config)
     weights.load(model, base, drop=weights.TASK_HEADS)  # the adapter brings its own
     load_adapter(model, directory)
     return model.eval()
