@@ -2,22 +2,24 @@
 
 Everything is written beside its final name and renamed: a rename within one folder is atomic on POSIX, so a reader sees
 the old artifact or the new one. What a folder is and whether it is whole, `manifest.py` knows.
+`locks.py` says how two writers are kept apart, and what becomes of what a killed one left.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import platform
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from bertforge.errors import ArtifactError, UsageError
+from bertforge.locks import beside, locked, new_file, tidy
 
 _LIBRARIES = ("bertforge", "torch", "numpy", "pandas", "pyarrow", "tokenizers", "safetensors")
 
@@ -50,15 +52,37 @@ def check_output(path: Path) -> None:
         raise UsageError(f"{path} cannot be written: no write permission for {above}; name another path")
 
 
+@contextmanager
+def output_files(*paths: Path | None) -> Iterator[None]:
+    """Checks that each file that is named can be written, and lets no other command write it meanwhile.
+
+    Raises UsageError as `check_output` does, and BusyError as `locked` does.
+    """
+    with ExitStack() as stack:
+        for path in filter(None, paths):
+            check_output(path)
+            stack.enter_context(locked(path))
+        yield
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Lets an OSError inside name `path`: a write to a full disk does not say which file it was."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.strerror = os.strerror(error.errno) if error.errno else str(error)
+            error.errno, error.filename = error.errno or errno.EIO, str(path)
+        raise
+
+
 def write_atomic(path: Path, content: str | bytes) -> Path:
     """Writes `content` beside `path`, then renames it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        beside.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(path) as file:
+            file.write(content.encode() if isinstance(content, str) else content)
     return path
 
 
@@ -71,25 +95,23 @@ def write_json(path: Path, value: Any) -> Path:
 def fresh_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yields an empty folder beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
 
-    An older `path` is moved aside, not deleted, until the new one stands in its place. Raises ArtifactError when `path`
-    is a file, or already holds something and `replace` is false.
+    No other command writes `path` meanwhile (see `locked`). An older `path` is moved aside, not
+    deleted, until the new one stands in its place. Raises ArtifactError when `path` is a file, or already holds
+    something and `replace` is false.
     """
     path = path.resolve()  # `.` has no name to write beside
-    if path.is_file() or (path.exists() and not replace and any(path.iterdir())):
-        raise ArtifactError(f"{path} already exists and is not empty; name another folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    aside = beside.with_suffix(".old")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    try:
-        yield beside
-        if path.exists():
-            os.replace(path, aside)
-        os.replace(beside, path)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        if path.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-        elif aside.exists():
-            os.replace(aside, path)
+    with locked(path), naming(path):
+        if path.is_file() or (path.exists() and not replace and any(path.iterdir())):
+            raise ArtifactError(f"{path} already exists and is not empty; name another folder")
+        partial, old = beside(path, "partial"), beside(path, "old")
+        try:
+            partial.mkdir()
+        except FileExistsError as error:
+            raise ArtifactError(f"{partial} is in the way; remove it: rm -r {partial}") from error
+        try:
+            yield partial
+            if path.exists():
+                os.replace(path, old)
+            os.replace(partial, path)
+        finally:
+            tidy(path)

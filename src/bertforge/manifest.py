@@ -26,10 +26,12 @@ from typing import Any
 from bertforge.artifact import versions
 from bertforge.digests import digest_file, read_sealed, write_sealed
 from bertforge.errors import ArtifactError
+from bertforge.locks import PATIENCE, BusyError, beside, leftovers, locked
 from bertforge.scales import FORMATS
 
 MANIFEST = "bertforge.json"
 RUNNING = "running.json"  # in its place: the recipe and data of a run that has not ended
+WHILE_TRAINING = ("checkpoint.safetensors", "best.safetensors", "start.safetensors", RUNNING)  # RUNNING goes last
 _CHECKED = ".checked.json"
 _STAMPED = ("data", "tokens")  # kinds that are not read whole each time
 _SETTLED = 1.0  # seconds: a file that changes twice within a tick of the clock keeps its stamp
@@ -84,8 +86,33 @@ def read_manifest(directory: Path, *kinds: str) -> dict[str, Any]:
     return manifest
 
 
+def put_right(directory: Path) -> None:
+    """What a reader of `directory` does first: what a killed command left there is put back or removed.
+
+    Raises BusyError when a command is writing the folder and nothing can be read there yet.
+    """
+    finished = (directory / MANIFEST).is_file()
+    if not leftovers(directory) and not (finished and (directory / RUNNING).is_file()):
+        return
+    try:
+        with locked(directory, patience=0 if finished else PATIENCE):
+            if (directory / MANIFEST).is_file():
+                for name in WHILE_TRAINING:
+                    (directory / name).unlink(missing_ok=True)
+    except BusyError:
+        if not finished:
+            raise
+    except OSError as error:  # a place where only reading is allowed
+        old = beside(directory.resolve(), "old")
+        if old.is_dir() and not directory.exists():
+            raise ArtifactError(
+                f"a command that was killed left {directory} under another name; put it back: mv {old} {directory}"
+            ) from error
+
+
 def peek_manifest(directory: Path, *kinds: str) -> dict[str, Any]:
     """The manifest alone, whatever became of the files, for one about to write them anew; see `read_manifest`."""
+    put_right(directory)
     hint = " or ".join(f"`{_MADE_BY[kind].format('DIR')}`" for kind in kinds if kind in _MADE_BY)
     if len(kinds) > 3:
         hint = " or ".join(f"`{' '.join(_MADE_BY[kind].split()[:2])}`" for kind in kinds)

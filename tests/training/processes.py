@@ -20,9 +20,7 @@ from bertforge.cli.main import main
 HELD = "held until a signal comes"
 HANGS = 300  # seconds: only what hangs takes so long
 _FORKED = multiprocessing.get_context("forkserver")
-_FORKED.set_forkserver_preload(
-    ["bertforge.cli.main", "bertforge.training.finetune", "torch.utils.tensorboard", "torch._inductor.config"]
-)
+_FORKED.set_forkserver_preload(["bertforge.cli.main", "bertforge.training.finetune", "torch._inductor.config"])
 
 
 class Alone:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -193,12 +194,15 @@ def test_an_interrupt_saves_a_checkpoint_and_loses_no_step(tmp_path, data, base,
     assert outcome(out, "lora") == uninterrupted["lora"]
 
 
-def test_ctrl_c_on_the_command_line(tmp_path, data, base):
+def test_ctrl_c_on_the_command_line(tmp_path, data, base, capsys):
     recipe, out, whole = tmp_path / "long.toml", tmp_path / "run", tmp_path / "whole"
     recipe.write_text(f"model = '{base}'\nepochs = 3\npatience = 3\nmax_length = 48\ntokens_per_step = 256\n")
     command = ["train", "--data", data, "--recipe", recipe, "--out", out, "--set", "precision=fp32", "lr=1e-3"]
     process = Alone(tmp_path / "said", *command, hold=0)
     held(process)
+    for more in ([], ["--resume"]):  # a live run is neither mixed with another nor gone on with
+        assert run_command(*command, *more) == 4
+        assert f"{out} is being written by process {process.pid}, since" in capsys.readouterr().err
     os.kill(process.pid, signal.SIGINT)
     code, _, said = ended(process)
     assert code == 130, said
@@ -281,15 +285,38 @@ def test_a_stopped_run_goes_on_only_on_its_own_base_and_kind_of_device(tmp_path,
         finetune(data, out, recipe, resume=True)
 
 
-@pytest.mark.parametrize("damage", [lambda text: text[:50], lambda text: "[]", lambda text: "{}"])
-def test_a_damaged_note_of_what_runs_is_named(tmp_path, data, base, damage):
-    out, recipe = tmp_path / "run", quick_recipe(base)
+DAMAGES = [lambda text: text[:50], lambda text: "[]", lambda text: "{}", lambda text: ""]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_note_of_what_runs_is_named_where_a_checkpoint_hangs_on_it(tmp_path, data, base, damage):
+    out, recipe = tmp_path / "run", quick_recipe(base, checkpoint_seconds=0)
     with pytest.raises(CrashError):
         finetune(data, out, recipe, show=crash_after(2))
     running = out / "running.json"
     running.write_text(damage(running.read_text()))
     with pytest.raises(ArtifactError, match=r"running\.json is damaged \(.*\); start the run anew: rm -r"):
         finetune(data, out, recipe, resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_damaged_note_locks_no_folder_that_holds_no_checkpoint(tmp_path, data, base, runs, caplog, resume):
+    out, recipe = tmp_path / "run", quick_recipe(base)
+    with pytest.raises(CrashError):
+        finetune(data, out, recipe, show=crash_after(2))
+    running = out / "running.json"
+    running.write_text(running.read_text()[:50])
+    finetune(data, out, recipe, resume=resume)
+    assert outcome(out, "full") == outcome(runs["full"], "full")
+    assert "running.json is damaged, and no checkpoint was saved yet: the run starts anew" in caplog.text
+
+
+def test_a_finished_run_loses_the_checkpoint_that_a_kill_left(tmp_path, data, base, runs):
+    out = shutil.copytree(runs["lora"], tmp_path / "run")
+    for name in TEMPORARY:
+        (out / name).write_bytes(b"left")
+    Predictor.load(out)
+    assert {path.name for path in out.iterdir()} == {path.name for path in runs["lora"].iterdir()}
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:1000])])

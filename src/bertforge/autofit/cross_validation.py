@@ -20,6 +20,7 @@ from bertforge.data.prepared import PreparedData
 from bertforge.errors import ArtifactError, DataError
 from bertforge.evaluation.metrics import Metrics, classification_metrics
 from bertforge.inference.evaluate import evaluate_run
+from bertforge.locks import locked
 from bertforge.manifest import MANIFEST, RUNNING, read_manifest
 from bertforge.training.config import Recipe
 
@@ -34,6 +35,13 @@ def cross_validate(data: Path, out: Path, recipe: Recipe, say: Callable[[str], o
 
     Raises DataError for data without folds, ArtifactError for a run in `out` of other data or settings.
     """
+    with locked(out):
+        return _cross_validate(data, out, recipe, say, train)
+
+
+def _cross_validate(
+    data: Path, out: Path, recipe: Recipe, say: Callable[[str], object], train: Train
+) -> dict[str, Any]:
     prepared = PreparedData.open(data)
     folds = [name for name in prepared.manifest["splits"] if name.startswith("fold-")]
     if not folds:

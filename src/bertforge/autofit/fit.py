@@ -43,6 +43,7 @@ from bertforge.inference.evaluate import evaluate_run
 from bertforge.inference.predictor import Predictor
 from bertforge.jobs.compile import compile_fastest
 from bertforge.jobs.merge import merge_run
+from bertforge.locks import locked
 from bertforge.lora.adapter_io import ADAPTER_CONFIG
 from bertforge.manifest import MANIFEST, RUNNING, read_manifest, write_manifest
 from bertforge.models import resolve
@@ -135,6 +136,11 @@ def fit_table(
 
     `say` is told each stage, `train` trains and shows how far it is.
     """
+    with locked(out):
+        return _fit_table(table, out, options, say, train)
+
+
+def _fit_table(table: Path, out: Path, options: FitOptions, say: Say, train: Train) -> dict[str, Any]:
     state = _State.open(table, out, options)
     if state.is_finished:
         say(f"{out} holds this fit, finished: nothing to do")

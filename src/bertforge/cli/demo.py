@@ -28,13 +28,23 @@ def demo(
     model comes with the `demo` extra. The questions are made up, so the
     figures say how bertforge works and nothing about Stack Overflow.
     """
+    from bertforge.locks import locked
+
+    console = Terminal()
+    with locked(out):
+        _run(out, console)
+    console.print("next, with a table of your own:")
+    console.print("  bertforge fit TABLE.csv --label-column folder --out model")
+    console.print("  bertforge predict model NEW.csv --out predictions.csv")
+
+
+def _run(out: Path, console: Terminal) -> None:
     from bertforge.autofit.fit import FitOptions
     from bertforge.cli.fit import show_fit
     from bertforge.data.sample import sample_rows, write_sample
     from bertforge.inference.predict import predict_table
     from bertforge.inference.predictor import Predictor
 
-    console = Terminal()
     _start(out)
     table, model = out / "questions.csv", out / "model"
     console.print(
@@ -45,9 +55,6 @@ def demo(
     questions = write_sample(out / "new-questions.csv", sample_rows(NEW_ROWS, seed=7))
     done = predict_table(Predictor.load(model), questions, out / "predictions.csv")
     console.print(f"predicted {done.rows} new questions: {out / 'predictions.csv'}")
-    console.print("next, with a table of your own:")
-    console.print("  bertforge fit TABLE.csv --label-column folder --out model")
-    console.print("  bertforge predict model NEW.csv --out predictions.csv")
 
 
 def _start(out: Path) -> None:

@@ -179,11 +179,13 @@ def benchmark(
     """
     from bertforge.benchmark.run import run_benchmark
     from bertforge.benchmark.table import summary, write
+    from bertforge.locks import locked
 
-    console = Terminal()
-    found = run_benchmark(
-        model, data, targets, quantized=quantized, split=split, rows=rows, repeats=repeats, say=console.print
-    )
-    console.print(summary(found))
-    for path in write(out or model / "benchmark", found):
-        console.print(f"wrote {path}")
+    console, folder = Terminal(), out or model / "benchmark"
+    with locked(folder):
+        found = run_benchmark(
+            model, data, targets, quantized=quantized, split=split, rows=rows, repeats=repeats, say=console.print
+        )
+        console.print(summary(found))
+        for path in write(folder, found):
+            console.print(f"wrote {path}")

@@ -38,12 +38,10 @@ _MONEY: Columns = {
 
 def show_estimate(data: Path, recipe: Recipe, price_per_hour: float | None, json_file: Path | None) -> None:
     """Measures, prints the tables and writes `json_file`."""
-    from bertforge.artifact import check_output, write_json
+    from bertforge.artifact import write_json
     from bertforge.cli.quantize import telling
     from bertforge.training.estimate import estimate
 
-    if json_file:
-        check_output(json_file)
     with telling() as say:
         found = estimate(data, recipe, price_per_hour, say=say)
     console = Terminal()

@@ -47,37 +47,36 @@ def evaluate(
 
         bertforge evaluate runs/first --data data --against runs/second
     """
-    from bertforge.artifact import check_output, write_json
+    from bertforge.artifact import output_files, write_json
     from bertforge.errors import MachineError
     from bertforge.evaluation.report import metrics_markdown
     from bertforge.inference.evaluate import evaluate_run
     from bertforge.manifest import MANIFEST
 
     console = Terminal()
-    for path in (report, json_file):
-        if path:
-            check_output(path)
-    found = evaluate_run(run, data, split, against, dialect(encoding, separator))
-    console.print(f"{run} on {found.scored.source}: {len(found.scored.labels):,} rows")
-    if found.scored.made_up:
-        console.print(_MADE_UP)
-    if found.scored.left_out:
-        console.print(f"left out {found.scored.left_out:,} rows without a text and a known label")
-    console.print(metrics_markdown(found.metrics))
-    console.print(found.calibration)
-    if found.standing:
-        console.print(f"\n{found.standing.markdown()}")
-    if found.comparison:
-        console.print(found.comparison.verdict)
-    if json_file:
-        console.print(f"wrote {write_json(json_file, found.to_dict())}")
     scored = split or "test" if (data / MANIFEST).is_file() else f"table-{data.stem}"
-    try:
-        console.print(f"wrote {found.write_report(report or run / f'report-{scored}.html')}")
-    except MachineError as error:
-        if report:
-            raise
-        console.print(f"no report written: {error}")
+    written = report or run / f"report-{scored}.html"
+    with output_files(written if run.is_dir() else report, json_file):
+        found = evaluate_run(run, data, split, against, dialect(encoding, separator))
+        console.print(f"{run} on {found.scored.source}: {len(found.scored.labels):,} rows")
+        if found.scored.made_up:
+            console.print(_MADE_UP)
+        if found.scored.left_out:
+            console.print(f"left out {found.scored.left_out:,} rows without a text and a known label")
+        console.print(metrics_markdown(found.metrics))
+        console.print(found.calibration)
+        if found.standing:
+            console.print(f"\n{found.standing.markdown()}")
+        if found.comparison:
+            console.print(found.comparison.verdict)
+        if json_file:
+            console.print(f"wrote {write_json(json_file, found.to_dict())}")
+        try:
+            console.print(f"wrote {found.write_report(written)}")
+        except MachineError as error:
+            if report:
+                raise
+            console.print(f"no report written: {error}")
 
 
 def predict(

@@ -6,6 +6,7 @@ answers at once.
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from typing import Annotated, Any
@@ -17,6 +18,9 @@ from bertforge import __version__, threads
 from bertforge.cli import check, cross_validate, data, demo, doctor, engines, fit, infer, quantize, sample, train
 from bertforge.errors import ArtifactError, BertforgeError, MachineError
 from bertforge.terminal import Terminal, VisibleFormatter, visible
+
+# What to do where a disk is full; what writes files names them (`naming` in artifact.py).
+_FULL = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; free some space, then run the command again")
 
 
 class _Commands(TyperGroup):
@@ -40,8 +44,8 @@ class _Commands(TyperGroup):
         except OSError as error:
             if debug:
                 raise
-            path = error.filename2 or error.filename
-            reason = error.strerror or str(error)
+            path = error.filename2 or error.filename or ("standard output" if error.errno in _FULL else "")
+            reason = (error.strerror or str(error)) + _FULL.get(error.errno or 0, "")
             stderr.fail("error:", f"{path}: {reason}" if path else reason)
             raise typer.Exit(ArtifactError.exit_code) from None
         except Exception as error:

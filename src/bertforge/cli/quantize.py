@@ -55,20 +55,19 @@ def quantize(
         bertforge quantize models/first --data data --out models/first-int8 \\
             --max-drop 0.3
     """
-    from bertforge.artifact import check_output, write_json
+    from bertforge.artifact import output_files, write_json
     from bertforge.jobs.quantize import QuantizeOptions, quantize_model
     from bertforge.training.qat import tune
 
     console = Terminal()
-    if json_file:
-        check_output(json_file)
     drop = None if max_drop is None else max_drop / 100
     options = QuantizeOptions(precision, preset, calibration, smooth, rows, validation_rows, drop)
-    with telling() as say:
-        found = quantize_model(model, data, out, options, tune if qat else None, say)
-    print_quantization(console, found)
-    if json_file:
-        console.print(f"wrote {write_json(json_file, found)}")
+    with output_files(json_file):
+        with telling() as say:
+            found = quantize_model(model, data, out, options, tune if qat else None, say)
+        print_quantization(console, found)
+        if json_file:
+            console.print(f"wrote {write_json(json_file, found)}")
     console.print(f"wrote {out}")
     console.print(f"next: bertforge compile {out} --data {data}")
 

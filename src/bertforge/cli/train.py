@@ -98,6 +98,7 @@ def train(
     With --estimate instead of --out: the measured time, memory and cost of
     full fine-tuning, lora-r8 and lora-r8-last-4; no run is written.
     """
+    from bertforge.artifact import output_files
     from bertforge.cli.estimate import show_estimate
     from bertforge.errors import UsageError
     from bertforge.training.distributed import is_first, launched
@@ -112,7 +113,8 @@ def train(
             raise UsageError("--estimate writes no run; leave --out out")
         if launched() > 1:
             raise UsageError("--estimate measures one process; start it without torchrun")
-        show_estimate(data, chosen, price_per_hour, json_file)
+        with output_files(json_file):
+            show_estimate(data, chosen, price_per_hour, json_file)
         return
     for option, given in (("--price-per-hour", price_per_hour), ("--json", json_file)):
         if given is not None:

@@ -10,11 +10,8 @@ bytes and the options: preparing the same thing again returns at once, and anoth
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -45,6 +42,7 @@ from bertforge.data.streaming import ahead, progress
 from bertforge.data.tables import read_chunks
 from bertforge.data.tokens import Tokenizer, TokenWriter
 from bertforge.errors import DataError, UsageError
+from bertforge.locks import locked
 from bertforge.manifest import MANIFEST, read_manifest, write_manifest
 
 FORMAT_VERSION = 2  # raise it when the meaning of a prepared file changes: older folders are then made again
@@ -97,9 +95,16 @@ def prepare(
     """Prepares `table` into the folder `out`, or opens `out` when it holds just that already.
 
     The rows of `validation` and `test` are those parts of the split `given`; `table` then holds the train rows.
-    Raises DataError (the tables), UsageError (the options) or ArtifactError (`out` holds something else).
+    Raises DataError (the tables), UsageError (the options) or ArtifactError (`out` holds something else, or another
+    command is writing it).
     """
-    options = options or PrepareOptions()
+    with locked(out):
+        return _prepare(table, out, tokenizer, options or PrepareOptions(), validation, test)
+
+
+def _prepare(
+    table: Path, out: Path, tokenizer: Tokenizer, options: PrepareOptions, validation: Path | None, test: Path | None
+) -> PreparedData:
     files = [_File(part, path) for part, path in enumerate((table, validation, test)) if path]
     if len(files) > 1 and options.split_column:
         raise UsageError("--split-column and --validation or --test both give a split; name one of them")
@@ -126,27 +131,7 @@ def prepare(
             options=asdict(options),
             **facts,
         )
-    _remove_abandoned(out)
     return PreparedData.open(out)
-
-
-def _remove_abandoned(out: Path) -> None:
-    """Removes what processes that were killed had made of `out`: `.NAME.PID.partial` beside it."""
-    out = out.resolve()
-    for path in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
-        pid = path.name.removeprefix(f".{out.name}.").removesuffix(".partial")
-        if pid.isdecimal() and not _runs(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)  # sends nothing
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it is another user's
-        return True
-    return True
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ set_aside.jsonl         the other rows: line, reason, raw; the file, of those th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from bertforge.data.splits import PARTS
 from bertforge.data.streaming import ahead, progress
 from bertforge.data.tokens import Tokenizer, TokenStore, TokenWriter
 from bertforge.errors import DataError, UsageError
+from bertforge.locks import locked
 from bertforge.manifest import read_manifest
 
 TABLE_FILE, SET_ASIDE_FILE = "table.parquet", "set_aside.jsonl"
@@ -185,22 +187,30 @@ class PreparedData:
                 yield here.tolist(), table.take(here - starts[group])
 
     def tokens(self, tokenizer: Tokenizer) -> TokenStore:
-        """The ids of all rows under `tokenizer`; tokenizes the table first when that was not done before."""
+        """The ids of all rows under `tokenizer`; tokenizes the table first when that was not done before.
+
+        Of two commands that need the same tokens at once, one makes them and the other waits.
+        """
         directory = self.directory / "tokens" / tokens_key(tokenizer)
         if not directory.is_dir():
-            with (
-                fresh_directory(directory) as beside,
-                TokenWriter(beside, tokenizer, self.fingerprint) as writer,
-                pq.ParquetFile(self.directory / TABLE_FILE) as file,
-                progress("tokenizing") as report,
-            ):
-                batches = file.iter_batches(_STREAM_ROWS, columns=list(self.schema.text_columns))
-                read = (join_texts(pa.Table.from_batches([batch]), self.schema) for batch in batches)
-                with closing(ahead(read)) as chunks:
-                    for texts in chunks:
-                        writer.append(texts)
-                        report(writer.rows, writer.rows / len(self))
+            with locked(directory, patience=math.inf):
+                if not directory.is_dir():
+                    self._tokenize(directory, tokenizer)
         return TokenStore.open(directory, self.fingerprint)
+
+    def _tokenize(self, directory: Path, tokenizer: Tokenizer) -> None:
+        with (
+            fresh_directory(directory) as beside,
+            TokenWriter(beside, tokenizer, self.fingerprint) as writer,
+            pq.ParquetFile(self.directory / TABLE_FILE) as file,
+            progress("tokenizing") as report,
+        ):
+            batches = file.iter_batches(_STREAM_ROWS, columns=list(self.schema.text_columns))
+            read = (join_texts(pa.Table.from_batches([batch]), self.schema) for batch in batches)
+            with closing(ahead(read)) as chunks:
+                for texts in chunks:
+                    writer.append(texts)
+                    report(writer.rows, writer.rows / len(self))
 
     def _array(self, name: str) -> NDArray[Any]:
         stored: NDArray[Any] = np.load(self.directory / name, mmap_mode="r", allow_pickle=False)

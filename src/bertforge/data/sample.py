@@ -31,7 +31,7 @@ from random import Random
 
 import pandas as pd
 
-from bertforge.artifact import write_atomic
+from bertforge.artifact import output_files, write_atomic
 from bertforge.data.schema import TAGS
 from bertforge.errors import UsageError
 
@@ -231,9 +231,10 @@ def write_sample(path: Path, rows: Iterable[Row]) -> Path:
     """
     if path.suffix not in _SUFFIXES:
         raise UsageError(f"cannot write {path.name!r}; name a file that ends in {' or '.join(_SUFFIXES)}")
-    table = pd.DataFrame(rows, columns=list(COLUMNS))
-    if path.suffix == ".csv":
-        return write_atomic(path, table.to_csv(index=False, lineterminator="\n"))
-    content = io.BytesIO()
-    table.to_parquet(content, index=False)
-    return write_atomic(path, content.getvalue())
+    with output_files(path):
+        table = pd.DataFrame(rows, columns=list(COLUMNS))
+        if path.suffix == ".csv":
+            return write_atomic(path, table.to_csv(index=False, lineterminator="\n"))
+        content = io.BytesIO()
+        table.to_parquet(content, index=False)
+        return write_atomic(path, content.getvalue())

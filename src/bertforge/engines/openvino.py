@@ -57,7 +57,10 @@ def build(folder: Path, order: Order, hardware: Hardware) -> dict[str, Any]:
     # In float32 whatever is wanted: OpenVINO lowers it when it loads it.
     graph = export_onnx(order.model, folder / "graph.onnx", scales=order.scales)
     model = openvino.Core().read_model(str(graph))
-    openvino.save_model(model, str(folder / _FILE), compress_to_fp16=False)
+    try:
+        openvino.save_model(model, str(folder / _FILE), compress_to_fp16=False)
+    except RuntimeError as error:  # it says no more than "iostream error"
+        raise ArtifactError(f"{folder / _FILE} cannot be written ({error}); look whether the disk is full") from error
     _mark_precise(folder / _FILE)
     graph.unlink()
     return {}

@@ -10,22 +10,22 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bertforge.artifact import check_output
+from bertforge.artifact import naming, output_files
 from bertforge.data.dialect import Dialect
 from bertforge.data.raw import RawRows, read_raw
 from bertforge.data.streaming import progress
 from bertforge.errors import DataError, UsageError
 from bertforge.inference.predictor import Predictor
+from bertforge.locks import new_file
 
 FORMATS = (".csv", ".parquet", ".jsonl")
 _FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # OWASP's list; East Asian versions take the wide signs for the same
@@ -83,44 +83,33 @@ def _predict_chunk(predictor: Predictor, chunk: RawRows) -> pd.DataFrame:
 
 @contextmanager
 def _writer(out: Path, safe_csv: bool) -> Iterator[Callable[[pd.DataFrame], None]]:
-    """A function that appends frames to a file beside `out`, renamed into place when the block ends well."""
+    """A function that appends frames to a file that becomes `out` when the block ends well."""
     if out.suffix not in FORMATS:
         raise UsageError(f"--out {out} should end in {', '.join(FORMATS)}")
-    check_output(out)
-    beside = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    beside.unlink(missing_ok=True)  # of a process that was killed; rows are appended
-    parquet: pq.ParquetWriter | None = None
+    with output_files(out), naming(out), new_file(out) as file:
+        parquet: pq.ParquetWriter | None = None
 
-    def write(frame: pd.DataFrame) -> None:
-        nonlocal parquet
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.suffix == ".parquet":
-            table = pa.Table.from_pandas(frame, preserve_index=False, schema=_parquet_schema(frame))
-            parquet = parquet or pq.ParquetWriter(beside, table.schema)
-            parquet.write_table(table)
-        elif out.suffix == ".csv":
-            for name in ("label", "problem") if safe_csv else ():
-                frame[name] = frame[name].map(_harmless)
-            frame.to_csv(
-                beside,
-                mode="a",
-                index=False,
-                header=not beside.exists(),
-                quoting=csv.QUOTE_NONNUMERIC if safe_csv else csv.QUOTE_MINIMAL,
-            )
-        else:
-            with beside.open("a") as file:
+        def write(frame: pd.DataFrame) -> None:
+            nonlocal parquet
+            if out.suffix == ".parquet":
+                table = pa.Table.from_pandas(frame, preserve_index=False, schema=_parquet_schema(frame))
+                parquet = parquet or pq.ParquetWriter(file, table.schema)
+                parquet.write_table(table)
+            elif out.suffix == ".csv":
+                for name in ("label", "problem") if safe_csv else ():
+                    frame[name] = frame[name].map(_harmless)
+                quoting: Any = csv.QUOTE_NONNUMERIC if safe_csv else csv.QUOTE_MINIMAL
+                file.write(frame.to_csv(index=False, header=not file.tell(), quoting=quoting).encode())
+            else:
                 for row in frame.to_dict("records"):
                     clean = {str(name): None if value != value else value for name, value in row.items()}  # NaN
-                    file.write(json.dumps(clean) + "\n")
+                    file.write(f"{json.dumps(clean)}\n".encode())
 
-    try:
-        yield write
-        if parquet is not None:
-            parquet.close()
-        os.replace(beside, out)
-    finally:
-        beside.unlink(missing_ok=True)
+        try:
+            yield write
+        finally:  # while the file is open: it would else be closed later, with a complaint
+            if parquet is not None:
+                parquet.close()
 
 
 def _harmless(cell: object) -> object:

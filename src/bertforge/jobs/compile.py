@@ -32,6 +32,7 @@ from bertforge.errors import ArtifactError, MachineError, UsageError
 from bertforge.evaluation.logits import predict_logits
 from bertforge.hardware import Hardware, detect
 from bertforge.inference.predictor import Predictor, check_merged, plain_model
+from bertforge.locks import locked
 from bertforge.manifest import MANIFEST, amend_manifest, compile_command, peek_manifest, read_manifest, write_manifest
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.points import Unit, linears
@@ -173,7 +174,8 @@ def compile_model(
     hardware = detect()
     kind = check_target(target, precision, hardware)
     _check_precision(model, kind, precision, data)
-    return _compile(_Source.open(model, data, say), kind, precision, out, hardware)
+    with locked(out):
+        return _compile(_Source.open(model, data, say), kind, precision, out, hardware)
 
 
 def _compile(source: _Source, kind: Target, precision: str, out: Path, hardware: Hardware) -> dict[str, Any]:
@@ -277,6 +279,11 @@ def verify_engine(model: Path, engine: Path, data: Path | None, say: Say = lambd
     Raises ArtifactError for an engine of another model and for one that does not compute what the model does, which is
     not served from then on, whatever was shown before; MachineError where it cannot run.
     """
+    with locked(engine):
+        return _verify(model, engine, data, say)
+
+
+def _verify(model: Path, engine: Path, data: Path | None, say: Say) -> dict[str, Any]:
     manifest = read_manifest(engine, "engine")
     target, precision = manifest["target"], manifest["precision"]
     again = compile_command(engine, target, precision)
@@ -310,9 +317,9 @@ def compile_fastest(
     See `fastest`. Raises what is wrong with the model or the data before anything is written.
     """
     hardware = detect()
-    source = _Source.open(model, data, say, seconds)
-    source.rows(np.zeros(0, np.int64))  # which refuses data with other labels
     with fresh_directory(out) as folder:
+        source = _Source.open(model, data, say, seconds)
+        source.rows(np.zeros(0, np.int64))  # which refuses data with other labels
 
         def attempt(candidate: Candidate) -> Candidate:
             place, precision = folder / candidate.name, candidate.precision

@@ -20,6 +20,7 @@ from bertforge.data.tokens import Tokenizer
 from bertforge.errors import ArtifactError
 from bertforge.hardware import detect
 from bertforge.inference.predictor import load_model, verified_model
+from bertforge.locks import locked
 from bertforge.lora.adapter_io import ADAPTER_CONFIG
 from bertforge.lora.inject import merge, unmerged
 from bertforge.manifest import MANIFEST, read_manifest, write_manifest
@@ -39,6 +40,11 @@ def merge_run(run: Path, out: Path) -> dict[str, Any]:
     adapters computed apart, both in float64. Raises ArtifactError for a folder without adapters, and when the merged
     model is not the same function.
     """
+    with locked(out):
+        return _merge(run, out)
+
+
+def _merge(run: Path, out: Path) -> dict[str, Any]:
     manifest = read_manifest(run, "run", "model")
     if not (run / ADAPTER_CONFIG).is_file():
         what = "is a merged model" if manifest["kind"] == "model" else "was trained in full"

@@ -23,6 +23,7 @@ from bertforge.errors import ArtifactError, MachineError, UsageError
 from bertforge.evaluation.compare import compare
 from bertforge.evaluation.logits import predict_logits
 from bertforge.inference.predictor import Predictor, check_merged, load_model, plain_model
+from bertforge.locks import locked
 from bertforge.manifest import MANIFEST, read_manifest, write_manifest
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.points import Unit
@@ -105,6 +106,13 @@ def quantize_model(
     `tune` fine-tunes the quantized model; None leaves the weights as they are. `say` is told each stage. Raises
     ArtifactError for a run with adapters, MachineError without ModelOpt, DataError for calibration rows of one class.
     """
+    with locked(out):
+        return _quantize(model, data, out, options, tune, say)
+
+
+def _quantize(
+    model: Path, data: Path, out: Path, options: QuantizeOptions, tune: Tune | None, say: Say
+) -> dict[str, Any]:
     manifest = read_manifest(model, "run", "model")
     check_merged(model)
     if not util.find_spec("modelopt"):

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import platform
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -33,22 +35,24 @@ from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.evaluation.standing import standing
 from bertforge.evaluation.temperature import fit_temperature
 from bertforge.hardware import Hardware, choose_training_precision, detect
+from bertforge.locks import locked
 from bertforge.lora.adapter_io import save_adapter
 from bertforge.lora.config import LoraConfig
 from bertforge.lora.inject import inject_lora
-from bertforge.manifest import MANIFEST, RUNNING, write_manifest
+from bertforge.manifest import MANIFEST, RUNNING, WHILE_TRAINING, put_right, write_manifest
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.models import MINILM, MINILM_HUB_ID, minilm_folder, resolve, weights_file
 from bertforge.proof.golden import GoldenRows, spread_rows
 from bertforge.training.checkpoint import Progress, count_trainable
 from bertforge.training.config import Recipe
 from bertforge.training.distributed import World, joined
-from bertforge.training.loop import BEST, CHECKPOINT, Trainer
+from bertforge.training.loop import CHECKPOINT, Trainer
 from bertforge.training.schedule import Schedule
 from bertforge.training.sealed import read_tensors, write_tensors
 from bertforge.training.start import PROBE_SHARE, is_probed, probe
 
 START = "start.safetensors"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,13 +112,16 @@ def finetune(
 ) -> dict[str, Any]:
     """Trains and saves a run in `out`; returns its manifest. Under torchrun, all its processes train one model.
 
-    `started` and `show` are called in the first process alone. Raises ArtifactError when `out` holds a run already and
-    `resume` is false, or when the run to resume was started with another recipe, other data, another base model or on
-    another kind of device.
+    `started` and `show` are called in the first process alone. Raises ArtifactError when another command is training in
+    `out`, when `out` holds a run already and `resume` is false, or when the run to resume was started with another
+    recipe, other data, another base model or on another kind of device.
     """
     prepared = PreparedData.open(data)
     recipe = replace(recipe.on(prepared.schema), split=prepared.split_name(recipe.split))
-    with joined() as world:
+    with joined() as world, ExitStack() as held:
+        with world.together():
+            if world.first:  # for all of them
+                held.enter_context(locked(out))
         start = _start(data, out, recipe, resume, world)
         run, trainer, plan = start.run, start.trainer, start.plan
         if world.first:
@@ -139,10 +146,9 @@ def finetune(
         if world.first:
             found = standing(start.prepared, recipe.split, "validation", recipe.tabular, logits)
             manifest["baselines"] = found.to_dict()
-            temporaries = (CHECKPOINT, BEST, START, RUNNING)
-            write_manifest(out, "run", leave_out=temporaries, **manifest)
-            for temporary in temporaries:
-                (out / temporary).unlink(missing_ok=temporary == START)
+            write_manifest(out, "run", leave_out=WHILE_TRAINING, **manifest)
+            for name in WHILE_TRAINING:
+                (out / name).unlink(missing_ok=True)
         return manifest
 
 
@@ -154,7 +160,7 @@ def _start(data: Path, out: Path, recipe: Recipe, resume: bool, world: World) ->
     with world.together():
         prepared = PreparedData.open(data)
         if world.first:
-            _check_folder(out, resume)
+            resume = _check_folder(out, resume)
         hardware = detect()
         if hardware.device.type == "cuda":
             torch.cuda.set_device(hardware.device)
@@ -334,17 +340,35 @@ def _found_anywhere(model: str) -> str:
     return str(folder.resolve()) if model != MINILM and folder.is_dir() else model
 
 
-def _check_folder(out: Path, resume: bool) -> None:
-    """Raises ArtifactError when `out` holds no run to resume, or something that a new run must not be mixed with."""
+def _check_folder(out: Path, resume: bool) -> bool:
+    """Whether to resume the run in `out`: what was asked for, unless nothing of the run can be read or is worth it.
+
+    Raises ArtifactError when `out` holds no run to resume, or something that a new run must not be mixed with.
+    """
+    put_right(out)
     if (out / MANIFEST).is_file():
         raise ArtifactError(f"{out} holds a finished run; name another folder with --out")
     running = (out / RUNNING).is_file()
+    if running and not (out / CHECKPOINT).is_file() and not _is_readable(out / RUNNING):
+        log.warning(f"{out / RUNNING} is damaged, and no checkpoint was saved yet: the run starts anew")
+        for name in WHILE_TRAINING:
+            (out / name).unlink(missing_ok=True)
+        return False
     if resume and not running:
         raise ArtifactError(f"{out} holds no run to resume; start one without --resume")
     if running and not resume:
         raise ArtifactError(f"{out} holds a run that has not ended; go on with --resume, or remove it: rm -r {out}")
     if not resume and (out.is_file() or (out.exists() and any(out.iterdir()))):
         raise ArtifactError(f"{out} is not an empty folder; name another one with --out")
+    return resume
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        _read_running(path, {})
+    except ArtifactError:
+        return False
+    return True
 
 
 def _read_running(path: Path, identity: dict[str, Any]) -> str:
