@@ -94,7 +94,7 @@ def end_a_run(path: Path) -> None:
     from bertforge.manifest import WHILE_TRAINING, write_manifest
 
     with locked(path):
-        write_manifest(path, "fit", serves="run")
+        write_manifest(path, "fit", leave_out=WHILE_TRAINING, serves="run")
         for name in WHILE_TRAINING:
             (path / name).unlink(missing_ok=True)
 
