@@ -103,9 +103,10 @@ def _parquet(path: Path, chunk_rows: int, *, named: Sequence[str]) -> Iterator[C
             if repeated := [name for name, count in Counter(names).items() if count > 1]:
                 raise DataError(f"{path} has two columns of one name: {abbreviate(sorted(repeated))}; rename one")
             schema = pa.schema([f for f in file.schema_arrow if f.name in named or not _is_bytes(f.type)])
-            read = file.iter_batches(_rows_at_once(path, file, schema), columns=schema.names)
+            most = limits.chunk_rows(len(schema), chunk_rows)
+            read = file.iter_batches(min(most, _rows_at_once(path, file, schema)), columns=schema.names)
             pieces = _within_limit(map(_decoded, read), path)
-            for chunk in _numbered(_joined(pieces, limits.chunk_rows(len(schema), chunk_rows)), schema):
+            for chunk in _numbered(_joined(pieces, most), schema):
                 yield replace(chunk, done=chunk.line[-1] / total if len(chunk.line) else 1.0)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a readable Parquet file ({str(error).splitlines()[0]})") from error
