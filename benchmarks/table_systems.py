@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from bertforge.artifact import read_manifest
 from bertforge.autofit.columns import choose_columns
 from bertforge.autofit.fit import FitOptions, fit_table
 from bertforge.columns.transform import TabularSpec
@@ -35,6 +34,7 @@ from bertforge.data.prepared import PreparedData
 from bertforge.evaluation.baselines import baselines
 from bertforge.inference.predictor import Predictor
 from bertforge.inference.scoring import score
+from bertforge.manifest import read_manifest
 from bertforge.models import resolve
 from bertforge.training.config import load_recipe
 from bertforge.training.finetune import finetune

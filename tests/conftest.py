@@ -1,4 +1,4 @@
-"""Settings for every test, made before torch and huggingface_hub are imported: both read them only then."""
+"""Settings for every test, made before torch, huggingface_hub and onnxruntime are imported, which read them then."""
 
 import os
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 
 # Nothing may reach for a model hub, whatever the machine running the tests allows.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # some tests import onnxruntime themselves
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # The tests' models are tiny: one thread runs them as fast as two. Where more are asked for, they sleep while they wait
 # for one another: spinning, they take a core from the one that others wait for, and shared cores come to a standstill.

@@ -118,11 +118,11 @@ def replace_file(path: Path) -> None:
 
 def end_a_run(path: Path) -> None:
     """What is left of training goes once the manifest is written."""
-    from bertforge.artifact import WHILE_TRAINING, write_manifest
     from bertforge.locks import locked
+    from bertforge.manifest import WHILE_TRAINING, write_manifest
 
     with locked(path):
-        write_manifest(path, "fit", serves="run")
+        write_manifest(path, "fit", leave_out=WHILE_TRAINING, serves="run")
         for name in WHILE_TRAINING:
             (path / name).unlink(missing_ok=True)
 

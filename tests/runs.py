@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from bertforge.cli.main import main
 from bertforge.data.prepare import PrepareOptions, prepare
 from bertforge.data.sample import COLUMNS, sample_rows
 from bertforge.data.tokens import Tokenizer
+from bertforge.manifest import MANIFEST, write_manifest
 from bertforge.models import resolve
 from bertforge.training.config import Recipe
 from tests.model.tiny import tiny_bert
@@ -90,6 +92,16 @@ def quick_recipe(base: Path, kind: str = "full", **changes: Any) -> Recipe:
         **KINDS[kind],
     }
     return Recipe.from_dict(quick | changes)
+
+
+def reseal(folder: Path, **changes: Any) -> None:
+    """Makes the manifest fit the folder as it now is, with some fields changed; None drops a field."""
+    path = folder / MANIFEST
+    before = json.loads(path.read_text())
+    path.unlink()
+    kept = {name: value for name, value in before.items() if name not in ("kind", "versions", "files", "digest")}
+    fields = {name: value for name, value in (kept | changes).items() if name not in changes or value is not None}
+    write_manifest(folder, before["kind"], **fields)
 
 
 def run_command(*arguments: object) -> int:

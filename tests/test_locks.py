@@ -12,9 +12,11 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from bertforge import locks
-from bertforge.artifact import MANIFEST, WHILE_TRAINING, fresh_directory, put_right, read_manifest, write_atomic
+from bertforge.artifact import fresh_directory, write_atomic
+from bertforge.digests import write_sealed
 from bertforge.errors import ArtifactError
 from bertforge.locks import BusyError, locked
+from bertforge.manifest import MANIFEST, WHILE_TRAINING, put_right, read_manifest
 from tests import crashes
 from tests.crashes import FORKED, After, Before, died
 
@@ -234,7 +236,7 @@ def test_a_reader_of_what_is_not_written_yet_is_told_who_writes_it(tmp_path):
         with pytest.raises(BusyError, match=f"data is being written by process {process.pid}, since"):
             read_manifest(tmp_path / "data", "data")
         (tmp_path / "data").mkdir()
-        (tmp_path / "data" / MANIFEST).write_text('{"kind": "fit", "serves": "run"}')
+        write_sealed(tmp_path / "data" / MANIFEST, {"kind": "fit", "serves": "run", "files": {}})
         assert read_manifest(tmp_path / "data", "fit")["serves"] == "run", "an older one is read while it is replaced"
 
 

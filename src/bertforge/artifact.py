@@ -1,10 +1,8 @@
-"""Folders that describe themselves: `bertforge.json`, hashes, and writes that never leave a half-made file.
+"""Writes that never leave a half-made file or folder, hashes, and the versions that made something.
 
-Every folder bertforge writes (prepared data, a run, a merged model, later an engine) holds a `bertforge.json` with
-its `kind`, the versions that made it and the hash of its parent. A stage reads its parent's manifest first and
-refuses a wrong kind with the command that makes the right one. Everything is written beside its final name and
-renamed: a rename within one folder is atomic on POSIX, so a reader sees the old artifact or the new one. locks.py says
-how two writers are kept apart, and what becomes of what a killed one left.
+Everything is written beside its final name and renamed: a rename within one folder is atomic on POSIX, so a reader sees
+the old artifact or the new one. What a folder is and whether it is whole, `manifest.py` knows.
+`locks.py` says how two writers are kept apart, and what becomes of what a killed one left.
 """
 
 from __future__ import annotations
@@ -21,41 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from bertforge.errors import ArtifactError, UsageError
-from bertforge.locks import PATIENCE, BusyError, beside, leftovers, locked, new_file, tidy
+from bertforge.locks import beside, locked, new_file, tidy
 
-MANIFEST = "bertforge.json"
-RUNNING = "running.json"  # in its place: the recipe and data of a run that has not ended
-WHILE_TRAINING = ("checkpoint.safetensors", "best.safetensors", "start.safetensors", RUNNING)  # RUNNING goes last
 _LIBRARIES = ("bertforge", "torch", "numpy", "pandas", "pyarrow", "tokenizers", "safetensors")
-# What every reader of a kind relies on.
-_FIELDS = {
-    "data": ("fingerprint", "source", "schema", "rows", "label_counts", "columns", "splits", "files", "made_up"),
-    "run": ("recipe", "labels", "schema", "tabular", "data", "base", "golden"),
-    "model": ("recipe", "labels", "schema", "tabular", "data", "base", "golden"),
-    "quantized": ("recipe", "labels", "schema", "tabular", "data", "base", "golden", "quantization"),
-    "engine": (
-        "recipe",
-        "labels",
-        "schema",
-        "tabular",
-        "data",
-        "base",
-        "golden",
-        "target",
-        "precision",
-        "hashes",
-        "spared",
-    ),
-    "fit": ("serves",),
-}
-_MADE_BY = {
-    "data": "bertforge prepare TABLE --out DIR",
-    "run": "bertforge train --data DIR --out RUN",
-    "model": "bertforge merge RUN --out DIR",
-    "quantized": "bertforge quantize MODEL --data DIR --out DIR",
-    "engine": "bertforge compile MODEL --target openvino --precision bf16",
-    "fit": "bertforge fit TABLE --label-column L",
-}
 
 
 def versions(*more: str) -> dict[str, str]:
@@ -149,70 +115,3 @@ def fresh_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
             os.replace(partial, path)
         finally:
             tidy(path)
-
-
-def put_right(directory: Path) -> None:
-    """What a reader of `directory` does first: what a killed command left there is put back or removed.
-
-    Raises BusyError when a command is writing the folder and nothing can be read there yet.
-    """
-    finished = (directory / MANIFEST).is_file()
-    if not leftovers(directory) and not (finished and (directory / RUNNING).is_file()):
-        return
-    try:
-        with locked(directory, patience=0 if finished else PATIENCE):
-            if (directory / MANIFEST).is_file():
-                for name in WHILE_TRAINING:
-                    (directory / name).unlink(missing_ok=True)
-    except BusyError:
-        if not finished:
-            raise
-    except OSError as error:  # a place where only reading is allowed
-        old = beside(directory.resolve(), "old")
-        if old.is_dir() and not directory.exists():
-            raise ArtifactError(
-                f"a command that was killed left {directory} under another name; put it back: mv {old} {directory}"
-            ) from error
-
-
-def compile_command(engine: Path, target: str, precision: str) -> str:
-    """What builds the engine in the folder `engine` again; its model is known where the folder lies in the model's."""
-    in_model = engine.parent.name == "engines"
-    command = f"bertforge compile {engine.parent.parent if in_model else 'MODEL'}"
-    command += f" --target {target} --precision {precision}"
-    return command if in_model and engine.name == f"{target}-{precision}" else f"{command} --out {engine}"
-
-
-def write_manifest(directory: Path, kind: str, **fields: Any) -> Path:
-    """Writes `bertforge.json` into `directory`: its kind, the versions that made it, and `fields`."""
-    return write_json(directory / MANIFEST, {"kind": kind, "versions": versions(), **fields})
-
-
-def read_manifest(directory: Path, *kinds: str) -> dict[str, Any]:
-    """Reads `bertforge.json` and checks that its kind is one of `kinds`.
-
-    Raises ArtifactError naming the command that makes the right kind when the folder is missing, is something else,
-    or holds a damaged manifest.
-    """
-    put_right(directory)
-    hint = " or ".join(f"`{_MADE_BY[kind]}`" for kind in kinds if kind in _MADE_BY)
-    path = directory / MANIFEST
-    if not path.is_file():
-        if (directory / RUNNING).is_file():
-            raise ArtifactError(
-                f"{directory} holds a run that has not ended; go on with `bertforge train` and --resume"
-            )
-        what = "does not exist" if not directory.exists() else f"holds no {MANIFEST}"
-        raise ArtifactError(f"{directory} {what}; it should be a folder made by {hint}")
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-        kind = manifest["kind"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} is damaged ({error!r}); make the folder again with {hint}") from error
-    if kind not in kinds:
-        raise ArtifactError(
-            f"{directory} is of kind {kind!r}, but {' or '.join(kinds)} is needed: make one with {hint}"
-        )
-    if missing := [name for name in _FIELDS.get(kind, ()) if name not in manifest]:
-        raise ArtifactError(f"{path} is damaged (it lacks {missing[0]!r}); make the folder again with {hint}")
-    return manifest

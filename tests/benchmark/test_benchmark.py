@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 import bertforge
-from bertforge.artifact import MANIFEST, hash_file, read_manifest
+from bertforge.artifact import hash_file
 from bertforge.benchmark.memory import peak_memory_gb
 from bertforge.benchmark.roofline import add_shares, needed_flops, product_rate
 from bertforge.benchmark.run import _accuracy, _changed, chosen, run_benchmark
@@ -27,6 +27,7 @@ from bertforge.errors import ArtifactError, UsageError
 from bertforge.hardware import detect
 from bertforge.inference.predictor import Predictor
 from bertforge.jobs.quantize import QuantizeOptions, quantize_model
+from bertforge.manifest import MANIFEST, read_manifest
 from tests.model.tiny import tiny_bert
 from tests.runs import run_command
 

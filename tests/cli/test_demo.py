@@ -1,9 +1,9 @@
 """The demo writes into its own folder again and into no one else's; that it runs is what `make demo` shows."""
 
-from bertforge.artifact import read_manifest
 from bertforge.autofit import fit, search
 from bertforge.cli import demo
 from bertforge.engines.fastest import Candidate
+from bertforge.manifest import read_manifest
 from bertforge.training import schedule
 from tests.runs import needs_the_minilm_package, run_command
 

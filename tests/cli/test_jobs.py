@@ -141,6 +141,8 @@ def test_doctor_says_what_there_is_and_writes_json(tmp_path, capsys):
     assert machine["precision"] in ("fp32", "bf16")
     assert machine["name"] in said
     assert f"torch {found['versions']['torch']}" in said
+    assert f"telemetry   nothing calls home: {found['telemetry'].partition(': ')[2]}\n" in said
+    assert "online      nothing, for HF_HUB_OFFLINE forbids it\n" in said, "as the tests have it"
     for library in found["optional"]:
         assert library["name"] in said
         hinted = f"pip install 'bertforge[{library['extra']}]'" in said

@@ -91,7 +91,7 @@ def one_line(capsys):
         (
             ("train", "--data", "{data}", "--out", "{new}", "--variant", "bert-base"),  # the Hub is out of reach here
             4,
-            "could not be downloaded (the Hugging Face Hub cannot be reached); name a local folder, or --model minilm",
+            "could not be downloaded (HF_HUB_OFFLINE forbids it); name a local folder, or --model minilm",
         ),
         (("merge", "{run}", "--out", "{new}"), 4, "there is nothing to merge"),
     ],

@@ -94,16 +94,18 @@ def test_a_folder_without_a_bert_tokenizer_is_an_error(tmp_path: Path) -> None:
 
 
 def test_stored_rows_come_back_memory_mapped(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    with TokenWriter(tmp_path / "t", tokenizer) as writer:
+    with TokenWriter(tmp_path / "t", tokenizer, "of data") as writer:
         writer.append(TEXTS[:2])
         writer.append([])
         writer.append(TEXTS[2:])
-    store = TokenStore.open(tmp_path / "t")
+    store = TokenStore.open(tmp_path / "t", "of data")
     assert isinstance(store.ids, np.memmap)
     assert store.ids.dtype == np.uint16
     assert [store[row].tolist() for row in range(len(store))] == one_by_one(tokenizer, TEXTS)
     assert store.lengths.tolist() == [len(row) for row in one_by_one(tokenizer, TEXTS)]
     assert np.load(tmp_path / "t" / "ids.npy").tolist() == store.ids.tolist()
+    with pytest.raises(ArtifactError, match=r"holds the tokens of another table; .*tokenizes again: rm -r"):
+        TokenStore.open(tmp_path / "t", "of other data")
 
 
 def test_a_large_vocabulary_is_stored_in_four_bytes(vocabulary: Path) -> None:

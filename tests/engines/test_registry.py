@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bertforge.artifact import read_manifest
 from bertforge.benchmark.run import run_benchmark
 from bertforge.cli.doctor import examine
 from bertforge.engines.base import Target
@@ -19,6 +18,7 @@ from bertforge.errors import ArtifactError
 from bertforge.hardware import detect
 from bertforge.inference.predictor import Predictor
 from bertforge.jobs.compile import compile_model
+from bertforge.manifest import read_manifest
 from bertforge.model.classifier import BertForSequenceClassification
 
 TEXTS = ["How do I sort a list?", "Which laptop is best?"]

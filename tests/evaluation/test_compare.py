@@ -58,7 +58,9 @@ def test_counts_signs_and_verdict():
         - 0.6 * math.log1p(math.exp(-1)) - 0.4 * math.log1p(math.exp(1))
     )  # fmt: skip
     assert found.p_value == pytest.approx(exact_p(10, 40))
-    assert found.verdict == "lora is more accurate than base: +30.00 points (p = 2.4e-05, 50 of 100 labels differ)"
+    low, high = (f"{100 * bound:+.2f}" for bound in (found.accuracy_difference.low, found.accuracy_difference.high))
+    told = f"{low} to {high}, p = 2.4e-05, 50 of 100 labels differ"
+    assert found.verdict == f"lora is more accurate than base: +30.00 points ({told})"
     back = compare(logits_of(second), logits_of(first), labels, names=("lora", "base"), bootstrap=20)
     assert "base is less accurate than lora: -30.00 points" in back.verdict
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["verdict"] == found.verdict
@@ -68,7 +70,8 @@ def test_a_small_difference_is_not_called_one():
     labels = np.ones(100, dtype=int)
     first, second = np.array([1] * 80 + [0] * 20), np.array([1] * 83 + [0] * 17)
     verdict = compare(logits_of(first), logits_of(second), labels, bootstrap=20).verdict
-    assert verdict.startswith("no difference shown between second and first: +3.00 points (p = 0.25")
+    assert verdict.startswith("no difference shown between second and first: +3.00 points (+")
+    assert ", p = 0.25, 3 of 100 labels differ)" in verdict
 
 
 def test_pairing_narrows_the_interval():

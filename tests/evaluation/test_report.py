@@ -101,7 +101,16 @@ def _made_report(labels: int, names: tuple[str, ...]) -> Report:
         versions={"torch": "2.11.0"},
         trials=[{"name": "LoRA, fast", "rows_seen": 1280, "loss": 0.5, "accuracy": 0.8, "seconds": 12.3}],
         engines=[
-            {"target": "openvino", "precision": "bf16", "questions_per_s": 290.0, "accuracy": 0.8, "why": ""},
+            {
+                "target": "openvino",
+                "precision": "bf16",
+                "questions_per_s": 290.0,
+                "accuracy": 0.8,
+                "accuracy_of_model": 0.81,
+                "ran": "bf16",
+                "rows": 1000,
+                "why": "",
+            },
             {"target": "openvino", "precision": "int8", "why": "passed over: no time"},
         ],
         quantization={
@@ -234,7 +243,7 @@ def test_each_input_fills_its_own_section(present, tmp_path):
 def test_what_fit_tried_is_shown_with_what_came_of_it(full):
     text = " ".join(Page(full).text.split())
     assert "LoRA, fast1,2800.5000 80.00%12" in text
-    assert "openvino bf16 290 80.00%kept openvino int8 passed over: no time" in text
+    assert "openvino bf16 290 80.00%81.00%1,000kept openvino int8 passed over: no time" in text
 
 
 def test_the_baselines_stand_beside_the_model_with_the_verdict(full):

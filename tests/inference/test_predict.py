@@ -89,6 +89,35 @@ def test_json_lines_hold_null_where_there_is_no_label(tmp_path, predictor, table
     }  # fmt: skip
 
 
+def labelled(predictor, *labels):
+    """As if the training table had written its labels so."""
+    schema, manifest = replace(predictor.schema, label_names=labels), {**predictor.manifest, "labels": labels}
+    return replace(predictor, schema=schema, manifest=manifest)
+
+
+@pytest.mark.parametrize("label", ["=1+1", "+1;=2", "-1+1", "@SUM(1)", "\tx", "＝1", "'x", "plain"])
+def test_labels_are_as_the_table_gave_them_and_safe_for_a_spreadsheet_when_asked(tmp_path, predictor, table, label):
+    changed = labelled(predictor, label, f"{label}0")
+    given, safe = tmp_path / "given.csv", tmp_path / "safe.csv"
+    assert predict_table(changed, table, given) == predict_table(changed, table, safe, safe_csv=True) == (30, 1, True)
+    one, other = read(given), read(safe)
+    known = set(one["label"].dropna().map(str))
+    assert known <= {label, f"{label}0"}
+    escaped = "" if label in ("'x", "plain") else "'"
+    assert set(other["label"].dropna().map(str)) == {escaped + name for name in known}
+    assert other["label"].isna().tolist() == one["label"].isna().tolist()
+    assert other.drop(columns="label").equals(one.drop(columns="label"))
+    assert f',"{escaped}{one.loc[0, "label"]}",' in safe.read_text(), "in quotes: no other separator splits it"
+
+
+def test_a_safe_csv_is_a_csv(tmp_path, runs, data, capsys):
+    arguments = ("predict", runs["full"], data.with_suffix(".csv"), "--safe-csv", "--out")
+    assert run_command(*arguments, tmp_path / "p.parquet") == 2
+    assert "--safe-csv is for .csv files, and --out is " in capsys.readouterr().err
+    assert run_command(*arguments, tmp_path / "p.csv") == 0
+    assert (tmp_path / "p.csv").read_text().startswith('"line","label","probability","p_open","p_closed","problem"\n')
+
+
 @pytest.mark.parametrize("name", ["p.parquet", "p.csv", "p.jsonl"])
 def test_chunks_leave_no_trace(tmp_path, predictor, table, monkeypatch, name):
     predict_table(predictor, table, tmp_path / f"whole_{name}")

@@ -1,6 +1,5 @@
 """A saved run computes what the trained model computed, or is refused."""
 
-import json
 import shutil
 
 import numpy as np
@@ -18,7 +17,7 @@ from bertforge.inference.predict import predict_table
 from bertforge.inference.predictor import Predictor
 from bertforge.training.finetune import assemble, finetune
 from bertforge.training.loop import Trainer
-from tests.runs import KINDS, WEIGHTS, made_up, make_base, prepare_frame, quick_recipe
+from tests.runs import KINDS, WEIGHTS, made_up, make_base, prepare_frame, quick_recipe, reseal
 
 
 @pytest.fixture
@@ -63,17 +62,15 @@ def test_predictions_are_labels_with_their_probabilities(data, runs):
 
 def test_the_temperature_moves_probabilities_and_no_label(data, copied):
     folder, texts = copied("full"), PreparedData.open(data).texts(np.arange(40))
-    manifest = json.loads((folder / "bertforge.json").read_text())
 
     def predict(**changes):
-        (folder / "bertforge.json").write_text(json.dumps({**manifest, **changes}))
+        reseal(folder, **changes)
         return Predictor.load(folder, "fp32").predict(texts)
 
     cold, hot = predict(temperature=0.5), predict(temperature=5.0)
     assert cold["label"].tolist() == hot["label"].tolist()
     assert (cold["probability"] > hot["probability"] + 1e-3).all()
-    del manifest["temperature"]  # a run made before there was one
-    assert predict().equals(predict(temperature=1.0))
+    assert predict(temperature=None).equals(predict(temperature=1.0))
 
 
 def test_a_texts_prediction_does_not_hang_on_its_company(runs):
@@ -130,6 +127,9 @@ def test_a_changed_weight_file_is_refused(copied, kind):
     name = next(name for name in tensors if name.endswith("classifier.weight"))
     tensors[name][0] += 0.5
     save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match=f"{WEIGHTS[kind]} is damaged"):
+        Predictor.load(run)
+    reseal(run)
     with pytest.raises(ArtifactError, match=r"does not compute what it did .*: logits differ by") as error:
         Predictor.load(run)
     assert "\n" not in str(error.value)
@@ -140,6 +140,7 @@ def test_a_weight_that_is_no_number_is_refused(copied):
     tensors = load_file(run / "model.safetensors")
     tensors["classifier.bias"][0] = float("nan")
     save_file(tensors, run / "model.safetensors", metadata={"format": "pt"})
+    reseal(run)
     with pytest.raises(ArtifactError, match="logits differ by nan"):
         Predictor.load(run)
 
@@ -163,10 +164,10 @@ def test_an_adapter_on_another_base_is_refused(tmp_path, data):
     ("kind", "name", "said"),
     [
         ("full", "bertforge.json", r"holds no bertforge\.json; it should be a folder made by `bertforge train"),
-        ("full", "model.safetensors", r"holds neither model\.safetensors"),
-        ("full", "config.json", r"holds no config\.json"),
-        ("full", "tokenizer.json", r"holds neither tokenizer\.json nor vocab\.txt"),
-        ("lora", "adapter_model.safetensors", r"adapter_model\.safetensors is missing or damaged"),
+        ("full", "model.safetensors", r"model\.safetensors is missing; make it again"),
+        ("full", "config.json", r"config\.json is missing; make it again"),
+        ("full", "tokenizer.json", r"tokenizer\.json is missing; make it again"),
+        ("lora", "adapter_model.safetensors", r"adapter_model\.safetensors is missing; make it again"),
     ],
 )
 def test_a_missing_file_is_named(copied, kind, name, said):

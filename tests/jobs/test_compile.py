@@ -9,23 +9,24 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bertforge.artifact import hash_file, read_manifest
 from bertforge.benchmark.run import run_benchmark
 from bertforge.data.prepare import PrepareOptions, prepare
 from bertforge.data.prepared import PreparedData
 from bertforge.data.tokens import Tokenizer
+from bertforge.digests import digest_file, write_sealed
 from bertforge.engines.registry import TARGETS
 from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.inference.predict import predict_table
 from bertforge.inference.predictor import Predictor
 from bertforge.jobs import compile as compile_job
 from bertforge.jobs.compile import compile_model, verify_engine
+from bertforge.manifest import peek_manifest, read_manifest
 from bertforge.model.points import Unit
 from bertforge.proof.gate import PrecisionError
 from bertforge.quantize import ranges
 from bertforge.scales import Scales
 from bertforge.training.finetune import finetune
-from tests.runs import made_up, prepare_frame, quick_recipe, run_command
+from tests.runs import made_up, prepare_frame, quick_recipe, reseal, run_command
 
 TEXTS = ["How do I sort a list?", "Which laptop is best?", "a " * 60]
 
@@ -93,7 +94,7 @@ def test_the_receipt_says_what_was_shown(engines):
     assert receipt["structure"]["largest_difference"] < receipt["structure"]["limit"]
     assert receipt["accuracy_loss"]["low"] <= receipt["accuracy_loss"]["value"] <= receipt["accuracy_loss"]["high"]
     assert receipt["padding_waste"] >= 0
-    assert receipt["hashes"]["model.bin"] == hash_file(engines / "openvino-int8" / "model.bin")
+    assert receipt["files"]["model.bin"] == digest_file(engines / "openvino-int8" / "model.bin")
     assert {"openvino"} <= receipt["versions"].keys()
     assert {"build_seconds", "bytes", "device", "parent"} <= receipt.keys()
     products = receipt["products"]
@@ -184,9 +185,9 @@ def test_an_engine_that_fails_its_second_proof_is_served_no_more(tmp_path, runs,
 def test_a_verification_that_cannot_begin_takes_nothing_back(tmp_path, runs, engines):
     engine = shutil.copytree(engines / "onnxruntime-fp32", tmp_path / "engine")
     (engine / "model.onnx").write_bytes(b"")
-    with pytest.raises(ArtifactError, match="or not what was proved; compile it again"):
+    with pytest.raises(ArtifactError, match=r"is damaged: it is not what was written; .*bertforge compile"):
         verify_engine(runs["full"], engine, None)
-    assert read_manifest(engine, "engine")["verified"]
+    assert peek_manifest(engine, "engine")["verified"]
 
 
 def test_verify_from_the_command_line_names_its_engine(tmp_path, runs, engines, capsys):
@@ -206,7 +207,7 @@ def test_a_model_that_computes_something_else_than_it_did_is_not_compiled(tmp_pa
     manifest = json.loads((model / "bertforge.json").read_text())
     for row in manifest["golden"]["logits"]:
         row[0] += 2.5e-3
-    (model / "bertforge.json").write_text(json.dumps(manifest))
+    reseal(model, golden=manifest["golden"])
     with pytest.raises(ArtifactError, match="does not compute what it did"):
         compile_model(model, "onnxruntime", "fp32", None, tmp_path / "engine")
     assert not (tmp_path / "engine").exists()
@@ -230,7 +231,7 @@ def test_a_file_cut_short_is_one_line_and_nothing_is_written(tmp_path, engines, 
     assert run_command("predict", broken, table, "--out", out) == 4
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "compile it again" in said
+    assert f"{file} is damaged: it is not what was written; make it again: " in said
     assert {path.name for path in tmp_path.iterdir()} == {"engine"}
 
 
@@ -243,6 +244,7 @@ def test_calibration_rows_of_one_class_are_refused(tmp_path, runs, data):
     one_class = tmp_path / "data"
     shutil.copytree(data, one_class)
     np.save(one_class / "labels.npy", np.zeros_like(np.load(data / "labels.npy")))
+    reseal(one_class)
     with pytest.raises(DataError, match="the calibration rows hold one class only"):
         compile_model(runs["full"], "openvino", "int8", one_class, tmp_path / "engine")
     assert not (tmp_path / "engine").exists()
@@ -263,6 +265,7 @@ def test_a_model_whose_head_was_never_trained_is_refused(tmp_path, runs, base):
     model = tmp_path / "model"
     shutil.copytree(runs["full"], model)
     shutil.copy(base / "model.safetensors", model)  # an encoder without a head
+    reseal(model)
     with pytest.raises(ArtifactError, match="holds no trained classifier; fine-tune it first: bertforge train"):
         compile_model(model, "onnxruntime", "fp32", None, tmp_path / "engine")
     assert not (tmp_path / "engine").exists()
@@ -294,7 +297,7 @@ def test_an_engine_with_other_bytes_than_were_proved_is_refused(tmp_path, engine
     weights = bytearray((broken / "model.bin").read_bytes())
     weights[len(weights) // 2] ^= 0xFF
     (broken / "model.bin").write_bytes(weights)
-    with pytest.raises(ArtifactError, match="or not what was proved; compile it again: bertforge"):
+    with pytest.raises(ArtifactError, match=r"is damaged: it is not what was written; .*bertforge compile"):
         Predictor.load(broken)
 
 
@@ -360,7 +363,7 @@ def test_an_engine_is_not_proved_again_when_a_file_of_it_has_changed(tmp_path, r
     weights = bytearray((engine / "model.bin").read_bytes())
     weights[len(weights) // 2] ^= 0xFF
     (engine / "model.bin").write_bytes(weights)
-    with pytest.raises(ArtifactError, match="or not what was proved; compile it again: bertforge"):
+    with pytest.raises(ArtifactError, match=r"is damaged: it is not what was written; .*bertforge compile"):
         verify_engine(runs["full"], engine, None)
 
 
@@ -368,7 +371,7 @@ def test_an_engine_of_an_earlier_gate_is_compiled_again(tmp_path, runs, engines)
     engine = shutil.copytree(engines / "openvino-bf16", tmp_path / "engine")
     manifest = json.loads((engine / "bertforge.json").read_text())
     del manifest["spared"]
-    (engine / "bertforge.json").write_text(json.dumps(manifest))
+    write_sealed(engine / "bertforge.json", {name: manifest[name] for name in manifest if name != "digest"})
     for use in (Predictor.load, lambda folder: verify_engine(runs["full"], folder, None)):
         with pytest.raises(ArtifactError, match=r"it lacks 'spared'.*bertforge compile"):
             use(engine)

@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bertforge.artifact import read_manifest
 from bertforge.engines.fastest import Candidate, candidates
 from bertforge.engines.measure import throughput
 from bertforge.engines.onnxruntime import OnnxRuntimeEngine
 from bertforge.errors import ArtifactError, MachineError
 from bertforge.hardware import detect
 from bertforge.jobs.compile import compile_fastest
+from bertforge.manifest import read_manifest
 from tests.runs import run_command
 
 H100 = replace(detect(), device=torch.device("cuda"), name="NVIDIA H100", bf16=True, capability=(9, 0))

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bertforge.artifact import hash_file, read_manifest
+from bertforge.artifact import hash_file
 from bertforge.data.prepared import PreparedData
 from bertforge.engines.base import Order
 from bertforge.engines.buckets import choose_edges
@@ -18,9 +18,10 @@ from bertforge.errors import ArtifactError, MachineError, UsageError
 from bertforge.hardware import detect
 from bertforge.inference.predictor import Predictor
 from bertforge.jobs.compile import compile_model, verify_engine
+from bertforge.manifest import read_manifest
 from bertforge.scales import Scales
 from tests.engines.fake_tensorrt import GPU, MAGIC, install
-from tests.runs import run_command
+from tests.runs import reseal, run_command
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed"),
@@ -54,9 +55,7 @@ def on_a_gpu(monkeypatch, engine):
     version = json.loads((engine / "engine.json").read_text())["built_for"]["version"]
     install(monkeypatch, "tensorrt_rtx", engine / "model.onnx", shapes, version)
     (engine / "model.engine").write_bytes(MAGIC)
-    manifest = json.loads((engine / "bertforge.json").read_text())
-    manifest["hashes"]["model.engine"] = hash_file(engine / "model.engine")
-    (engine / "bertforge.json").write_text(json.dumps(manifest))
+    reseal(engine)
     for module in ("jobs.compile", "inference.predictor"):
         monkeypatch.setattr(f"bertforge.{module}.detect", lambda: GPU)
     monkeypatch.setattr("bertforge.engines.base.util.find_spec", lambda name: True)
@@ -116,8 +115,7 @@ def test_an_engine_that_computes_something_else_stays_unverified(copied, engine,
 
 
 def test_an_engine_of_other_weights_is_not_verified(copied, engine):
-    manifest = json.loads((copied / "bertforge.json").read_text())
-    (copied / "bertforge.json").write_text(json.dumps(manifest | {"changed": True}))
+    reseal(copied, changed=True)
     with pytest.raises(ArtifactError, match=r"compiled from other weights .* compile it again: bertforge compile"):
         verify_engine(copied, engine, None)
 

@@ -15,9 +15,10 @@ from bertforge.hardware import detect
 from bertforge.inference.predictor import Predictor, load_model
 from bertforge.jobs import merge as module
 from bertforge.jobs.merge import merge_run
+from bertforge.manifest import read_manifest
 from bertforge.proof.golden import GoldenRows
 from bertforge.training.finetune import finetune
-from tests.runs import KINDS, made_up, quick_recipe
+from tests.runs import KINDS, made_up, quick_recipe, reseal
 
 TEXTS = [f"{row.Title} {row.BodyMarkdown}" for row in made_up(10, seed=9).itertuples()]
 
@@ -102,7 +103,7 @@ def test_a_mistake_that_the_run_itself_makes_is_seen(tmp_path, runs, monkeypatch
     golden, model = GoldenRows.from_dict(manifest["golden"]), load_model(run, manifest).to(detect().device)
     logits = predict_logits(model, golden.examples, np.arange(16), "fp32")
     assert np.abs(logits - golden.logits).max() > 1e-4, "ten times what the gate lets through"
-    (run / "bertforge.json").write_text(json.dumps(manifest | {"golden": replace(golden, logits=logits).to_dict()}))
+    reseal(run, golden=replace(golden, logits=logits).to_dict())
     with pytest.raises(ArtifactError, match=r"with its adapter computed apart, more than .*; nothing was written"):
         merge_run(run, tmp_path / "model")
     assert not (tmp_path / "model").exists()
@@ -110,11 +111,9 @@ def test_a_mistake_that_the_run_itself_makes_is_seen(tmp_path, runs, monkeypatch
 
 def test_golden_logits_of_another_device_do_not_decide(tmp_path, runs):
     shutil.copytree(runs["lora"], tmp_path / "run")
-    path = tmp_path / "run" / "bertforge.json"
-    manifest = json.loads(path.read_text())
-    golden = manifest["golden"]
+    golden = read_manifest(tmp_path / "run", "run")["golden"]
     golden["logits"] = [[logit + 1.5e-3 for logit in row] for row in golden["logits"]]  # more than a merge may differ
-    path.write_text(json.dumps(manifest))
+    reseal(tmp_path / "run", golden=golden)
     assert merge_run(tmp_path / "run", tmp_path / "model")["max_logit_difference"] < 1e-5
 
 
@@ -130,5 +129,8 @@ def test_a_changed_adapter_is_refused(tmp_path, runs):
     shutil.copytree(runs["lora"], tmp_path / "run")
     path = tmp_path / "run" / "adapter_model.safetensors"
     save_file({name: tensor + 0.1 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"adapter_model\.safetensors is damaged"):
+        merge_run(tmp_path / "run", tmp_path / "model")
+    reseal(tmp_path / "run")
     with pytest.raises(ArtifactError, match="does not compute what it did"):
         merge_run(tmp_path / "run", tmp_path / "model")

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bertforge.artifact import read_manifest
 from bertforge.data.loader import spread
 from bertforge.data.prepared import PreparedData
 from bertforge.engines.registry import TARGETS
@@ -19,10 +18,11 @@ from bertforge.evaluation.logits import predict_logits
 from bertforge.inference.predictor import Predictor, plain_model
 from bertforge.jobs.compile import compile_model
 from bertforge.jobs.quantize import QuantizeOptions, quantize_model
+from bertforge.manifest import read_manifest
 from bertforge.scales import Scales
 from bertforge.training.finetune import finetune
 from bertforge.training.qat import tune
-from tests.runs import made_up, prepare_frame, quick_recipe, run_command
+from tests.runs import made_up, prepare_frame, quick_recipe, reseal, run_command
 
 TEXTS = ["How do I sort a list?", "Which laptop is best?", "a " * 60]
 QUICK = {"rows": 16, "validation_rows": 16}
@@ -236,8 +236,12 @@ def test_changed_scales_are_noticed(tmp_path, folders):
     manifest = json.loads((broken / "bertforge.json").read_text())
     assert manifest["kind"] == "quantized"
     shutil.copy(folders / "fp8" / "scales.safetensors", broken / "scales.safetensors")
+    with pytest.raises(ArtifactError, match=r"scales\.safetensors is damaged.*bertforge quantize"):
+        Predictor.load(broken)
+    reseal(broken)
     with pytest.raises(ArtifactError, match="does not compute what it did"):
         Predictor.load(broken)
     (broken / "scales.safetensors").write_bytes(b"no scales")
+    reseal(broken)
     with pytest.raises(ArtifactError, match="make the folder again: bertforge quantize"):
         Predictor.load(broken)

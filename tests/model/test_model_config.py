@@ -6,6 +6,7 @@ import pytest
 
 from bertforge.columns.encoder import TabularConfig
 from bertforge.errors import ArtifactError
+from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.config import BertConfig
 from tests.model.tiny import tiny_config
 
@@ -87,16 +88,76 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
         BertConfig.load(tmp_path)
 
 
+WRONG = [
+    ("hidden_size", -384, "a whole number from 1 to 65,536"),
+    ("hidden_size", "768", "a whole number from 1"),
+    ("hidden_size", True, "a whole number from 1"),
+    ("vocab_size", 10**12, "a whole number from 1 to 16,777,216"),
+    ("vocab_size", 0, "a whole number from 1"),
+    ("num_hidden_layers", 10**6, "a whole number from 1 to 1,000"),
+    ("num_hidden_layers", 2.5, "a whole number from 1"),
+    ("num_attention_heads", 0, "a whole number from 1"),
+    ("intermediate_size", [3072], "a whole number from 1"),
+    ("max_position_embeddings", 1, "a whole number from 2"),
+    ("type_vocab_size", -2, "a whole number from 1"),
+    ("pad_token_id", -1, "a whole number from 0"),
+    ("layer_norm_eps", "x", "a number from 1e-30 to below 1"),
+    ("layer_norm_eps", 0, "a number from 1e-30 to below 1"),
+    ("layer_norm_eps", float("nan"), "a number from 1e-30 to below 1"),
+    ("hidden_dropout_prob", 2.0, "a number from 0 to below 1"),
+    ("attention_probs_dropout_prob", -0.1, "a number from 0 to below 1"),
+    ("classifier_dropout", 1, "a number from 0 to below 1"),
+    ("initializer_range", float("inf"), "a number from 0 to below 100"),
+    ("num_labels", 10**12, "a whole number from 1 to 65,536"),
+    ("num_labels", "2", "a whole number from 1 to 65,536"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "allowed"), WRONG, ids=lambda value: f"{value!r:.30}")
+def test_a_field_that_no_bert_can_have_is_named_with_its_value_and_what_is_allowed(tmp_path, field, value, allowed):
+    (tmp_path / "config.json").write_text(json.dumps({field: value}))
+    with pytest.raises(ArtifactError) as error:
+        BertConfig.load(tmp_path)
+    assert str(error.value) == f"{tmp_path / 'config.json'}: {field} is {value!r}; it must be {allowed}" or (
+        str(error.value).startswith(f"{tmp_path / 'config.json'}: {field} is {value!r}; it must be {allowed} to ")
+    )
+
+
+def test_fields_that_do_not_fit_each_other_are_named():
+    with pytest.raises(ArtifactError, match="pad_token_id is 9; it must be below vocab_size 9"):
+        BertConfig(vocab_size=9, pad_token_id=9)
+    with pytest.raises(ArtifactError, match="there are 0 labels"):
+        BertConfig(labels=())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("embedding_size", 10**9), ("hidden_size", -1), ("hidden_size", 1.5), ("dropout", 2.0)]
+)
+def test_the_columns_branch_is_bounded_alike(field, value):
+    with pytest.raises(ArtifactError, match=rf"{field} of the columns is {value}; it must be"):
+        TabularConfig.of(numeric=2, **{"hidden_size": 8} | {field: value})
+
+
 @pytest.mark.parametrize(
     "content",
     [
-        *("[]", "null", '{"num_attention_heads": 0}', '{"hidden_size": "768"}', '{"num_hidden_layers": 2.5}'),
-        *('{"id2label": ["a"]}', '{"id2label": {"a": "b"}}', '{"num_labels": "2"}'),
-        '{"bertforge_tabular": {"bins": 2}}',
+        *("[]", "null", '{"id2label": ["a"]}', '{"id2label": {"a": "b"}}', '{"bertforge_tabular": {"bins": 2}}'),
+        '{"id2label": ' + "[" * 100_000,
     ],
+    ids=lambda content: content[:20],
 )
-def test_a_file_with_a_value_of_a_wrong_kind_is_named(tmp_path, content):
+def test_a_file_with_a_part_of_a_wrong_kind_is_named(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ArtifactError, match=r"config\.json is damaged \(.*; make or download the model again") as error:
+    with pytest.raises(ArtifactError, match=r"config\.json is (damaged \(.*; make or download|not JSON)") as error:
         BertConfig.load(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_a_config_of_more_numbers_than_the_weights_is_refused_before_it_takes_memory(tmp_path):
+    BertForSequenceClassification.from_config(tiny_config()).save_pretrained(tmp_path)
+    BertForSequenceClassification.from_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    # 4 TB of embeddings: taking them would end the test
+    (tmp_path / "config.json").write_text(json.dumps(values | {"vocab_size": 1 << 24, "hidden_size": 1 << 16}))
+    with pytest.raises(ArtifactError, match=r"config\.json describes a model of 1,\d\d\d,.* but its weights have"):
+        BertForSequenceClassification.from_pretrained(tmp_path)

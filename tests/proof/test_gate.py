@@ -26,7 +26,7 @@ def test_two_rows_of_500_show_nothing():
     assert loss.low < 0.003 < loss.high
     assert loss.holds
     assert not loss.decided
-    assert "cannot tell whether more than 0.3% is lost" in str(loss)
+    assert "cannot tell whether more than 0.3 points are lost" in str(loss)
 
 
 def test_twenty_rows_of_500_show_that_accuracy_is_lost():
@@ -49,7 +49,7 @@ def test_rows_that_all_agree_leave_a_doubt_that_more_rows_take_away():
     assert few.high > 0.003 > many.high
     assert not few.decided
     assert many.decided
-    assert "+0.00%" in str(many)
+    assert "+0.00 points" in str(many)
 
 
 def test_the_interval_covers_as_often_as_it_says():
@@ -98,7 +98,7 @@ def test_more_rows_are_asked_until_they_tell(setting, monkeypatch):
     proof = prove(reference, engine, None, rows, said.append)
     assert said == []
     assert proof["accuracy_loss"]["rows"] == 1000
-    assert proof["told"] == "1,000 validation rows: +0.00% (-0.20% to +0.20%)"
+    assert proof["told"] == "1,000 validation rows: +0.00 points (-0.20 to +0.20)"
     monkeypatch.setattr(gate, "FIRST_ROWS", 100)
     assert prove(reference, engine, None, rows, said.append)["accuracy_loss"]["rows"] == 1600
     assert said == [
@@ -130,5 +130,5 @@ def test_accuracy_that_is_lost_is_refused_though_probabilities_hardly_move(setti
         return found
 
     monkeypatch.setattr(gate, "run", wrong)
-    with pytest.raises(PrecisionError, match=r"in fp32 loses accuracy on 1,000 validation rows: -\d\.\d\d% \("):
+    with pytest.raises(PrecisionError, match=r"in fp32 loses accuracy on 1,000 validation rows: -\d\.\d\d points \("):
         prove(reference, engine, None, rows, lambda text: None)

@@ -20,7 +20,7 @@ from bertforge.model.config import BertConfig
 from bertforge.quantize import ranges
 from bertforge.training.finetune import finetune
 from tests.proof.sabotage import ALL, broken, pair_off_by_one, pair_scaled, pair_too_narrow
-from tests.runs import quick_recipe
+from tests.runs import quick_recipe, reseal
 
 SILENT = lambda text: None  # noqa: E731
 ENGINES = [
@@ -138,8 +138,8 @@ def test_what_8_bits_cost_most_is_spared(folders, data, tmp_path):
     weights["classifier.bias"][1] -= middle
     logits[:, 1] -= middle
     manifest["golden"]["logits"] = logits.tolist()
-    (model / "bertforge.json").write_text(json.dumps(manifest))
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    reseal(model, golden=manifest["golden"])
     said = []
     receipt = compile_model(model, "onnxruntime", "int8", data, tmp_path / "engine", said.append)
     spared = [unit["component"] for unit in receipt["spared"]]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bertforge.digests import read_sealed, write_sealed
 from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.hardware import detect
 from bertforge.inference.predictor import Predictor
@@ -263,7 +264,7 @@ def test_a_stopped_run_goes_on_only_with_its_own_recipe_and_data(tmp_path, data,
         finetune(other, out, recipe, resume=True)
     content = (out / "checkpoint.safetensors").read_bytes()
     (out / "checkpoint.safetensors").write_bytes(content[:1000])
-    with pytest.raises(ArtifactError, match="is damaged"):
+    with pytest.raises(ArtifactError, match="is missing or damaged"):
         finetune(data, out, recipe, resume=True)
 
 
@@ -273,12 +274,12 @@ def test_a_stopped_run_goes_on_only_on_its_own_base_and_kind_of_device(tmp_path,
     with pytest.raises(CrashError):
         finetune(data, out, recipe, show=crash_after(2))
     running = out / "running.json"
-    started = json.loads(running.read_text())
+    started = read_sealed(running)
     other = {"cpu": "cuda", "cuda": "cpu"}[started["device"]]
-    running.write_text(json.dumps(started | {"device": other}))
+    write_sealed(running, started | {"device": other})
     with pytest.raises(ArtifactError, match=f"was started with device {other}, not {started['device']}; resume with"):
         finetune(data, out, recipe, resume=True)
-    running.write_text(json.dumps(started))
+    write_sealed(running, started)
     make_base(base, seed=1)  # another model under the same name
     with pytest.raises(ArtifactError, match=r"was started with base weights sha256:[0-9a-f]+, not sha256:"):
         finetune(data, out, recipe, resume=True)

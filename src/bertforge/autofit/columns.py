@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from bertforge.columns.transform import TabularSpec
+from bertforge.data.chunks import abbreviate
 from bertforge.data.dialect import Dialect
 from bertforge.data.guess import SAMPLE_ROWS, GuessedColumns, guess_columns
 from bertforge.data.prepare import PrepareOptions
@@ -20,6 +20,7 @@ from bertforge.errors import DataError
 from bertforge.training.config import load_recipe
 
 _CHUNKS = 32  # of 8,192 rows, from which the sample is drawn: a table may be sorted
+_BYTES = 256 << 20  # of these chunks at most
 _BRANCH = {"bins": 16, "embedding_size": 16, "hidden_size": 64, "dropout": 0.2}  # of the model, as `columns` has it
 
 
@@ -55,7 +56,7 @@ def choose_columns(
     guessed = guess_columns(sample, label)
     chosen = text or guessed.text
     if not chosen:
-        raise DataError(f"no column of the table reads like text; name one with --text-columns: {', '.join(names)}")
+        raise DataError(f"no column of the table reads like text; name one with --text-columns: {abbreviate(names)}")
     beside = _beside(guessed, chosen)
     told = [f"text: {', '.join(chosen)}; label: {label}"]
     if beside:
@@ -87,8 +88,12 @@ def _beside(guessed: GuessedColumns, text: tuple[str, ...]) -> TabularSpec | Non
 
 def _sample(table: Path, named: tuple[str, ...], seed: int, dialect: Dialect) -> pa.Table:
     """Rows drawn at random from the first `_CHUNKS` chunks."""
-    chunks: Iterator[pa.Table] = (chunk.table for chunk in read_chunks(table, named=named, dialect=dialect))
-    rows = pa.concat_tables(islice(chunks, _CHUNKS))
+    chunks: list[pa.Table] = []
+    for chunk in islice(read_chunks(table, named=named, dialect=dialect), _CHUNKS):
+        chunks.append(chunk.table)
+        if sum(part.nbytes for part in chunks) > _BYTES:
+            break
+    rows = pa.concat_tables(chunks)
     if len(rows) <= SAMPLE_ROWS:
         return rows.combine_chunks()
     drawn = np.sort(np.random.default_rng(seed).choice(len(rows), SAMPLE_ROWS, replace=False))

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from bertforge.artifact import MANIFEST, RUNNING, read_manifest, write_json
+from bertforge.artifact import write_json
 from bertforge.data.prepared import PreparedData
 from bertforge.errors import ArtifactError, DataError
 from bertforge.evaluation.metrics import Metrics, classification_metrics
 from bertforge.inference.evaluate import evaluate_run
 from bertforge.locks import locked
+from bertforge.manifest import MANIFEST, RUNNING, read_manifest
 from bertforge.training.config import Recipe
 
 RESULT = "cross-validation.json"

@@ -26,7 +26,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from bertforge.artifact import MANIFEST, RUNNING, hash_file, read_manifest, write_json, write_manifest
+from bertforge.artifact import hash_file
 from bertforge.autofit.columns import Columns, choose_columns
 from bertforge.autofit.search import Log, Say, Trial, Workbench, search
 from bertforge.data.concerns import concerns
@@ -34,6 +34,7 @@ from bertforge.data.dialect import Dialect
 from bertforge.data.prepare import prepare
 from bertforge.data.prepared import PreparedData
 from bertforge.data.tokens import Tokenizer
+from bertforge.digests import read_sealed, write_sealed
 from bertforge.engines.fastest import AUTO, candidates
 from bertforge.errors import ArtifactError, DataError, MachineError, UsageError, reason
 from bertforge.evaluation.baselines import baselines
@@ -44,6 +45,7 @@ from bertforge.jobs.compile import compile_fastest
 from bertforge.jobs.merge import merge_run
 from bertforge.locks import locked
 from bertforge.lora.adapter_io import ADAPTER_CONFIG
+from bertforge.manifest import MANIFEST, RUNNING, read_manifest, write_manifest
 from bertforge.models import resolve
 from bertforge.training.config import Recipe
 from bertforge.training.finetune import finetune
@@ -190,6 +192,7 @@ def _all_stages(table: Path, out: Path, options: FitOptions, state: _State, say:
     write_manifest(
         out,
         "fit",
+        leave_out=(STATE,),
         serves="engine" if (out / "engine" / MANIFEST).is_file() else model.name,
         **state.identity,
         recipe=state.recipe.to_dict(),
@@ -263,7 +266,7 @@ class _State:
                 raise ArtifactError(f"{out} is not an empty folder; name another one with --out")
             return cls(out, identity, {})
         try:
-            saved = json.loads(path.read_text())
+            saved = read_sealed(path)
             found = saved["identity"]
             state = cls(out, identity, saved)
         except (ValueError, KeyError, TypeError, UsageError) as error:
@@ -289,7 +292,7 @@ class _State:
             "recipe": None if self.recipe is None else self.recipe.to_dict(),
             "engines": self.engines,
         }
-        write_json(self.path, state)
+        write_sealed(self.path, state)
 
 
 def _check_same(out: Path, found: dict[str, Any], given: dict[str, Any]) -> None:

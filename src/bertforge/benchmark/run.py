@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from bertforge.artifact import MANIFEST, hash_file, read_manifest, versions
+from bertforge.artifact import hash_file, versions
 from bertforge.benchmark.memory import peak_memory_gb
 from bertforge.benchmark.roofline import add_shares, needed_flops, product_rate
 from bertforge.benchmark.workload import PADDED, Workload, load
 from bertforge.data.prepared import PreparedData
+from bertforge.data.streaming import Report, progress
 from bertforge.engines.base import BatchShape, Engine
 from bertforge.engines.measure import latencies_ms, rate, throughput
 from bertforge.engines.registry import TARGETS
@@ -28,6 +29,7 @@ from bertforge.evaluation.groups import wilson_interval
 from bertforge.hardware import Hardware, detect
 from bertforge.inference.predictor import Predictor, check_merged
 from bertforge.jobs.compile import compile_model, default_folder
+from bertforge.manifest import MANIFEST, read_manifest
 from bertforge.model.config import BertConfig
 from bertforge.scales import Scales
 
@@ -149,7 +151,8 @@ def _measured(bench: _Bench, folder: Path, framework: str, precision: str) -> di
         bench.say(f"measuring {framework} {precision}: {len(work.timed):,} rows, {bench.repeats} times")
         is_reference = (framework, precision) == REFERENCE
         logits = baseline if is_reference else run(predictor.engine, work.examples, work.rows)
-        found = {**_speed(predictor, work, bench.repeats), "bytes": _bytes(folder)}
+        with progress(f"measuring {framework} {precision}") as report:
+            found = {**_speed(predictor, work, bench.repeats, report), "bytes": _bytes(folder)}
         found["product_rate"] = product_rate(bench.hardware, precision)
     finally:
         predictor.engine.close()
@@ -186,10 +189,16 @@ def compiled(model: Path, target: str, precision: str, data: Path, say: Callable
     return folder
 
 
-def _speed(predictor: Predictor, work: Workload, repeats: int) -> dict[str, Any]:
-    engine = predictor.engine
+def _speed(predictor: Predictor, work: Workload, repeats: int, report: Report) -> dict[str, Any]:
+    engine, rows = predictor.engine, len(work.timed) * (repeats + 1)
     best = throughput(engine, work.examples, work.timed, engine.shape, repeats)
+    report(rows, 1 / 5)
     from_text = rate(lambda: predictor.logits(work.texts, work.columns), len(work.timed), repeats)
+    report(2 * rows, 2 / 5)
+    batches = {}
+    for done, size in ((3, 1), (4, 32)):
+        batches[f"questions_per_s_batch_{size}"] = _at(engine, work, size, repeats)
+        report(done * rows, done / 5)
     calls = latencies_ms(engine, work.examples, work.timed[:LATENCY_ROWS], repeats)
     p50, p95, p99 = (float(value) for value in np.percentile(calls, [50, 95, 99]))
     return {
@@ -197,7 +206,7 @@ def _speed(predictor: Predictor, work: Workload, repeats: int) -> dict[str, Any]
         "questions_per_s_low": best.low,
         "questions_per_s_high": best.high,
         "end_to_end_questions_per_s": from_text.median,
-        **{f"questions_per_s_batch_{n}": _at(engine, work, n, repeats) for n in (1, 32)},
+        **batches,
         "p50_ms": p50,
         "p95_ms": p95,
         "p99_ms": p99,

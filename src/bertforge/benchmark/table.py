@@ -11,6 +11,7 @@ from rich.box import SIMPLE
 from rich.console import Group
 from rich.table import Table
 
+from bertforge import quiet
 from bertforge.artifact import write_atomic, write_json
 
 Row = dict[str, Any]
@@ -91,7 +92,7 @@ def write(folder: Path, found: dict[str, Any]) -> list[Path]:
         write_json(folder / "benchmark.json", found),
     ]
     try:
-        import matplotlib  # noqa: F401  (`_chart` imports it where it draws)
+        quiet.load("matplotlib")  # `_chart` loads it where it draws
     except ImportError:
         return written
     return [*written, write_atomic(folder / "chart.svg", _chart(found))]
@@ -116,13 +117,11 @@ def _between(row: Row) -> str:
 
 def _chart(found: dict[str, Any]) -> str:
     """Rows a second as bars, the accuracy beside each, as a standalone SVG."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
+    matplotlib = quiet.load("matplotlib")
     rows = [row for row in found["rows"] if "missing" not in row]
     file = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "bertforge", "font.size": 9}):
-        figure = Figure(figsize=(7.5, 0.8 + 0.36 * len(rows)), layout="constrained")
+        figure = quiet.load("matplotlib.figure").Figure(figsize=(7.5, 0.8 + 0.36 * len(rows)), layout="constrained")
         axes = figure.subplots()
         bars = axes.barh([_name(row) for row in rows], [row["questions_per_s"] for row in rows], color=_COLOUR)
         shown = [f"{row['questions_per_s']:,.0f}   {row['accuracy']:.2%} right" for row in rows]

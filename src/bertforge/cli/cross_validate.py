@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from bertforge.cli.train import Model, RecipeFile, Settings, Variant
+from bertforge.terminal import Terminal
 
 if TYPE_CHECKING:
     from bertforge.training.config import Recipe
@@ -38,7 +38,7 @@ def cross_validate(
     from bertforge.cli.train import chosen_recipe
     from bertforge.cli.train import run as train
 
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Terminal()
     chosen = chosen_recipe(variant, recipe, model, settings)
 
     def shown(data: Path, folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any]:

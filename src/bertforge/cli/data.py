@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from bertforge.cli.tables import KINDS, Encoding, Separator, dialect
+from bertforge.terminal import Terminal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -107,7 +107,7 @@ def prepare(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does, so that nothing half-made stays
     tokenizer = Tokenizer.load(resolve(model))
     data = run(table, out, tokenizer, options, validation=validation, test=test)
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Terminal()
     _print_summary(console, data, data.tokens(tokenizer).lengths)
     train = ["bertforge", "train", "--data", str(out), "--out", "run", "--model", model]
     done = f"{out} is up to date" if data.reused else f"wrote {out}"
@@ -118,7 +118,7 @@ def _names(joined: str) -> list[str]:
     return [name.strip() for name in joined.split(",") if name.strip()]
 
 
-def _print_summary(console: Console, data: PreparedData, lengths: NDArray[np.int64]) -> None:
+def _print_summary(console: Terminal, data: PreparedData, lengths: NDArray[np.int64]) -> None:
     import numpy as np
     from rich.text import Text
 
@@ -161,7 +161,7 @@ def _print_summary(console: Console, data: PreparedData, lengths: NDArray[np.int
         console.print(Text(f"WARNING: {concern}", style="bold yellow"))
 
 
-def _print_given(console: Console, given: dict[str, Any]) -> None:
+def _print_given(console: Terminal, given: dict[str, Any]) -> None:
     repeated = {part: rows for part, rows in given["repeated"].items() if rows}
     if repeated:
         rows = " and ".join(f"{count:,} {part}" for part, count in repeated.items())

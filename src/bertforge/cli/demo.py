@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from bertforge.terminal import Terminal
 
 ROWS, NEW_ROWS = 2000, 20
 MINUTES = 4.0
@@ -29,7 +30,7 @@ def demo(
     """
     from bertforge.locks import locked
 
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Terminal()
     with locked(out):
         _run(out, console)
     console.print("next, with a table of your own:")
@@ -37,7 +38,7 @@ def demo(
     console.print("  bertforge predict model NEW.csv --out predictions.csv")
 
 
-def _run(out: Path, console: Console) -> None:
+def _run(out: Path, console: Terminal) -> None:
     from bertforge.autofit.fit import FitOptions
     from bertforge.cli.fit import show_fit
     from bertforge.data.sample import sample_rows, write_sample
@@ -60,8 +61,8 @@ def _start(out: Path) -> None:
     """Makes `out`, or removes the finished fit of an earlier demo; raises ArtifactError for any other folder."""
     import shutil
 
-    from bertforge.artifact import MANIFEST
     from bertforge.errors import ArtifactError
+    from bertforge.manifest import MANIFEST
 
     if out.exists() and not out.is_dir():
         raise ArtifactError(f"{out} is a file; name a folder with --out")

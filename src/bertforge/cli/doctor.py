@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.text import Text
+
+from bertforge.terminal import Terminal
 
 # What a missing library keeps from working, and the extra that brings it.
 _OPTIONAL = {
@@ -33,7 +35,7 @@ def doctor(
     """
     from bertforge.artifact import write_json
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Terminal()
     found = examine()
     machine = found["machine"]
     size = f"{machine['memory_gb']:.0f} GB, {machine['cores']} CPU cores"
@@ -42,11 +44,13 @@ def doctor(
     console.print(f"attention   {machine['attention']}")
     if found["minilm_folder"]:
         console.print(f"minilm      {found['minilm_folder']}, which BERTFORGE_MINILM names")
+    console.print(f"telemetry   {found['telemetry']}")
+    console.print(f"online      {found['online']}")
     console.print("versions    " + ", ".join(f"{name} {version}" for name, version in found["versions"].items()))
     for library in found["optional"]:
-        mark = "[green]there[/]  " if library["installed"] else "[yellow]missing[/]"
-        hint = "" if library["installed"] else f"  -> pip install 'bertforge\\[{library['extra']}]'"
-        console.print(f"{mark}     {library['name']}: {library['for']}{hint}")
+        mark = ("there       ", "green") if library["installed"] else ("missing     ", "yellow")
+        hint = "" if library["installed"] else f"  -> pip install 'bertforge[{library['extra']}]'"
+        console.print(Text.assemble(mark, f"{library['name']}: {library['for']}{hint}"))
     if json_file:
         console.print(f"wrote {write_json(json_file, found)}")
 
@@ -58,7 +62,8 @@ def examine() -> dict[str, Any]:
     from bertforge.artifact import versions
     from bertforge.engines.registry import TARGETS
     from bertforge.hardware import choose_precision, detect
-    from bertforge.models import minilm_folder
+    from bertforge.models import minilm_folder, online
+    from bertforge.quiet import telemetry
 
     hardware, folder = detect(), minilm_folder()
     on_gpu = hardware.device.type == "cuda"
@@ -81,6 +86,8 @@ def examine() -> dict[str, Any]:
             else "packed, one sequence after another (SDPA)",
         },
         "minilm_folder": folder and str(folder),
+        "telemetry": telemetry(),
+        "online": online(),
         "versions": versions(),
         "optional": [
             {"name": name, "installed": importlib.util.find_spec(name) is not None, "for": use, "extra": extra}

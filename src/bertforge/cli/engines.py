@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
-from bertforge.artifact import compile_command
+from bertforge.manifest import compile_command
+from bertforge.terminal import Terminal
 
 Model = Annotated[Path, typer.Argument(help="Folder made by `bertforge merge`, by `train` in full, or by `quantize`.")]
 
@@ -43,12 +43,13 @@ def compile_(
 
     The engine is loaded again from its files. Probes with nothing rounded
     show that every part of the model is there. The rows saved with the
-    model, and validation rows with --data, show that its precision costs
-    what it must and no accuracy. Otherwise nothing is kept. Where 8 bits
-    cost too much, the layers that suffer most are spared.
+    model, and validation rows with --data, show that its precision moves
+    the probabilities no more than it must. An engine that is shown to lose
+    accuracy is not kept. Where 8 bits cost too much, the layers that suffer
+    most are spared.
 
     With --data, auto builds every engine that this machine can run, times
-    those that keep the accuracy, and keeps the fastest. Without --data, it
+    those that pass, and keeps the fastest. Without --data, it
     builds one engine: bfloat16 where the CPU supports it, else float32. A
     quantized folder is compiled in its own 8 bits, and beside them in 16 or
     32, for 8 bits are not always faster.
@@ -68,8 +69,8 @@ def compile_(
     from bertforge.hardware import detect
     from bertforge.jobs.compile import compile_fastest, compile_model, default_folder, verify_engine
 
-    console = Console(highlight=False, soft_wrap=True, markup=False)
-    say = Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print
+    console = Terminal()
+    say = Terminal(stderr=True).print
     if verify:
         if out is None and AUTO in (target, precision):
             raise UsageError("--verify needs an engine: name it with --out ENGINE, or with --target and --precision")
@@ -102,27 +103,29 @@ def compile_(
 def comparison(tried: list[dict[str, Any]]) -> Table:
     """Every candidate as `Candidate.to_dict` gives it, and why all but the first were not kept."""
     table = Table(box=SIMPLE, pad_edge=False)
-    for title in ("engine", "rows/s", "accuracy"):
+    for title in ("engine", "rows/s", "accuracy", "model's", "rows"):
         table.add_column(title, no_wrap=True)
     table.add_column("")
     for place, candidate in enumerate(tried):
         name = f"{candidate['target']} {candidate['precision']}"
         if candidate["why"]:
-            table.add_row(name, "-", "-", candidate["why"])
+            table.add_row(name, "-", "-", "-", "-", candidate["why"])
             continue
+        name += ", mixed" if candidate["ran"] == "mixed" else ""
         why = "the fastest: kept" if place == 0 else "slower"
-        table.add_row(name, f"{candidate['questions_per_s']:,.1f}", f"{candidate['accuracy']:.2%}", why)
+        accuracies = (f"{candidate[key]:.2%}" for key in ("accuracy", "accuracy_of_model"))
+        table.add_row(name, f"{candidate['questions_per_s']:,.1f}", *accuracies, f"{candidate['rows']:,}", why)
     return table
 
 
-def _say_layers(console: Console, receipt: dict[str, Any]) -> None:
+def _say_layers(console: Terminal, receipt: dict[str, Any]) -> None:
     if (layers := receipt.get("layers")) and layers["gemm_share"]:
         share = ", ".join(f"{part:.1%} in {name}" for name, part in layers["gemm_share"].items())
         fused = f"{layers['fused_attention']} of {layers['softmaxes']}"
         console.print(f"matrix products: {share}; attention fused in {fused} layers")
 
 
-def _say_proof(console: Console, receipt: dict[str, Any]) -> None:
+def _say_proof(console: Terminal, receipt: dict[str, Any]) -> None:
     from bertforge.engines.receipt import verdict
     from bertforge.evaluation.agreement import Agreement
 
@@ -178,7 +181,7 @@ def benchmark(
     from bertforge.benchmark.table import summary, write
     from bertforge.locks import locked
 
-    console, folder = Console(highlight=False, soft_wrap=True, markup=False), out or model / "benchmark"
+    console, folder = Terminal(), out or model / "benchmark"
     with locked(folder):
         found = run_benchmark(
             model, data, targets, quantized=quantized, split=split, rows=rows, repeats=repeats, say=console.print

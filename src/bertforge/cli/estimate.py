@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
+
+from bertforge.terminal import Terminal
 
 if TYPE_CHECKING:
     from bertforge.training.config import Recipe
@@ -43,7 +44,7 @@ def show_estimate(data: Path, recipe: Recipe, price_per_hour: float | None, json
 
     with telling() as say:
         found = estimate(data, recipe, price_per_hour, say=say)
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Terminal()
     console.print(
         f"{found['model']} on {found['device']}, {found['precision']}; "
         f"{found['train_rows']:,} train and {found['validation_rows']:,} validation rows"

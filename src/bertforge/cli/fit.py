@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
 from bertforge.cli.tables import KINDS, Encoding, Separator, dialect
+from bertforge.terminal import Terminal
 
 if TYPE_CHECKING:
     from bertforge.autofit.fit import FitOptions
@@ -70,7 +70,7 @@ def show_fit(table: Path, out: Path, options: FitOptions) -> None:
     from bertforge.evaluation.report import metrics_markdown
     from bertforge.evaluation.standing import Standing
 
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Terminal()
     again = "the same command goes on"
 
     def shown(data: Path, folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def show_fit(table: Path, out: Path, options: FitOptions) -> None:
 
 def show_next(out: Path) -> None:
     """What to type to use a fit."""
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Terminal()
     program = f'from bertforge import Predictor; print(Predictor.load({json.dumps(str(out))}).predict(["..."]))'
     console.print("next:")
     console.print(f"  {shlex.join(['bertforge', 'predict', str(out), 'TABLE', '--out', 'predictions.csv'])}")

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from bertforge.cli.tables import KINDS, Encoding, Separator, dialect
+from bertforge.terminal import Terminal
 
 _MADE_UP = (
     "made-up data: these rows, or the train rows, come from `bertforge sample-data`: no figure is about real data"
@@ -47,12 +47,13 @@ def evaluate(
 
         bertforge evaluate runs/first --data data --against runs/second
     """
-    from bertforge.artifact import MANIFEST, output_files, write_json
+    from bertforge.artifact import output_files, write_json
     from bertforge.errors import MachineError
     from bertforge.evaluation.report import metrics_markdown
     from bertforge.inference.evaluate import evaluate_run
+    from bertforge.manifest import MANIFEST
 
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Terminal()
     scored = split or "test" if (data / MANIFEST).is_file() else f"table-{data.stem}"
     written = report or run / f"report-{scored}.html"
     with output_files(written if run.is_dir() else report, json_file):
@@ -82,6 +83,12 @@ def predict(
     run: RunFolder,
     table: Annotated[Path, typer.Argument(help=f"{KINDS}; labels are not needed.")],
     out: Annotated[Path, typer.Option(help="File to write: .csv, .parquet or .jsonl.")],
+    safe_csv: Annotated[
+        bool,
+        typer.Option(
+            "--safe-csv", help="For a .csv to open in a spreadsheet: ' before labels that it would take for formulas."
+        ),
+    ] = False,
     separator: Separator = "",
     encoding: Encoding = "",
 ) -> None:
@@ -89,7 +96,8 @@ def predict(
 
     The output has a row for each row of the table, in its order: line, label,
     probability, the probability of each label, and what was wrong with the
-    row. A row without text has no label.
+    row. A row without text has no label. Labels are as the training table
+    had them, also those that start with =, +, - or @; see --safe-csv.
 
     Example:
 
@@ -98,8 +106,8 @@ def predict(
     from bertforge.inference.predict import predict_table
     from bertforge.inference.predictor import Predictor
 
-    done = predict_table(Predictor.load(run), table, out, dialect(encoding, separator))
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    done = predict_table(Predictor.load(run), table, out, dialect(encoding, separator), safe_csv=safe_csv)
+    console = Terminal()
     if done.made_up:
         console.print(_MADE_UP)
     if done.unlabelled:
@@ -124,7 +132,7 @@ def merge(
     from bertforge.jobs.merge import merge_run
 
     measured = merge_run(run, out)
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Terminal()
     console.print(
         f"on {measured['rows']} validation rows the merge changed logits by {measured['max_logit_difference']:.2g} "
         f"at most, and {measured['changed_labels']} labels"

@@ -12,13 +12,12 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from typer.core import TyperGroup
 
 from bertforge import __version__, threads
-from bertforge.cli import cross_validate, data, demo, doctor, engines, fit, infer, quantize, sample, train
+from bertforge.cli import check, cross_validate, data, demo, doctor, engines, fit, infer, quantize, sample, train
 from bertforge.errors import ArtifactError, BertforgeError, MachineError
+from bertforge.terminal import Terminal, VisibleFormatter, visible
 
 # What to do where a disk is full; what writes files names them (`naming` in artifact.py).
 _FULL = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; free some space, then run the command again")
@@ -28,7 +27,7 @@ class _Commands(TyperGroup):
     """Runs a command and turns what it raises into one line and an exit code (listed in `bertforge.errors`)."""
 
     def invoke(self, ctx: Any) -> Any:
-        stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+        stderr = Terminal(stderr=True)
         debug: bool = ctx.params["debug"]
         try:
             return super().invoke(ctx)
@@ -38,30 +37,32 @@ class _Commands(TyperGroup):
         except BertforgeError as error:
             if debug:
                 raise
-            stderr.print(f"[bold red]error:[/] {escape(str(error))}")
+            stderr.fail("error:", str(error))
             raise typer.Exit(error.exit_code) from None
-        except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):  # the last: `bertforge ... | head`
+        except (typer.Exit, typer.Abort, BrokenPipeError):  # the last: `bertforge ... | head`
             raise
         except OSError as error:
             if debug:
                 raise
             path = error.filename2 or error.filename or ("standard output" if error.errno in _FULL else "")
             reason = (error.strerror or str(error)) + _FULL.get(error.errno or 0, "")
-            stderr.print(f"[bold red]error:[/] {escape(f'{path}: {reason}' if path else reason)}")
+            stderr.fail("error:", f"{path}: {reason}" if path else reason)
             raise typer.Exit(ArtifactError.exit_code) from None
         except Exception as error:
             if not debug and type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for its name
-                stderr.print(
-                    "[bold red]error:[/] the GPU's memory is full; end what else uses it, or train with a lower "
-                    "tokens_per_step: --set tokens_per_step=2048"
+                stderr.fail(
+                    "error:",
+                    "the GPU's memory is full; end what else uses it, or train with a lower tokens_per_step: "
+                    "--set tokens_per_step=2048",
                 )
                 raise typer.Exit(MachineError.exit_code) from None
-            if debug or type(error).__module__.startswith(("click", "typer")):  # a usage error: typer prints it itself
+            if type(error).__module__.startswith(("click", "typer")):  # a usage error: typer prints it itself
+                error.message = visible(error.message)  # type: ignore[attr-defined]
                 raise
-            stderr.print(
-                f"[bold red]internal error:[/] {type(error).__name__}: {escape(str(error))}\n"
-                "This is a defect of bertforge; run `bertforge --debug ...` for the traceback."
-            )
+            if debug:
+                raise
+            stderr.fail("internal error:", f"{type(error).__name__}: {error}")
+            stderr.print("This is a defect of bertforge; run `bertforge --debug ...` for the traceback.")
             raise typer.Exit(1) from None
 
 
@@ -89,6 +90,7 @@ app.command("merge")(infer.merge)
 app.command("quantize")(quantize.quantize)
 app.command("compile")(engines.compile_)
 app.command("benchmark")(engines.benchmark)
+app.command("check")(check.check)
 
 
 def _print_version(asked: bool) -> None:
@@ -120,7 +122,9 @@ def _root(
 
 def main() -> None:
     """The console script."""
-    logging.basicConfig(format="%(message)s")
+    log = logging.StreamHandler()
+    log.setFormatter(VisibleFormatter("%(message)s"))
+    logging.basicConfig(handlers=[log])
     app(_normalised(sys.argv[1:]), prog_name="bertforge")  # the name also where `python -m` starts it
 
 

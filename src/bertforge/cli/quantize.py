@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from bertforge.terminal import Terminal
 
 _BAR = 24  # characters of the longest bar
 
@@ -58,7 +59,7 @@ def quantize(
     from bertforge.jobs.quantize import QuantizeOptions, quantize_model
     from bertforge.training.qat import tune
 
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Terminal()
     drop = None if max_drop is None else max_drop / 100
     options = QuantizeOptions(precision, preset, calibration, smooth, rows, validation_rows, drop)
     with output_files(json_file):
@@ -74,7 +75,7 @@ def quantize(
 @contextmanager
 def telling() -> Iterator[Callable[[str], object]]:
     """Shows what is being done: on a terminal in one line that changes, elsewhere a line for each kind of work."""
-    console = Console(stderr=True, highlight=False, markup=False)
+    console = Terminal(stderr=True)
     if console.is_terminal:
         with console.status("") as status:
             yield status.update
@@ -91,7 +92,7 @@ def telling() -> Iterator[Callable[[str], object]]:
     yield say
 
 
-def print_quantization(console: Console, found: dict[str, Any]) -> None:
+def print_quantization(console: Terminal, found: dict[str, Any]) -> None:
     """What `quantize_model` measured."""
     for table in (_calibrations, _sensitivity, _frontier if found["frontier"] else None):
         if table:

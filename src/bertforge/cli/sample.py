@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import track
+
+from bertforge.terminal import Terminal
 
 
 def sample_data(
@@ -24,9 +25,9 @@ def sample_data(
     """
     from bertforge.data.sample import MADE_UP_FIRST_POST_ID, sample_rows, write_sample
 
-    stderr = Console(stderr=True)
+    stderr = Terminal(stderr=True)
     write_sample(out, track(sample_rows(rows, seed), "making up questions", rows, console=stderr, transient=True))
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Terminal()
     console.print(
         f"wrote {out}: {rows:,} made-up questions, seed {seed} (PostId from {MADE_UP_FIRST_POST_ID} marks them)\n"
         f"next: {shlex.join(['bertforge', 'prepare', str(out), '--out', 'data'])}"

@@ -8,10 +8,10 @@ from dataclasses import fields
 from typing import Any
 
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
 from bertforge.columns.transform import TabularSpec
+from bertforge.terminal import Terminal
 from bertforge.training.config import LoraRecipe, Recipe
 from bertforge.training.schedule import Schedule
 
@@ -20,7 +20,7 @@ _DERIVED = {*(field.name for field in fields(Schedule)), "start"}  # where a rec
 
 def show_settings(recipe: Recipe) -> None:
     """Prints a table of the recipe's settings, and one of each section."""
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Terminal()
     console.print(f"settings of {recipe.name}; change them with --set NAME=VALUE, or in a TOML file with --recipe")
     console.print(_table([Recipe], vars(recipe), "", without={"lora", "tabular", "stackoverflow"}))
     if recipe.stackoverflow:

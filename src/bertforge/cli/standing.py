@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
-
 from bertforge.evaluation.standing import Standing
+from bertforge.terminal import Terminal
 
 
-def print_standing(console: Console, manifest: dict[str, Any]) -> None:
+def print_standing(console: Terminal, manifest: dict[str, Any]) -> None:
     """The table of the model and its baselines on validation rows, its verdict, and what to try next."""
     found = Standing.from_dict(manifest["baselines"])
     console.print(found.markdown())

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bertforge.terminal import Terminal
 
 if TYPE_CHECKING:
     from bertforge.training.checkpoint import Progress as RunProgress
@@ -123,7 +124,7 @@ def train(
     manifest = run(data, out, chosen, resume=resume)
     if not is_first():
         return
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Terminal()
     print_result(console, manifest, out)
     console.print(f"next: bertforge evaluate {out} --data {data} --split test")
 
@@ -154,10 +155,10 @@ def run(
     again: str = "the same command with --resume goes on",
 ) -> dict[str, Any]:
     """Trains and shows how far it is; an interrupt says how to go on: `again`."""
-    from bertforge.artifact import RUNNING
+    from bertforge.manifest import RUNNING
     from bertforge.training.finetune import finetune
 
-    console = Console(highlight=False, stderr=True, soft_wrap=True, markup=False)
+    console = Terminal(stderr=True)
     display = _Display(console)
 
     def started(plan: Plan) -> None:
@@ -196,7 +197,7 @@ def run(
 class _Display:
     """How far a run is: a bar on a terminal; elsewhere a line at each epoch's end and every `EVERY_S` seconds."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Terminal) -> None:
         self.console = console
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -245,7 +246,7 @@ def _epoch_line(point: dict[str, Any]) -> str:
     )
 
 
-def print_result(console: Console, manifest: dict[str, Any], out: Path) -> None:
+def print_result(console: Terminal, manifest: dict[str, Any], out: Path) -> None:
     """The epochs as a short table, how the model stands beside the baselines, and what was written."""
     from bertforge.cli.standing import print_standing
 

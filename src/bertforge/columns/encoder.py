@@ -17,6 +17,8 @@ from bertforge.columns.kind import Nodes, Part, as_array
 from bertforge.columns.registry import KINDS, flat, records
 from bertforge.errors import ArtifactError
 
+_WIDEST = 1 << 16  # of a layer
+
 
 @dataclass(frozen=True)
 class TabularConfig:
@@ -31,6 +33,15 @@ class TabularConfig:
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        """Raises ArtifactError naming the field that is wrong, its value and what is allowed."""
+        for name, least in (("embedding_size", 1), ("hidden_size", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= _WIDEST:
+                raise ArtifactError(
+                    f"{name} of the columns is {value!r:.60}; it must be a whole number from {least} to {_WIDEST:,}"
+                )
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
+            raise ArtifactError(f"dropout of the columns is {self.dropout!r:.60}; it must be from 0 to below 1")
         if self.hidden_size == 0 and not all(KINDS[name].is_plain(shape) for name, shape in self.kinds.items()):
             raise ArtifactError("columns joined directly (hidden_size = 0) can only be plain numbers; set hidden_size")
 

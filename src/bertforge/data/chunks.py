@@ -7,16 +7,19 @@ them runs in C++ without the interpreter lock, beside the tokenizer.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from bertforge.data import limits
 from bertforge.errors import DataError
 
-CHUNK_ROWS = 8192
 STRING = pa.large_string()  # 64-bit offsets: a chunk of long documents may pass 2 GiB
 
 
@@ -49,15 +52,36 @@ def name_columns(header: list[str], source: str) -> list[str]:
     """The columns that a table's first row names; one without a name is called by its place, `column 3`.
 
     Tables that were saved with an index or with commas at the ends of lines have such. Raises DataError when nothing is
-    named, or one name twice.
+    named, or one name twice, or there are too many or too long names.
     """
     named = [name.strip() for name in header]
     if not any(named):
         raise DataError(f"{source} has no header: its first row is empty, but must name the columns")
     columns = [name or f"column {place}" for place, name in enumerate(named, start=1)]
-    if repeated := sorted({name for name in columns if columns.count(name) > 1}):
-        raise DataError(f"{source} names a column twice in its header: {', '.join(repeated)}")
+    check_names(columns, source)
+    if repeated := [name for name, count in Counter(columns).items() if count > 1]:
+        raise DataError(f"{source} names a column twice in its header: {abbreviate(sorted(repeated))}")
     return columns
+
+
+def check_names(columns: Sequence[str], source: str) -> None:
+    """Raises DataError for more columns, or a longer name, than a table may have."""
+    if len(columns) > limits.COLUMNS:
+        raise DataError(
+            f"{source} has {len(columns):,} columns; a table may have {limits.COLUMNS:,}: take out those not needed"
+        )
+    for place, name in enumerate(columns, start=1):
+        if len(name) > limits.NAME:
+            raise DataError(
+                f"column {place} of {source} has a name of {len(name):,} characters, {name[:20]!r}...; a name may have "
+                f"{limits.NAME:,}: the first row must name the columns"
+            )
+
+
+def abbreviate(names: Sequence[str], most: int = 20) -> str:
+    """The first of some names, each shortened, and how many more there are."""
+    shown = ", ".join(limits.shorten(name, 60) for name in names[:most])
+    return shown + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def make_chunk(
@@ -99,6 +123,36 @@ def is_text(row: list[str]) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def without_long_cells(chunk: Chunk) -> Chunk:
+    """`chunk` with the rows that have a cell over the limit moved to `bad`, their cells shortened."""
+    good = np.ones(len(chunk.line), dtype=bool)
+    reasons: dict[int, str] = {}
+    for name in chunk.table.column_names:
+        column = chunk.table[name]
+        if (pc.max(pc.binary_length(column)).as_py() or 0) <= limits.CELL:  # bytes, of which no character has less
+            continue
+        long = pc.greater(pc.utf8_length(column), limits.CELL).to_numpy()
+        good &= ~long
+        for row in np.flatnonzero(long).tolist():
+            reasons.setdefault(row, f"field of more than {limits.CELL:,} characters: shorten {name}")
+    if not reasons:
+        return chunk
+    bad = [
+        BadRow(
+            int(chunk.line[row]),
+            reason,
+            {name: limits.shorten(value) for name, value in chunk.table.slice(row, 1).to_pylist()[0].items()},
+        )
+        for row, reason in reasons.items()
+    ]
+    return replace(
+        chunk,
+        table=chunk.table.filter(pa.array(good)),
+        line=chunk.line[good],
+        bad=sorted([*chunk.bad, *bad], key=lambda row: row.line),
+    )
 
 
 def cell_text(value: Any) -> str:

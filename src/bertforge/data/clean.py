@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from bertforge.data import limits
 from bertforge.data.rows import DATE_FORMATS, Bools, Rows
 from bertforge.data.schema import CLOSED_DATE, NUMBERS, OWNER_DATE, STACK_OVERFLOW, Schema
 from bertforge.errors import DataError
@@ -55,6 +56,8 @@ def find_problems(rows: Rows, schema: Schema, *, labelled: bool, numbers: Sequen
             mark(rows.present(column) & np.isnan(rows.number(column)), f"unparsable number in {column}")
     if labelled:
         mark(~rows.present(schema.label_column), f"missing {schema.label_column}")
+        long = pc.greater(pc.utf8_length(rows.text(schema.label_column)), limits.NAME).to_numpy(zero_copy_only=False)
+        mark(long, f"{schema.label_column} of more than {limits.NAME:,} characters")
         if schema.label_names:
             mark(schema.encode_labels(rows) < 0, f"unknown {schema.label_column}")
     return problems

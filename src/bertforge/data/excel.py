@@ -11,10 +11,10 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import closing
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from bertforge.data import limits
 from bertforge.data.chunks import BadRow, Chunk, cell_text, make_chunk, name_columns
 from bertforge.errors import DataError, MachineError
 
@@ -30,13 +30,14 @@ def read(path: Path, chunk_rows: int) -> Iterator[Chunk]:
     """The rows of the first sheet that are not blank; `line` is the sheet's row number.
 
     A row with more cells than the header is set aside. Raises MachineError without openpyxl, DataError for a file that
-    is no workbook or has no header.
+    is no workbook, has no header or is over a limit.
     """
     try:
         from openpyxl import load_workbook
     except ImportError as error:
         raise MachineError("Excel files need openpyxl: pip install 'bertforge[excel]'") from error
     try:
+        _check_size(path)
         with closing(load_workbook(path, read_only=True, data_only=True)) as book:
             sheets = book.worksheets
             if len(sheets) > 1:
@@ -46,18 +47,47 @@ def read(path: Path, chunk_rows: int) -> Iterator[Chunk]:
         raise DataError(f"{path} is not a readable Excel file ({error})") from error
 
 
+def _check_size(path: Path) -> None:
+    """Raises DataError for a file that unpacks to too much; zipfile reads no more of a part than that says it holds."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(part.file_size for part in archive.infolist())
+    most = min(limits.WORKBOOK_BYTES, limits.most_unpacked(path.stat().st_size))
+    if unpacked > most:
+        raise DataError(
+            f"{path} unpacks to {unpacked:,} bytes, more than the {most:,} that an Excel file of its size may; "
+            "save the sheet as CSV"
+        )
+
+
 def _chunks(path: Path, sheet: Any, chunk_rows: int) -> Iterator[Chunk]:
     total = max(1, sheet.max_row or 1)
     numbered: Iterator[Row] = enumerate(sheet.iter_rows(values_only=True), start=1)
     _, header = next(numbered, (1, ()))
     columns = name_columns([cell_text(cell) for cell in header], str(path))
-    filled = ((line, row) for line, row in numbered if any(cell is not None for cell in row))
+    most = limits.chunk_rows(len(columns), chunk_rows)
+    group: list[Row] = []
+    characters = 0
     empty = True
-    while group := list(islice(filled, chunk_rows)):
+    for line, row in _within_limits(path, numbered, len(columns)):
+        group.append((line, row))
+        characters += sum(len(cell) for cell in row if isinstance(cell, str))
+        if len(group) == most or characters > limits.CHUNK_CHARACTERS:
+            yield _chunk(columns, group, total)
+            group, characters, empty = [], 0, False
+    if group or empty:
         yield _chunk(columns, group, total)
-        empty = False
-    if empty:
-        yield make_chunk(columns, [], [], [], 1.0)
+
+
+def _within_limits(path: Path, rows: Iterator[Row], width: int) -> Iterator[Row]:
+    """The rows that hold something; raises DataError past the last row of a sheet, or for too much beside the table."""
+    beside = 0  # cells
+    for line, row in rows:
+        beside += max(0, len(row) - width)
+        if line > limits.SHEET_ROWS or beside > limits.CHUNK_CELLS:
+            what = f"more than {limits.SHEET_ROWS:,} rows" if line > limits.SHEET_ROWS else "much beside its columns"
+            raise DataError(f"{path} has {what}; save the sheet as CSV, or delete what does not belong to the table")
+        if any(cell is not None for cell in row):
+            yield line, row
 
 
 def _chunk(columns: list[str], group: list[Row], total: int) -> Chunk:
@@ -73,7 +103,8 @@ def _chunk(columns: list[str], group: list[Row], total: int) -> Chunk:
         rows.append((texts + [""] * len(columns))[: len(columns)])
         lines.append(line)
         declared.update(name for name, cell in zip(columns, cells, strict=False) if isinstance(cell, str))
-    return make_chunk(columns, rows, lines, bad, min(1.0, group[-1][0] / total), declared_text=frozenset(declared))
+    done = min(1.0, group[-1][0] / total) if group else 1.0
+    return make_chunk(columns, rows, lines, bad, done, declared_text=frozenset(declared))
 
 
 def _cell(value: Any) -> str:

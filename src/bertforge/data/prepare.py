@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bertforge.artifact import MANIFEST, fresh_directory, hash_file, read_manifest, write_manifest
-from bertforge.data.chunks import Chunk
+from bertforge.artifact import fresh_directory, hash_file
+from bertforge.data.chunks import Chunk, abbreviate
 from bertforge.data.dialect import Dialect
 from bertforge.data.features import FEATURES
 from bertforge.data.prepared import GIVEN, SPLITS, PreparedData, tokens_key
@@ -43,6 +43,7 @@ from bertforge.data.tables import read_chunks
 from bertforge.data.tokens import Tokenizer, TokenWriter
 from bertforge.errors import DataError, UsageError
 from bertforge.locks import locked
+from bertforge.manifest import MANIFEST, read_manifest, write_manifest
 
 FORMAT_VERSION = 2  # raise it when the meaning of a prepared file changes: older folders are then made again
 
@@ -120,8 +121,7 @@ def _prepare(
         data.tokens(tokenizer)
         return replace(data, reused=True)
     with fresh_directory(out, replace=ours) as folder:
-        facts = _build(list(zip(files, read, strict=True)), folder, tokenizer, options)
-        written = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(_core_files(folder))}
+        facts = _build(list(zip(files, read, strict=True)), folder, tokenizer, fingerprint, options)
         write_manifest(
             folder,
             "data",
@@ -130,14 +130,8 @@ def _prepare(
             more_sources=sources[1:],
             options=asdict(options),
             **facts,
-            files=written,
         )
     return PreparedData.open(out)
-
-
-def _core_files(folder: Path) -> list[Path]:
-    """The files without which the folder is damaged; tokens can be made again from them."""
-    return [path for path in (*folder.iterdir(), *(folder / "splits").iterdir()) if path.is_file()]
 
 
 @dataclass(frozen=True)
@@ -149,7 +143,11 @@ class _File:
 
 
 def _build(
-    tables: list[tuple[_File, Iterator[Chunk]]], folder: Path, tokenizer: Tokenizer, options: PrepareOptions
+    tables: list[tuple[_File, Iterator[Chunk]]],
+    folder: Path,
+    tokenizer: Tokenizer,
+    fingerprint: str,
+    options: PrepareOptions,
 ) -> dict[str, Any]:
     """Writes every file but the manifest, and returns what the manifest says about them."""
     first = next(tables[0][1])
@@ -163,7 +161,7 @@ def _build(
     tables[0] = (tables[0][0], chain([first], tables[0][1]))
     with (
         RowWriter(folder, schema, options.split_column) as rows,
-        TokenWriter(folder / "tokens" / tokens_key(tokenizer), tokenizer) as tokens,
+        TokenWriter(folder / "tokens" / tokens_key(tokenizer), tokenizer, fingerprint) as tokens,
         progress("preparing") as report,
         closing(ahead(_taken(rows, tables, first.table.column_names))) as batches,
     ):
@@ -180,8 +178,9 @@ def _taken(
     """The texts of each chunk of each table, whose rows are written by then, and the share of all that is done."""
     for number, (file, chunks) in enumerate(tables):
         for chunk in chunks:
-            if missing := [name for name in columns if name not in chunk.table.column_names]:
-                raise DataError(f"{file.path} has no column {', '.join(missing)}, which the table of train rows has")
+            there = set(chunk.table.column_names)
+            if missing := [name for name in columns if name not in there]:
+                raise DataError(f"{file.path} has no column {abbreviate(missing)}, which the table of train rows has")
             same = replace(chunk, table=chunk.table.select(columns))
             yield rows.take(same, file.part, file.path.name if number else ""), (number + chunk.done) / len(tables)
 

@@ -1,6 +1,6 @@
 """Reading a folder that `bertforge prepare` wrote.
 
-bertforge.json          kind "data": schema, counts, fingerprint, options (artifact.py)
+bertforge.json          kind "data": schema, counts, fingerprint, options (manifest.py)
 table.parquet           the good rows: the source's columns as strings, then the derived columns
 labels.npy              int64 [rows], index into the schema's label names
 lines.npy               int64 [rows], where each row stands in the source
@@ -14,7 +14,7 @@ set_aside.jsonl         the other rows: line, reason, raw; the file, of those th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +27,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from bertforge.artifact import fresh_directory, read_manifest
+from bertforge.artifact import fresh_directory
+from bertforge.data.features import named_as_derived
 from bertforge.data.schema import Schema
 from bertforge.data.splits import PARTS
 from bertforge.data.streaming import ahead, progress
 from bertforge.data.tokens import Tokenizer, TokenStore, TokenWriter
-from bertforge.errors import ArtifactError, DataError, UsageError
+from bertforge.errors import DataError, UsageError
 from bertforge.locks import locked
+from bertforge.manifest import read_manifest
 
 TABLE_FILE, SET_ASIDE_FILE = "table.parquet", "set_aside.jsonl"
 SPLITS = ("random", "time")  # those that can be asked for by name
@@ -52,16 +54,8 @@ class PreparedData:
 
     @classmethod
     def open(cls, directory: Path) -> Self:
-        """Raises ArtifactError when the folder is not prepared data or a file of it is missing or cut short."""
-        manifest = read_manifest(directory, "data")
-        for name, size in manifest["files"].items():
-            path = directory / name
-            if not path.is_file() or path.stat().st_size != size:
-                what = "is missing" if not path.is_file() else f"has {path.stat().st_size} bytes instead of {size}"
-                raise ArtifactError(
-                    f"{path} {what}; prepare the data again: rm -r {directory}, then `bertforge prepare`"
-                )
-        return cls(directory, manifest)
+        """Raises ArtifactError when the folder is not prepared data or a file of it is missing or changed."""
+        return cls(directory, read_manifest(directory, "data"))
 
     @classmethod
     def of(cls, directory: Path, model: Path | str, manifest: dict[str, Any], *, other_tables: bool = False) -> Self:
@@ -161,17 +155,36 @@ class PreparedData:
 
     def texts(self, rows: Sequence[int] | NDArray[np.int64]) -> list[str]:
         """The texts of some rows, in the order asked for; reads only the parts of the table that hold them."""
-        wanted = np.asarray(rows, dtype=np.int64)
         found: dict[int, str] = {}
+        for here, table in self._taken(rows, self.schema.text_columns):
+            found.update(zip(here, join_texts(table, self.schema), strict=True))
+        return [found[row] for row in np.asarray(rows, np.int64).tolist()]
+
+    def raw(self, rows: NDArray[np.int64], read: Sequence[str]) -> dict[str, list[str]]:
+        """Some rows as the source has them, in the order asked for, a list a column: what `predict` asks of a table for
+        a model that reads the columns `read` beside the text.
+        """
+        wanted = dict.fromkeys((*self.schema.required_columns, *read))
+        source = set(self.manifest["columns"]) - set(named_as_derived(self.manifest["columns"], self.schema))
+        names = [name for name in wanted if name in source and name != self.schema.label_column]
+        found: dict[int, dict[str, str]] = {}
+        for here, table in self._taken(rows, names):
+            found.update(zip(here, table.to_pylist(), strict=True))
+        return {name: [found[row][name] for row in rows.tolist()] for name in names}
+
+    def _taken(
+        self, rows: Sequence[int] | NDArray[np.int64], columns: Sequence[str]
+    ) -> Iterator[tuple[list[int], pa.Table]]:
+        """The different ones of `rows`, ascending, part of the table by part, with their columns."""
+        wanted = np.unique(np.asarray(rows, dtype=np.int64))
         with pq.ParquetFile(self.directory / TABLE_FILE) as file:
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
             starts = np.cumsum([0, *sizes])
             group_of = np.searchsorted(starts, wanted, side="right") - 1
             for group in np.unique(group_of):
-                here = np.unique(wanted[group_of == group])
-                table = file.read_row_group(int(group), columns=list(self.schema.text_columns))
-                found.update(zip(here.tolist(), join_texts(table.take(here - starts[group]), self.schema), strict=True))
-        return [found[row] for row in wanted.tolist()]
+                here = wanted[group_of == group]
+                table = file.read_row_group(int(group), columns=list(columns))
+                yield here.tolist(), table.take(here - starts[group])
 
     def tokens(self, tokenizer: Tokenizer) -> TokenStore:
         """The ids of all rows under `tokenizer`; tokenizes the table first when that was not done before.
@@ -183,17 +196,12 @@ class PreparedData:
             with locked(directory, patience=math.inf):
                 if not directory.is_dir():
                     self._tokenize(directory, tokenizer)
-        store = TokenStore.open(directory)
-        if len(store) != len(self):
-            raise ArtifactError(
-                f"{directory} holds {len(store)} rows instead of {len(self)}; remove it: rm -r {directory}"
-            )
-        return store
+        return TokenStore.open(directory, self.fingerprint)
 
     def _tokenize(self, directory: Path, tokenizer: Tokenizer) -> None:
         with (
             fresh_directory(directory) as beside,
-            TokenWriter(beside, tokenizer) as writer,
+            TokenWriter(beside, tokenizer, self.fingerprint) as writer,
             pq.ParquetFile(self.directory / TABLE_FILE) as file,
             progress("tokenizing") as report,
         ):

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from bertforge.data import limits
 from bertforge.data.chunks import STRING, BadRow, Chunk, is_text
 from bertforge.data.clean import UNPARSABLE_DATE, find_problems
 from bertforge.data.features import derive, named_as_derived
@@ -25,6 +26,7 @@ from bertforge.data.splits import hash_texts, parts_named
 from bertforge.errors import DataError
 
 _FEW_LABELS = 10  # a tiny table may have half as many labels as rows
+_MANY_LABELS = 10 * MAX_LABELS  # of rows set aside that are counted
 _LINES_SHOWN = 5  # line numbers kept per reason in the manifest; set_aside.jsonl has them all
 
 
@@ -80,10 +82,8 @@ class RowWriter:
         self._write(table)
         for bad in sorted([*chunk.bad, *_problem_rows(chunk, problems)], key=lambda row: row.line):
             self._put_aside(bad, file)
-        self._aside.update(label for label in self._labels_of_bad(chunk.bad) if label)
-        self._aside.update(
-            label for label in self.schema.label_values(rows).filter(pa.array(~good)).to_pylist() if label
-        )
+        self._count_aside(self._labels_of_bad(chunk.bad))
+        self._count_aside(self.schema.label_values(rows).filter(pa.array(~good)).to_pylist())
         if set(QUESTIONS.required_columns) <= set(rows.names):  # in any other table a PostId is something else
             self._made_up |= is_made_up(chunk.table.select(["PostId"] if "PostId" in rows.names else []).to_pandas())
         texts = join_texts(table, self.schema)
@@ -165,12 +165,22 @@ class RowWriter:
 
     def _put_aside(self, bad: BadRow, file: str) -> None:
         where = {"file": file} if file else {}
-        self._set_aside.write(json.dumps({**where, "line": bad.line, "reason": bad.reason, "raw": bad.raw}) + "\n")
+        raw = (
+            limits.shorten(bad.raw)
+            if isinstance(bad.raw, str)
+            else {name: limits.shorten(value) for name, value in bad.raw.items()}
+        )
+        self._set_aside.write(json.dumps({**where, "line": bad.line, "reason": bad.reason, "raw": raw}) + "\n")
         kind = bad.reason.split(":")[0]  # "broken quoting: <detail>" counts under "broken quoting"
         seen = self._reasons.setdefault(f"{kind} in {file}" if file else kind, {"rows": 0, "lines": []})
         seen["rows"] += 1
         if len(seen["lines"]) < _LINES_SHOWN:
             seen["lines"].append(bad.line)
+
+    def _count_aside(self, labels: list[str]) -> None:
+        """Labels of rows set aside; those that are no label of a kept row are left out at the end, and may be many."""
+        known = (name for name in labels if name and (name in self._aside or len(self._aside) < _MANY_LABELS))
+        self._aside.update(known)
 
     def _labels_of_bad(self, bad: list[BadRow]) -> list[str]:
         """The labels of rows that could be cut into columns though not read."""

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from bertforge.data.chunks import abbreviate
 from bertforge.data.guess import guess_columns
 from bertforge.data.rows import Rows
 from bertforge.errors import DataError, UsageError
@@ -130,7 +131,7 @@ def choose_schema(
         cut = "" if len(columns) > 1 else "; if that should be several, name what stands between them with --separator"
         raise UsageError(
             f"name the columns to read with --text-columns and --label-column{_example(table, label_column)}; "
-            f"the table has {', '.join(columns)}{cut}"
+            f"the table has {abbreviate(columns)}{cut}"
         )
     schema = Schema(TABLE, text_columns, label_column, (), date_column)
     require_columns(schema.required_columns, columns)
@@ -161,7 +162,7 @@ def require_columns(needed: Iterable[str], found: Sequence[str], who: str = "") 
     close = [lower[match] for name in missing for match in difflib.get_close_matches(name.lower(), lower, n=1)]
     meant = f"did you mean {', '.join(dict.fromkeys(close))}? " if close and not who else ""
     which = f", which {who}" if who else ""
-    raise DataError(f"the table has no {plural} {', '.join(missing)}{which}; {meant}it has {', '.join(found)}")
+    raise DataError(f"the table has no {plural} {', '.join(missing)}{which}; {meant}it has {abbreviate(found)}")
 
 
 def kind_of_labels(values: Iterable[str]) -> str:

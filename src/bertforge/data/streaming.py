@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from bertforge.terminal import Terminal, visible
 
 T = TypeVar("T")
 _END = object()
@@ -38,15 +39,19 @@ def in_a_thread(work: Callable[[], T]) -> T:
         return pool.submit(work).result()
 
 
+Report = Callable[[int, float], None]
+"""`report(rows_so_far, share_done)`."""
+
+
 @contextmanager
-def progress(doing: str) -> Iterator[Callable[[int, float], None]]:
-    """A bar on stderr with rows/s and the time left; yields `report(rows_so_far, share_done)`.
+def progress(doing: str) -> Iterator[Report]:
+    """A bar on stderr with rows/s and the time left; yields what moves it.
 
     It draws on a terminal only, so a log file is not filled with it.
     """
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.fields[rows]:,} rows, {task.fields[rate]:,.0f} rows/s"),
@@ -55,7 +60,7 @@ def progress(doing: str) -> Iterator[Callable[[int, float], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(doing, total=1.0, rows=0, rate=0.0)
+        task = bar.add_task(visible(doing), total=1.0, rows=0, rate=0.0)
 
         def report(rows: int, share_done: float) -> None:
             elapsed = bar.tasks[0].elapsed or 0.0

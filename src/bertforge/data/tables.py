@@ -8,8 +8,10 @@ row number (Parquet, frames; in a spreadsheet the header is row 1).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +21,28 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from bertforge.data import excel, text_tables
-from bertforge.data.chunks import CHUNK_ROWS, STRING, BadRow, Chunk, cell_text, is_text, make_table
+from bertforge.data import excel, limits, text_tables
+from bertforge.data.chunks import (
+    STRING,
+    BadRow,
+    Chunk,
+    abbreviate,
+    cell_text,
+    check_names,
+    is_text,
+    make_table,
+    without_long_cells,
+)
 from bertforge.data.dialect import Dialect
 from bertforge.errors import DataError
 
+_PIECE_ROWS = 64  # read at once, of which a chunk is then put together: no slower than all at once
 FORMATS = ".csv, .tsv, .txt, .jsonl, .ndjson, .json (one object per line), any of them in .gz or .zip; .parquet, .xlsx"
 
 
 def read_chunks(
     source: Path | pd.DataFrame,
-    chunk_rows: int = CHUNK_ROWS,
+    chunk_rows: int = limits.CHUNK_ROWS,
     *,
     named: Sequence[str] = (),
     dialect: Dialect | None = None,
@@ -38,8 +51,30 @@ def read_chunks(
 
     A Parquet column of bytes (images, say) counts as absent unless it is among the `named`, which hold text.
     `dialect` is what is known of a text table; the rest is detected, and said where it is not usual.
-    Raises DataError, before the first chunk, when the source is missing, empty, of unknown format or damaged.
+    A row with a cell over the limit is bad; `limits.py` has them all.
+    Raises DataError, before the first chunk, when the source is missing, empty, of unknown format or damaged, and once
+    most of it cannot be read.
     """
+    return _checked(_chunks(source, chunk_rows, named=named, dialect=dialect), source)
+
+
+def _checked(chunks: Iterator[Chunk], source: Path | pd.DataFrame) -> Iterator[Chunk]:
+    good = bad = 0  # lines of a bad row: one with a broken quote may have thousands
+    for chunk in map(without_long_cells, chunks):
+        good += len(chunk.line)
+        bad += sum(1 if isinstance(row.raw, dict) else max(1, row.raw.count("\n")) for row in chunk.bad)
+        if bad > limits.UNREADABLE_LINES and bad > good:
+            first = chunk.bad[0]
+            raise DataError(
+                f"{bad:,} lines of {source} cannot be read, and {good:,} rows can; line {first.line:,} has: "
+                f"{first.reason}; correct them, or say how the table is written with --separator and --encoding"
+            )
+        yield chunk
+
+
+def _chunks(
+    source: Path | pd.DataFrame, chunk_rows: int, *, named: Sequence[str], dialect: Dialect | None
+) -> Iterator[Chunk]:
     if isinstance(source, pd.DataFrame):
         return _numbered(_frame_batches(source, chunk_rows))
     if source.is_dir():
@@ -64,13 +99,65 @@ def _parquet(path: Path, chunk_rows: int, *, named: Sequence[str]) -> Iterator[C
         with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
             total = max(1, file.metadata.num_rows)
             names = file.schema_arrow.names
-            if repeated := sorted({name for name in names if names.count(name) > 1}):
-                raise DataError(f"{path} has two columns of one name: {', '.join(repeated)}; rename one")
+            check_names(names, str(path))
+            if repeated := [name for name, count in Counter(names).items() if count > 1]:
+                raise DataError(f"{path} has two columns of one name: {abbreviate(sorted(repeated))}; rename one")
             schema = pa.schema([f for f in file.schema_arrow if f.name in named or not _is_bytes(f.type)])
-            for chunk in _numbered(file.iter_batches(chunk_rows, columns=schema.names), schema):
+            most = limits.chunk_rows(len(schema), chunk_rows)
+            read = file.iter_batches(min(most, _rows_at_once(path, file, schema)), columns=schema.names)
+            pieces = _within_limit(map(_decoded, read), path)
+            for chunk in _numbered(_joined(pieces, most), schema):
                 yield replace(chunk, done=chunk.line[-1] / total if len(chunk.line) else 1.0)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a readable Parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _rows_at_once(path: Path, file: pq.ParquetFile, schema: pa.Schema) -> int:
+    """So many that they fit into memory even if all are the longest text of a dictionary, which a short file can name
+    any number of times.
+    """
+    longest = 0
+    texts = [field.name for field in schema if _is_text(_value_type(field.type))]
+    with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, read_dictionary=texts) as coded:
+        for group in range(file.num_row_groups if texts else 0):
+            if file.metadata.row_group(group).total_byte_size > limits.CELL:
+                for batch in islice(coded.iter_batches(1, row_groups=[group], columns=texts), 1):
+                    longest = max(
+                        longest, *(pc.max(pc.binary_length(c.dictionary)).as_py() or 0 for c in batch.columns)
+                    )
+    return max(1, min(_PIECE_ROWS, _PIECE_ROWS * limits.CELL // max(1, longest)))
+
+
+def _decoded(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Dictionaries as the values they stand for."""
+    columns = [c.dictionary_decode() if pa.types.is_dictionary(c.type) else c for c in batch.columns]
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _within_limit(batches: Iterator[pa.RecordBatch], path: Path) -> Iterator[pa.RecordBatch]:
+    left = most = limits.most_unpacked(path.stat().st_size)
+    for batch in batches:
+        left -= batch.nbytes
+        if left < 0:
+            raise DataError(
+                f"{path} unpacks to more than {most:,} bytes, {limits.UNPACKED_RATIO} times its size; if that is "
+                "meant, write it as CSV"
+            )
+        yield batch
+
+
+def _joined(pieces: Iterator[pa.RecordBatch], most_rows: int) -> Iterator[pa.RecordBatch]:
+    """Small batches as batches that fill a chunk."""
+    held: list[pa.RecordBatch] = []
+    rows = size = 0
+    for piece in chain(pieces, [None]):
+        if held and (piece is None or rows + len(piece) > most_rows or size + piece.nbytes > limits.CHUNK_CHARACTERS):
+            yield pa.Table.from_batches(held).combine_chunks().to_batches()[0]
+            held, rows, size = [], 0, 0
+        if piece is not None:
+            held.append(piece)
+            rows += len(piece)
+            size += piece.nbytes
 
 
 def _frame_batches(frame: pd.DataFrame, chunk_rows: int) -> Iterator[pa.RecordBatch]:
@@ -78,7 +165,9 @@ def _frame_batches(frame: pd.DataFrame, chunk_rows: int) -> Iterator[pa.RecordBa
         table = pa.Table.from_pandas(frame, preserve_index=False).combine_chunks()  # of frames that were concatenated
     except (pa.ArrowException, TypeError) as error:
         raise DataError(f"a column of the frame mixes types ({str(error).splitlines()[0]})") from error
-    return iter(table.to_batches(max_chunksize=chunk_rows) or [pa.RecordBatch.from_pylist([], schema=table.schema)])
+    if not len(table):
+        return iter([pa.RecordBatch.from_pylist([], schema=table.schema)])
+    return _joined(map(_decoded, table.to_batches(max_chunksize=min(chunk_rows, _PIECE_ROWS))), chunk_rows)
 
 
 def _numbered(batches: Iterator[pa.RecordBatch], schema: pa.Schema | None = None) -> Iterator[Chunk]:
@@ -86,7 +175,7 @@ def _numbered(batches: Iterator[pa.RecordBatch], schema: pa.Schema | None = None
     start = 1
     for batch in batches:
         table, line, bad = _typed_to_strings(batch, start)
-        declared_text = frozenset(field.name for field in batch.schema if _is_text(_value_type(field.type)))
+        declared_text = frozenset(field.name for field in batch.schema if _is_text(field.type))
         start += batch.num_rows
         yield Chunk(table, line, bad, 1.0, declared_text)
     if start == 1 and schema is not None:
@@ -114,9 +203,7 @@ def _typed_to_strings(batch: pa.RecordBatch, start: int) -> tuple[pa.Table, NDAr
 
 def _strings(column: pa.Array) -> pa.Array:
     """One column of any type -> strings, "" for null; raises ArrowInvalid where text is no UTF-8."""
-    kind = _value_type(column.type)
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
+    kind = column.type
     if _is_text(kind):  # Parquet does not promise that its strings are UTF-8, and only a cast from binary looks
         column = column.cast(pa.large_binary()).cast(STRING)
     elif pa.types.is_floating(kind):

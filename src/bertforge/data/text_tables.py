@@ -7,19 +7,21 @@ was found is logged unless it is the usual: UTF-8, and commas (tabs in a .tsv). 
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import logging
+import lzma
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path, PurePath
 from typing import IO, Any
 
-from bertforge.data.chunks import BadRow, Chunk, cell_text, is_text, make_chunk
+from bertforge.data import limits
+from bertforge.data.chunks import BadRow, Chunk, abbreviate, cell_text, check_names, is_text, make_chunk
 from bertforge.data.csv_records import CsvRecords
 from bertforge.data.dialect import (
     SEPARATORS,
@@ -32,6 +34,7 @@ from bertforge.data.dialect import (
     open_text,
     read_head,
 )
+from bertforge.data.lines import bounded_lines
 from bertforge.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -39,6 +42,10 @@ log = logging.getLogger(__name__)
 _DELIMITED, _JSON = (".csv", ".tsv", ".txt"), (".jsonl", ".ndjson", ".json")
 SUFFIXES = (*_DELIMITED, *_JSON)
 PACKED = (".gz", ".zip")
+_PIECE = (
+    1 << 12
+)  # bytes unpacked at once: zipfile unpacks what it reads of bzip2 and LZMA whole, a million times as much
+_LATE_KEYS = 20  # of JSON lines that are named
 
 
 @dataclass(frozen=True)
@@ -73,9 +80,11 @@ def read(path: Path, chunk_rows: int, dialect: Dialect) -> Iterator[Chunk]:
         log.warning("%s is read as %s", path, ", ".join(found))
     size = path.stat().st_size
     with _opened(path) as (stream, file):
+        newline = detect_newline(head)
+        text = open_text(stream, encoding, newline)  # closes the file when it is forgotten
         source = _Source(
             path=path,
-            lines=open_text(stream, encoding, detect_newline(head)),
+            lines=bounded_lines(text, limits.ROW, newline),
             encoding=encoding_name(encoding),
             separator=separator,
             done=lambda: min(1.0, file.tell() / size),
@@ -92,13 +101,21 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
         with path.open("rb") as file:
             if kind == "gz":
                 with gzip.open(file) as unpacked:
-                    yield unpacked, file  # type: ignore[misc]  # GzipFile reads bytes as any file does
+                    yield _Unpacked.of(unpacked, path), file
             elif kind == "zip":
                 with zipfile.ZipFile(file) as archive, archive.open(_member(path, archive)) as unpacked:
-                    yield unpacked, file
+                    yield _Unpacked.of(unpacked, path), file
             else:
                 yield file, file
-    except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        lzma.LZMAError,
+        OSError,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:
         raise DataError(f"{path} is not a readable {kind} file ({error})") from error
     except UnicodeError as error:  # UTF-16 that does not say which byte comes first, say
         raise DataError(f"{path} is not in the encoding named ({error}); name another with --encoding") from error
@@ -125,9 +142,35 @@ def _member(path: Path, archive: zipfile.ZipFile) -> str:
     tables = [n for n in names if n.lower().endswith(".csv")] or names
     if len(tables) != 1:
         raise DataError(
-            f"{path} must hold exactly one table ({', '.join(SUFFIXES)}), but holds {len(tables)}: {', '.join(tables)}"
+            f"{path} must hold exactly one table ({', '.join(SUFFIXES)}), but holds {len(tables)}: {abbreviate(tables)}"
         )
     return tables[0]
+
+
+class _Unpacked(io.RawIOBase):
+    """The bytes that a packed file unpacks to; raises DataError once they are more than its size may hold."""
+
+    def __init__(self, packed: IO[bytes], path: Path) -> None:
+        self._packed, self._path = packed, path
+        self._left = self._most = limits.most_unpacked(path.stat().st_size)
+
+    @classmethod
+    def of(cls, packed: Any, path: Path) -> IO[bytes]:
+        return io.BufferedReader(cls(packed, path), 1 << 16)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._packed.read(min(len(buffer), _PIECE))
+        buffer[: len(content)] = content
+        self._left -= len(content)
+        if self._left < 0:
+            raise DataError(
+                f"{self._path} unpacks to more than {self._most:,} bytes, {limits.UNPACKED_RATIO} times its size; if "
+                "that is meant, unpack it and name the file in it"
+            )
+        return len(content)
 
 
 # ------------------------------------------------------------------------------------------------- CSV
@@ -135,18 +178,21 @@ def _member(path: Path, archive: zipfile.ZipFile) -> str:
 
 def _csv(source: _Source) -> Iterator[Chunk]:
     records = CsvRecords(source.lines, str(source.path), source.separator)
+    most = limits.chunk_rows(len(records.header), source.chunk_rows)
     rows: list[list[str]] = []
     lines: list[int] = []
     bad: list[BadRow] = []
+    characters = 0
     for record in records:
         if record.problem:
             bad.append(BadRow(record.line, record.problem, record.raw))
         else:
             rows.append(record.fields)
             lines.append(record.line)
-        if len(rows) + len(bad) >= source.chunk_rows:
+        characters += record.characters
+        if len(rows) + len(bad) >= most or characters >= limits.CHUNK_CHARACTERS:
             yield make_chunk(records.header, rows, lines, bad, source.done(), encoding=source.encoding)
-            rows, lines, bad = [], [], []
+            rows, lines, bad, characters = [], [], [], 0
     yield make_chunk(records.header, rows, lines, bad, 1.0, encoding=source.encoding)
 
 
@@ -160,40 +206,71 @@ def _json_lines(source: _Source, head: str) -> Iterator[Chunk]:
     if head.lstrip(" \t\r\n").startswith("["):
         raise DataError(f"{path} is one JSON array, not one object per line; convert it: jq -c '.[]' {path}")
     numbered = enumerate(source.lines, start=1)
-    while group := list(islice(numbered, source.chunk_rows)):
-        parsed = [(line, raw, _json_object(raw, source.encoding)) for line, raw in group if raw.strip()]
+    most = first = source.chunk_rows
+    while group := list(_json_group(numbered, most, source.encoding)):
         if not columns:
-            columns = list(dict.fromkeys(key for _, _, row in parsed if isinstance(row, dict) for key in row))
+            columns = list(dict.fromkeys(key for row in group if not isinstance(row, BadRow) for key in row.cells))
             if not columns:
-                raise DataError(f"{path} holds no JSON object in its first {len(group)} lines; one per line is needed")
+                raise DataError(
+                    f"{path} holds no JSON object in its first {group[-1].line} lines; one per line is needed"
+                )
             if broken := [column for column in columns if not is_text([column])]:
                 raise DataError(f"{path} has a key that is no text (a lone surrogate): {broken[0]!a}; rename it")
-        rows: list[list[str]] = []
-        lines: list[int] = []
-        bad: list[BadRow] = []
-        declared: set[str] = set()
+            check_names(columns, str(path))
+            most, first = limits.chunk_rows(len(columns), source.chunk_rows), group[-1].line
         known = set(columns)
-        for line, raw, row in parsed:
-            if isinstance(row, str):
-                bad.append(BadRow(line, row, raw.rstrip("\r\n")))
-                continue
-            late.update(row.keys() - known)
-            declared.update(name for name, value in row.items() if isinstance(value, str))
-            rows.append([cell_text(row.get(column)) for column in columns])
-            lines.append(line)
-        yield make_chunk(columns, rows, lines, bad, source.done(), declared_text=frozenset(declared))
+        good = [row for row in group if not isinstance(row, BadRow)]
+        for row in good:
+            late.update(key if key in late or len(late) < _LATE_KEYS else "" for key in row.cells.keys() - known)
+        for start in range(0, len(group), most):
+            part = group[start : start + most]
+            rows = [row for row in part if not isinstance(row, BadRow)]
+            yield make_chunk(
+                columns,
+                [[row.cells.get(column, "") for column in columns] for row in rows],
+                [row.line for row in rows],
+                [row for row in part if isinstance(row, BadRow)],
+                source.done(),
+                declared_text=frozenset[str]().union(*(row.texts for row in rows)),
+            )
     for key, count in sorted(late.items()):
-        log.warning(
-            "%s: key %a of %d rows is left out: it is not in the first %d lines", path, key, count, source.chunk_rows
-        )
+        which = f"key {limits.shorten(key, 60)!a}" if key else "every other late key"
+        log.warning("%s: %s of %d rows is left out: it is not in the first %d lines", path, which, count, first)
 
 
-def _json_object(raw: str, encoding: str) -> dict[str, Any] | str:
-    """The object on a line, or the reason why there is none."""
-    if not is_text([raw]):
-        return f"not {encoding}"
+@dataclass(frozen=True)
+class _JsonRow:
+    line: int
+    cells: dict[str, str]
+    texts: frozenset[str]
+    """Keys whose value is text."""
+
+
+def _json_group(numbered: Iterator[tuple[int, str]], most: int, encoding: str) -> Iterator[_JsonRow | BadRow]:
+    """The next rows, as many as one chunk holds; blank lines are none."""
+    rows = characters = 0
+    for line, raw in numbered:
+        if not raw.strip():
+            continue
+        yield _json_row(line, raw, encoding)
+        rows += 1
+        characters += len(raw)
+        if rows >= most or characters >= limits.CHUNK_CHARACTERS:
+            return
+
+
+def _json_row(line: int, raw: str, encoding: str) -> _JsonRow | BadRow:
+    problem = "broken JSON"
     try:
-        value = json.loads(raw)
+        if len(raw) > limits.ROW:
+            problem = f"row of more than {limits.ROW:,} characters: shorten it"
+        elif not is_text([raw]):
+            problem = f"not {encoding}"
+        elif isinstance(row := json.loads(raw), dict):
+            texts = frozenset(key for key, value in row.items() if isinstance(value, str))
+            return _JsonRow(line, {key: cell_text(value) for key, value in row.items()}, texts)
+        else:
+            problem = "not a JSON object"
     except (ValueError, RecursionError):
-        return "broken JSON"
-    return value if isinstance(value, dict) else "not a JSON object"
+        pass
+    return BadRow(line, problem, raw.rstrip("\r\n"))

@@ -5,13 +5,15 @@ most MAX_TOKENS: what is cut is the end of the text, and [CLS] and [SEP] stay.
 
 On disk: `ids.npy`, all rows' ids one after another (uint16 while the vocabulary fits, else uint32), and `offsets.npy`,
 int64 [rows + 1], so row i is ids[offsets[i]:offsets[i + 1]]. Both are memory-mapped when read: nothing is padded,
-nothing is pickled, and a table of any size opens at once.
+nothing is pickled, and a table of any size opens at once. A manifest beside them says of which data they are.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+import sys
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,12 +30,17 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import BertProcessing
 
 from bertforge.artifact import write_atomic, write_json
+from bertforge.data.breaks import breaks
 from bertforge.data.streaming import ahead
 from bertforge.errors import ArtifactError
+from bertforge.manifest import read_manifest, remake, write_manifest
 
 MAX_TOKENS = 512  # [CLS] and [SEP] included; BERT has this many positions
-_HEAD_CHARACTERS = 2560  # of a long text, tokenized first: 4% of the real questions are longer, 0.1% need their rest
+_WINDOW = 1024  # characters of a text that are tokenized at once, and the rest of the word that they end in
+_PLAIN = re.compile("[A-Za-z0-9]*")  # letters that no normalizer removes and no pre-tokenizer splits
 _BATCH = 1024  # texts given to `tokenizers` at once: its result takes some 30 KB a text until the ids are taken out
+_BATCH_CHARACTERS = 1 << 19  # of which each may become a token of 400 bytes
+_UNBROKEN = 1 << 16  # characters read of a text where no windows can be cut
 
 Ids = NDArray[np.unsignedinteger[Any]]
 
@@ -48,6 +55,8 @@ class Tokenizer:
         self._backend = backend
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.cls_id, self.sep_id, self.pad_id = (self._special(token) for token in ("[CLS]", "[SEP]", "[PAD]"))
+        self._break = breaks(backend) if backend.encode("").ids == [self.cls_id, self.sep_id] else None
+        self._longest_word = _longest_word(backend)
         self._serialised: str = backend.to_str()
         self.fingerprint = "sha256:" + hashlib.sha256(self._serialised.encode()).hexdigest()
 
@@ -81,10 +90,13 @@ class Tokenizer:
         ids = array("H" if self.dtype.itemsize == 2 else "I")
         lengths = np.zeros(len(texts) + 1, dtype=np.int64)
         row = 0
-        for encodings in self._encodings(texts):
-            for encoding in encodings:
+        for batch in self._encodings(texts):
+            for windows in batch:
                 row += 1
-                found = encoding.ids
+                found = windows[0].ids
+                if len(windows) > 1:
+                    inner = [token for window in windows for token in window.ids[1:-1]]
+                    found = [self.cls_id, *inner[: MAX_TOKENS - 2], self.sep_id]
                 lengths[row] = len(found)
                 ids.extend(found)
         return np.frombuffer(ids, dtype=self.dtype), np.cumsum(lengths)
@@ -118,31 +130,46 @@ class Tokenizer:
             "tokenize_chinese_chars": normalizer.handle_chinese_chars,
         }
 
-    def _encodings(self, texts: Sequence[str]) -> Iterator[list[tokenizers.Encoding]]:
-        batches = (self._encode_batch(texts[start : start + _BATCH]) for start in range(0, len(texts), _BATCH))
+    def _encodings(self, texts: Sequence[str]) -> Iterator[list[list[tokenizers.Encoding]]]:
+        batches = map(self._encode_batch, _batches(texts))
         # The next batch is tokenized, without the interpreter lock, while this one's ids are taken out.
         return ahead(batches) if len(texts) > _BATCH else batches
 
-    def _encode_batch(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
-        """The encodings of `texts`, without reading the part of a long text that truncation throws away.
+    def _encode_batch(self, texts: Sequence[str]) -> list[list[tokenizers.Encoding]]:
+        """The encodings of the windows of each text, as many as it takes to fill MAX_TOKENS.
 
-        BERT splits at white space before anything else, so the ids of a text's head, cut at a space, are the first ids
-        of the whole text. A head that fills MAX_TOKENS is all that is needed; else the whole text is tokenized.
+        A window ends where BERT splits a text whatever stands there, so the tokens of the windows are those of the
+        text. What truncation throws away of a long text is not read, and no token of it costs memory.
         """
         encode = self._backend.encode_batch_fast
-        if not isinstance(self._backend.pre_tokenizer, BertPreTokenizer):
-            return encode(texts)
-        heads = [text if len(text) <= _HEAD_CHARACTERS else _head(text) for text in texts]
-        encodings = encode(heads)
-        rest = [
-            row
-            for row, encoding in enumerate(encodings)
-            if len(heads[row]) < len(texts[row]) and len(encoding) < MAX_TOKENS
-        ]
-        if rest:
-            for row, encoding in zip(rest, encode([texts[row] for row in rest]), strict=True):
-                encodings[row] = encoding
-        return encodings
+        found: list[list[tokenizers.Encoding]] = [[] for _ in texts]
+        left = [(row, 0, MAX_TOKENS - 2) for row in range(len(texts))]  # row, where its next window starts, tokens
+        while left:
+            ends = [self._window_end(texts[row], start) for row, start, _ in left]
+            windows = [self._window(texts[row], start, end) for (row, start, _), end in zip(left, ends, strict=True)]
+            more = []
+            for (row, _, wanted), end, encoding in zip(left, ends, encode(windows), strict=True):
+                found[row].append(encoding)
+                wanted -= len(encoding) - 2
+                if wanted > 0 and end < len(texts[row]) and self._break:
+                    more.append((row, end, wanted))
+            left = more
+        return found
+
+    def _window_end(self, text: str, start: int) -> int:
+        if self._break is None:
+            return min(len(text), _UNBROKEN)
+        if len(text) <= start + _WINDOW:
+            return len(text)
+        found = self._break.search(text, start + _WINDOW)
+        return found.start() if found else len(text)
+
+    def _window(self, text: str, start: int, end: int) -> str:
+        """`text[start:end]`, or less of it where its last word is so long that it is [UNK] whatever follows."""
+        last_word, sure = start + _WINDOW, start + _WINDOW + self._longest_word + 1
+        if end > sure and _PLAIN.fullmatch(text, last_word, end):
+            return text[start:sure]
+        return text[start:end]
 
     def _special(self, token: str) -> int:
         found = self._backend.token_to_id(token)
@@ -151,9 +178,24 @@ class Tokenizer:
         return int(found)
 
 
-def _head(text: str) -> str:
-    end = text.rfind(" ", 0, _HEAD_CHARACTERS)
-    return text[:end] if end > 0 else text
+def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """`texts` in order, at most _BATCH of them and _BATCH_CHARACTERS in their windows."""
+    start = characters = 0
+    for row, text in enumerate(texts):
+        if row - start == _BATCH or characters > _BATCH_CHARACTERS:
+            yield texts[start:row]
+            start, characters = row, 0
+        characters += min(len(text), _WINDOW)
+    if start < len(texts):
+        yield texts[start:]
+
+
+def _longest_word(backend: tokenizers.Tokenizer) -> int:
+    """Letters of the longest word that is not [UNK]; more than any text has where that is not known."""
+    added = (token.content for token in backend.get_added_tokens_decoder().values())
+    if not isinstance(backend.model, WordPiece) or any(map(_PLAIN.fullmatch, added)):
+        return sys.maxsize
+    return int(backend.model.max_input_chars_per_word)
 
 
 def _from_vocabulary(path: Path) -> tokenizers.Tokenizer:
@@ -186,7 +228,13 @@ class TokenStore:
     """[rows + 1]."""
 
     @classmethod
-    def open(cls, directory: Path) -> TokenStore:
+    def open(cls, directory: Path, fingerprint: str) -> TokenStore:
+        """Reads what a TokenWriter wrote; raises ArtifactError when it is damaged, or not of that prepared data."""
+        manifest = read_manifest(directory, "tokens")
+        if manifest["fingerprint"] != fingerprint:
+            raise ArtifactError(
+                f"{directory} holds the tokens of another table; {remake(directory, 'tokens', manifest)}"
+            )
         return cls(np.load(directory / "ids.npy", mmap_mode="r"), np.load(directory / "offsets.npy", mmap_mode="r"))
 
     def __len__(self) -> int:
@@ -203,11 +251,12 @@ class TokenStore:
 
 
 class TokenWriter:
-    """Appends ids to `ids.npy`, and on leaving writes `offsets.npy` and the tokenizer beside it."""
+    """Appends ids to `ids.npy`, and on leaving writes `offsets.npy`, the tokenizer and a manifest beside it."""
 
-    def __init__(self, directory: Path, tokenizer: Tokenizer) -> None:
+    def __init__(self, directory: Path, tokenizer: Tokenizer, fingerprint: str) -> None:
+        """`fingerprint` is that of the prepared data whose texts are appended."""
         directory.mkdir(parents=True, exist_ok=True)
-        self._directory, self._tokenizer = directory, tokenizer
+        self._directory, self._tokenizer, self._fingerprint = directory, tokenizer, fingerprint
         self._file: IO[bytes] = (directory / "ids.npy").open("wb")
         self._lengths: list[NDArray[np.int64]] = [np.zeros(1, dtype=np.int64)]
         self._count = 0  # tokens
@@ -233,6 +282,14 @@ class TokenWriter:
             np.save(self._directory / "offsets.npy", np.cumsum(np.concatenate(self._lengths)))
             self._tokenizer.save(self._directory)
         self._file.close()
+        if kind is None:
+            write_manifest(
+                self._directory,
+                "tokens",
+                tokenizer=self._tokenizer.fingerprint,
+                fingerprint=self._fingerprint,
+                rows=self.rows,
+            )
 
     def _write_header(self) -> None:
         """A .npy header of 128 bytes whatever the count, so that the final one fits where the first one stood.

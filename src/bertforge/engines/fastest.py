@@ -40,9 +40,15 @@ class Candidate:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, for a table of those that were tried."""
-        accuracy = self.receipt["validation_accuracy"] if self.receipt else None
-        speed = {"questions_per_s": self.questions_per_s, "accuracy": accuracy}
-        return {"target": self.target, "precision": self.precision, **speed, "why": self.why}
+        found: dict[str, Any] = {"questions_per_s": self.questions_per_s, "accuracy": None}
+        if self.receipt:
+            found |= {
+                "accuracy": self.receipt["validation_accuracy"],
+                "accuracy_of_model": self.receipt["validation_accuracy_model"],
+                "rows": self.receipt["accuracy_loss"]["rows"],
+                "ran": self.receipt["products"]["label"] if self.receipt.get("products") else self.precision,
+            }
+        return {"target": self.target, "precision": self.precision, **found, "why": self.why}
 
     @property
     def name(self) -> str:

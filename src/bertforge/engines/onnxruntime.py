@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bertforge import quiet
 from bertforge.batch import PackedBatch, PaddedBatch
 from bertforge.engines.base import BatchShape, Order, Target, feeds
 from bertforge.engines.receipt import Product
@@ -54,18 +55,19 @@ def _quantize(path: Path, spared: tuple[str, ...]) -> None:
     """Rewrites the graph at `path`: linear layers of the encoder in INT8, but for those `spared`; head and columns as
     they were."""
     import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
 
     from bertforge.export.graph import FULL_PRECISION, products_of
+
+    quantization = quiet.load("onnxruntime.quantization")
 
     model = onnx.load(str(path))
     kept = [node.name for node in model.graph.node if node.name.startswith(FULL_PRECISION)]
     # What its advice to pre-process a graph first looks for; ours needs none.
     model.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
-    quantize_dynamic(
+    quantization.quantize_dynamic(
         model,
         str(path),
-        weight_type=QuantType.QInt8,
+        weight_type=quantization.QuantType.QInt8,
         per_channel=True,
         reduce_range=False,
         op_types_to_quantize=["MatMul"],  # by default it would round the embeddings too, which gains no time
@@ -85,8 +87,7 @@ class OnnxRuntimeEngine:
 
         Raises MachineError without the CUDA provider, ArtifactError for a damaged file.
         """
-        import onnxruntime as ort
-
+        ort = quiet.load("onnxruntime")
         path = folder / _FILE
         self.device, self.precision = hardware.name, precision
         self.stream: torch.cuda.Stream | None = None
@@ -144,17 +145,13 @@ class OnnxRuntimeEngine:
         return [_product(event["name"], event["args"]) for event in kernels if "output_type_shape" in event["args"]]
 
     def _options(self, threads: int) -> Any:
-        import onnxruntime as ort
-
-        options = ort.SessionOptions()
+        options = quiet.load("onnxruntime").SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         return options
 
     def _session(self, options: Any) -> Any:
-        import onnxruntime as ort
-
-        return ort.InferenceSession(self.source, options, providers=[self.provider])
+        return quiet.load("onnxruntime").InferenceSession(self.source, options, providers=[self.provider])
 
     def close(self) -> None:
         """Drops the session."""

@@ -31,6 +31,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from bertforge import quiet
 from bertforge.artifact import write_atomic
 from bertforge.batch import PackedBatch, PaddedBatch
 from bertforge.data.streaming import in_a_thread
@@ -48,7 +49,7 @@ _PRECISIONS = {"f32": "fp32", "f16": "fp16", "i8": "int8", "u8": "int8"}
 
 def build(folder: Path, order: Order, hardware: Hardware) -> dict[str, Any]:
     """Writes `model.xml` and `model.bin`; its receipt has nothing of its own."""
-    import openvino
+    openvino = quiet.load("openvino")
 
     from bertforge.export.bert_onnx import export_onnx
 
@@ -85,7 +86,7 @@ class OpenVinoEngine:
 
     def __init__(self, folder: Path, precision: str, hardware: Hardware, *, exact: bool = False) -> None:
         """`exact` rounds nothing on the way: see `Target.exact`. Raises ArtifactError for a damaged file."""
-        import openvino
+        openvino = quiet.load("openvino")
 
         path = folder / _FILE
         self.streams = hardware.cores
@@ -152,7 +153,7 @@ def _unround_pairs(model: Any) -> None:
     In the IR a pair is FakeQuantize, from the values' range to that of the integers, some conversions, Subtract of the
     zero point and Multiply with the scale; weights have no FakeQuantize.
     """
-    from openvino import opset13 as ops
+    ops = quiet.load("openvino.opset13")
 
     for node in model.get_ops():
         if node.get_type_name() != "FakeQuantize":

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, cuda
 
-from bertforge.artifact import compile_command, write_atomic
+from bertforge.artifact import write_atomic
 from bertforge.batch import PackedBatch, PaddedBatch
 from bertforge.engines.base import BatchShape, feeds
 from bertforge.engines.buckets import Bucket
@@ -30,6 +30,7 @@ from bertforge.engines.receipt import Product
 from bertforge.engines.tensorrt_library import ENGINE, RUNTIME_CACHE, BuiltFor, load_library, new_log, sizes_of, unfit
 from bertforge.errors import ArtifactError, MachineError, UsageError
 from bertforge.hardware import Hardware
+from bertforge.manifest import compile_command
 
 if TYPE_CHECKING:
     import tensorrt

@@ -53,8 +53,10 @@ class Comparison:
     def verdict(self) -> str:
         """One line: what differs, by how much, and whether chance could do that."""
         points = f"{100 * (self.second_accuracy - self.first_accuracy):+.2f} points"
+        low, high = self.accuracy_difference.low, self.accuracy_difference.high
         p = "p < 1e-12" if self.p_value < 1e-12 else f"p = {self.p_value:.2g}"
-        evidence = f"{p}, {self.changed_labels:,} of {self.rows:,} labels differ"
+        interval = "" if low is None or high is None else f"{100 * low:+.2f} to {100 * high:+.2f}, "
+        evidence = f"{interval}{p}, {self.changed_labels:,} of {self.rows:,} labels differ"
         if self.changed_labels == 0:
             return f"{self.second} and {self.first} give the same label to all {self.rows:,} rows"
         if self.p_value >= SIGNIFICANCE:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 import numpy as np
 
+from bertforge import quiet
 from bertforge.evaluation.curves import ReliabilityBin, RocCurve
 from bertforge.evaluation.groups import GroupAccuracy
 
@@ -64,14 +65,12 @@ def _svg(size: tuple[float, float]) -> Callable[[Callable[Concatenate[Figure, P]
     def decorate(draw: Callable[Concatenate[Figure, P], None]) -> Callable[P, str]:
         @wraps(draw)
         def drawn(*args: P.args, **kwargs: P.kwargs) -> str:
-            import matplotlib
-            from matplotlib.figure import Figure
-
+            matplotlib = quiet.load("matplotlib")
             file = io.StringIO()
             with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
                 # The page's own font draws the text; Matplotlib's only measures it, and lacks many scripts.
                 warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-                figure = Figure(figsize=size, layout="constrained")
+                figure = quiet.load("matplotlib.figure").Figure(figsize=size, layout="constrained")
                 draw(figure, *args, **kwargs)
                 figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
             return _inline(file.getvalue())

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from bertforge import quiet
 from bertforge.artifact import write_atomic
 from bertforge.errors import MachineError
 from bertforge.evaluation.bootstrap import Estimate
@@ -89,7 +90,8 @@ def write_report(path: Path, report: Report) -> Path:
     """Writes `report` as one HTML file, atomically. Raises MachineError when the `report` extra is not installed."""
     try:
         import jinja2
-        import matplotlib  # noqa: F401  (the figures import it where they draw)
+
+        quiet.load("matplotlib")  # the figures load it where they draw
     except ImportError as error:
         raise MachineError("reports need jinja2 and matplotlib: pip install 'bertforge[report]'") from error
     environment = jinja2.Environment(

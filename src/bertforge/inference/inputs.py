@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 
 from bertforge.columns.transform import TabularTransform
-from bertforge.data.raw import RawRows, read_raw
+from bertforge.data.raw import read_raw
 from bertforge.data.schema import STACK_OVERFLOW, Schema, require_columns
 from bertforge.errors import DataError, UsageError
 
@@ -39,6 +39,16 @@ class Inputs:
     """The columns that the model reads beside the text, one row a text; None when none were given."""
     index: pd.Index
     """Of a Series or frame its own, else 0, 1, ..."""
+    problems: list[str] = field(default_factory=list)
+    """What is wrong with each row's columns, "" for a good one; empty where no columns are read from a frame."""
+
+    def warn(self) -> None:
+        """Says which dates and numbers cannot be read: they count as missing."""
+        if rows := [row for row, problem in enumerate(self.problems) if problem.startswith("unparsable")]:
+            log.warning(
+                "%d of %d rows have a value that cannot be read and counts as missing; the first is row %d: %s",
+                len(rows), len(self.problems), rows[0], self.problems[rows[0]],
+            )  # fmt: skip
 
 
 def read_inputs(
@@ -88,23 +98,12 @@ def _read_frame(frame: pd.DataFrame, schema: Schema, transform: TabularTransform
             _checked(kept[name].tolist(), missing_is_blank=True, column=f" of column {name}")
     numbers = () if transform is None else transform.spec.holding("number")
     chunks = list(read_raw(kept, schema, require_labels=False, numbers=numbers))
-    if transform is not None:
-        _warn(chunks)
     return Inputs(
         texts=[text for chunk in chunks for text in chunk.texts],
         columns=None if transform is None else pd.concat([chunk.frame for chunk in chunks], ignore_index=True),
         index=frame.index,
+        problems=[] if transform is None else [problem for chunk in chunks for problem in chunk.problems],
     )
-
-
-def _warn(chunks: list[RawRows]) -> None:
-    """Says which dates and numbers cannot be read: they count as missing."""
-    found = [problem for chunk in chunks for problem in chunk.problems]
-    if rows := [row for row, problem in enumerate(found) if problem.startswith("unparsable")]:
-        log.warning(
-            "%d of %d rows have a value that cannot be read and counts as missing; the first is row %d: %s",
-            len(rows), len(found), rows[0], found[rows[0]],
-        )  # fmt: skip
 
 
 def _checked(values: Iterable[Any], *, missing_is_blank: bool, column: str = "") -> list[str]:

@@ -1,12 +1,19 @@
-"""A raw table in, a file of predictions out: every row, in order, streamed."""
+"""A raw table in, a file of predictions out: every row, in order, streamed.
+
+Labels are written as the training table gave them, so that programs find them again. But a spreadsheet runs a cell that
+starts with `=`, `+`, `-` or `@` as a formula, and whoever wrote the table may have meant that. `safe_csv` is for files
+to be opened there, and does what OWASP advises (https://owasp.org/www-community/attacks/CSV_Injection): an apostrophe
+before such a cell, and quotes around every text cell, so that no other separator splits one.
+"""
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import pyarrow as pa
@@ -21,6 +28,7 @@ from bertforge.inference.predictor import Predictor
 from bertforge.locks import new_file
 
 FORMATS = (".csv", ".parquet", ".jsonl")
+_FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # OWASP's list; East Asian versions take the wide signs for the same
 
 
 class Predicted(NamedTuple):
@@ -33,20 +41,25 @@ class Predicted(NamedTuple):
     """Rows of the table, or rows the model learnt from, come from `bertforge sample-data`."""
 
 
-def predict_table(predictor: Predictor, table: Path, out: Path, dialect: Dialect | None = None) -> Predicted:
+def predict_table(
+    predictor: Predictor, table: Path, out: Path, dialect: Dialect | None = None, *, safe_csv: bool = False
+) -> Predicted:
     """Writes line, label, probability, each label's probability, and problem.
 
-    `dialect` is what is known of how a text table is written; the rest is detected.
+    `dialect` is what is known of how a text table is written; the rest is detected. `safe_csv` makes text cells of a
+    CSV safe for a spreadsheet.
 
     A row whose date or number cannot be read is predicted without it and says so under `problem`; only one with no
-    readable text at all has no label. Raises UsageError for an `out` that is not one of FORMATS or is the table itself,
-    and leaves nothing half-written.
+    readable text at all has no label. Raises UsageError for an `out` that is not one of FORMATS, is the table itself or
+    is no CSV where `safe_csv` is asked for, and leaves nothing half-written.
     """
     if out.exists() and table.exists() and out.samefile(table):
         raise UsageError(f"--out {out} is the table itself, which would be overwritten; name another file")
+    if safe_csv and out.suffix != ".csv":
+        raise UsageError(f"--safe-csv is for .csv files, and --out is {out}; leave it out")
     rows, unlabelled, made_up = 0, 0, False
     numbers = () if predictor.transform is None else predictor.transform.spec.holding("number")
-    with _writer(out) as write, progress(f"predicting {table.name}") as report:
+    with _writer(out, safe_csv) as write, progress(f"predicting {table.name}") as report:
         for chunk in read_raw(table, predictor.schema, require_labels=False, numbers=numbers, dialect=dialect):
             predictions = _predict_chunk(predictor, chunk)
             write(predictions)
@@ -69,7 +82,7 @@ def _predict_chunk(predictor: Predictor, chunk: RawRows) -> pd.DataFrame:
 
 
 @contextmanager
-def _writer(out: Path) -> Iterator[Callable[[pd.DataFrame], None]]:
+def _writer(out: Path, safe_csv: bool) -> Iterator[Callable[[pd.DataFrame], None]]:
     """A function that appends frames to a file that becomes `out` when the block ends well."""
     if out.suffix not in FORMATS:
         raise UsageError(f"--out {out} should end in {', '.join(FORMATS)}")
@@ -83,7 +96,10 @@ def _writer(out: Path) -> Iterator[Callable[[pd.DataFrame], None]]:
                 parquet = parquet or pq.ParquetWriter(file, table.schema)
                 parquet.write_table(table)
             elif out.suffix == ".csv":
-                file.write(frame.to_csv(index=False, header=not file.tell()).encode())
+                for name in ("label", "problem") if safe_csv else ():
+                    frame[name] = frame[name].map(_harmless)
+                quoting: Any = csv.QUOTE_NONNUMERIC if safe_csv else csv.QUOTE_MINIMAL
+                file.write(frame.to_csv(index=False, header=not file.tell(), quoting=quoting).encode())
             else:
                 for row in frame.to_dict("records"):
                     clean = {str(name): None if value != value else value for name, value in row.items()}  # NaN
@@ -94,6 +110,11 @@ def _writer(out: Path) -> Iterator[Callable[[pd.DataFrame], None]]:
         finally:  # while the file is open: it would else be closed later, with a complaint
             if parquet is not None:
                 parquet.close()
+
+
+def _harmless(cell: object) -> object:
+    """A label or a problem for a spreadsheet; NaN as it is."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell
 
 
 def _parquet_schema(frame: pd.DataFrame) -> pa.Schema:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from bertforge.artifact import compile_command, hash_file, read_manifest
+from bertforge.artifact import hash_file
 from bertforge.columns.transform import TabularTransform
 from bertforge.data.features import require_readable
 from bertforge.data.loader import Examples
@@ -27,9 +27,10 @@ from bertforge.engines.run import run
 from bertforge.errors import ArtifactError, DataError, MachineError, UsageError
 from bertforge.hardware import Hardware, choose_precision, detect
 from bertforge.inference.inputs import Given, read_inputs
-from bertforge.lora.adapter_io import ADAPTER_CONFIG, load_adapter
+from bertforge.lora.adapter_io import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
+from bertforge.manifest import compile_command, read_manifest, remake
 from bertforge.model import weights
-from bertforge.model.classifier import BertForSequenceClassification
+from bertforge.model.classifier import BertForSequenceClassification, check_size
 from bertforge.model.config import BertConfig
 from bertforge.models import resolve, weights_file
 from bertforge.proof.golden import GoldenRows
@@ -63,7 +64,6 @@ class Predictor:
             if precision not in ("auto", manifest["precision"]):
                 raise UsageError(f"{directory} was compiled in {manifest['precision']}, not in {precision}")
             _check_verified(directory, manifest, hardware)
-            check_files(directory, manifest)
             engine = open_engine(directory, manifest["target"], manifest["precision"], hardware)
         else:
             model = verified_model(directory, manifest, hardware)
@@ -74,13 +74,15 @@ class Predictor:
                     )
                 precision = "fp32"
             engine = PyTorchEngine(model, hardware, choose_precision(hardware, precision))
-        return cls(
+        loaded = cls(
             engine=engine,
             tokenizer=Tokenizer.load(directory),
             schema=Schema.from_dict(manifest["schema"]),
             transform=None if manifest["tabular"] is None else TabularTransform.from_dict(manifest["tabular"]),
             manifest=manifest,
         )
+        loaded.check_inputs(directory)
+        return loaded
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -136,6 +138,7 @@ class Predictor:
         Raises UsageError for something else, and DataError for a row that is no text or a column that is missing.
         """
         given = read_inputs(rows, columns, self.schema, self.transform)
+        given.warn()
         chances = np.full((len(given.texts), len(self.label_names)), np.nan, np.float32)
         readable = np.array([bool(text.strip()) for text in given.texts], dtype=bool)  # [rows]
         texts = [text for text, good in zip(given.texts, readable, strict=True) if good]
@@ -154,13 +157,35 @@ class Predictor:
         if len(texts) == 0:
             return np.zeros((0, len(self.label_names)), np.float32)
         store = TokenStore(*self.tokenizer.encode(list(texts)))
-        arrays: dict[str, np.ndarray] | None = None
-        if self.transform is not None:
-            if columns is None:
-                raise DataError(f"this model reads columns beside the text: {', '.join(self.transform.spec.columns)}")
-            require_readable(self.transform.spec.columns, list(columns.columns))
-            arrays = self.transform(columns)
-        return self.token_logits(store, np.arange(len(texts)), arrays, advance)
+        return self.token_logits(store, np.arange(len(texts)), self._arrays(columns), advance)
+
+    def check_inputs(self, directory: Path) -> None:
+        """Raises ArtifactError when the golden rows, as the table had them, are not read as they were when the model
+        was saved: the schema, the tokenizer or the columns have come to mean something else.
+        """
+        golden = GoldenRows.from_dict(self.manifest["golden"]).examples
+        given = read_inputs(pd.DataFrame(self.manifest["inputs"]), None, self.schema, self.transform)
+        rows = np.arange(len(golden.tokens))
+        store = TokenStore(*self.tokenizer.encode(given.texts))
+        found = Examples(store, golden.labels, self.tokenizer.sep_id, self.max_length, self._arrays(given.columns))
+        (expected, _), (batch, _) = golden.pack(rows), found.pack(rows)
+        same = torch.equal(expected.input_ids, batch.input_ids) and torch.equal(expected.cu_seqlens, batch.cu_seqlens)
+        for name, array in (golden.tabular or {}).items():
+            same = same and _equal(array, (found.tabular or {})[name])
+        if not same:
+            raise ArtifactError(
+                f"{directory} does not read its golden rows as it did when it was saved: its tokenizer or its columns "
+                f"were changed; {remake(directory, self.manifest['kind'], self.manifest)}"
+            )
+
+    def _arrays(self, columns: pd.DataFrame | None) -> dict[str, np.ndarray] | None:
+        """What the model reads beside the text; raises DataError for a column that is missing."""
+        if self.transform is None:
+            return None
+        if columns is None:
+            raise DataError(f"this model reads columns beside the text: {', '.join(self.transform.spec.columns)}")
+        require_readable(self.transform.spec.columns, list(columns.columns))
+        return self.transform(columns)
 
     def examples(self, prepared: PreparedData, rows: np.ndarray) -> Examples:
         """Prepared data as this model reads it; of the columns, if it reads any, `rows` alone.
@@ -204,6 +229,13 @@ def served(directory: Path) -> tuple[Path, dict[str, Any]]:
     return directory, read_manifest(directory, "run", "model", "engine")
 
 
+def _equal(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether `[rows, width]` arrays are the same but for zeros on the right: a table's longest row sets the width."""
+    width = max(first.shape[1], second.shape[1])
+    one, two = (np.pad(array, ((0, 0), (0, width - array.shape[1]))) for array in (first, second))
+    return bool(np.array_equal(one, two, equal_nan=first.dtype.kind == "f"))
+
+
 def _among(array: np.ndarray, rows: np.ndarray, total: int) -> np.ndarray:
     """`[total, width]` with `array` at `rows`; the others are zeros, which take no memory."""
     table = np.zeros((total, array.shape[1]), array.dtype)
@@ -238,7 +270,9 @@ def load_model(directory: Path, manifest: dict[str, Any]) -> BertForSequenceClas
             f"the adapter in {directory} was trained on {manifest['base']['model']} with weights "
             f"{manifest['base']['weights']}, but {base} holds {found}"
         )
-    model = BertForSequenceClassification(BertConfig.load(directory))
+    config = BertConfig.load(directory)
+    check_size(config, directory, weights_file(base), directory / ADAPTER_WEIGHTS)
+    model = BertForSequenceClassification(config)
     weights.load(model, base, drop=weights.TASK_HEADS)  # the adapter brings its own
     load_adapter(model, directory)
     return model.eval()
@@ -259,15 +293,6 @@ def check_merged(directory: Path) -> None:
         raise ArtifactError(
             f"{directory} still has its adapter beside the base; merge first: bertforge merge {directory} --out DIR"
         )
-
-
-def check_files(directory: Path, manifest: dict[str, Any]) -> None:
-    """Raises ArtifactError when a file of an engine is not the one that was proved."""
-    for name, proved in manifest["hashes"].items():
-        path = directory / name
-        if not path.is_file() or hash_file(path) != proved:
-            again = compile_command(directory, manifest["target"], manifest["precision"])
-            raise ArtifactError(f"{path} is missing, or not what was proved; compile it again: {again}")
 
 
 def _check_verified(directory: Path, manifest: dict[str, Any], hardware: Hardware) -> None:

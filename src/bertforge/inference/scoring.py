@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from bertforge.artifact import MANIFEST
 from bertforge.data.dialect import Dialect
 from bertforge.data.prepared import PreparedData
 from bertforge.data.raw import read_raw
@@ -16,6 +15,7 @@ from bertforge.data.tokens import TokenStore
 from bertforge.engines.run import run
 from bertforge.errors import DataError, UsageError
 from bertforge.inference.predictor import Predictor
+from bertforge.manifest import MANIFEST
 
 _MAY_BE_KNOWN = " (rows which the run may have been trained on: they are not of its own prepared data)"
 _SHOWN = 5  # unknown labels that an error lists

@@ -21,16 +21,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from bertforge.artifact import (
-    MANIFEST,
-    compile_command,
-    fresh_directory,
-    hash_file,
-    read_manifest,
-    versions,
-    write_json,
-    write_manifest,
-)
+from bertforge.artifact import fresh_directory, hash_file, versions
 from bertforge.data.loader import spread
 from bertforge.data.prepared import PreparedData
 from bertforge.engines.base import Order, Rows, Target
@@ -40,8 +31,9 @@ from bertforge.engines.registry import TARGETS, check_target
 from bertforge.errors import ArtifactError, MachineError, UsageError
 from bertforge.evaluation.logits import predict_logits
 from bertforge.hardware import Hardware, detect
-from bertforge.inference.predictor import Predictor, check_files, check_merged, plain_model
+from bertforge.inference.predictor import Predictor, check_merged, plain_model
 from bertforge.locks import locked
+from bertforge.manifest import MANIFEST, amend_manifest, compile_command, peek_manifest, read_manifest, write_manifest
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.points import Unit, linears
 from bertforge.proof.gate import PROOF, PrecisionError, Reference, prove
@@ -51,7 +43,7 @@ from bertforge.proof.simulation import layers_of, rounded, row_shifts, shifts_al
 from bertforge.scales import FORMATS, SCALES, Scales
 
 TIMED_ROWS, REPEATS = 200, 3
-_KEPT = ("recipe", "labels", "schema", "tabular", "data", "base", "temperature", "golden")
+_KEPT = ("recipe", "labels", "schema", "tabular", "data", "base", "temperature", "golden", "inputs")
 Say = Callable[[str], object]
 
 
@@ -195,7 +187,7 @@ def _compile(source: _Source, kind: Target, precision: str, out: Path, hardware:
             f"{target} builds an engine where it will run, but {reason}; run this command there, or take "
             f"--target {anywhere[0]}, which builds anywhere"
         )
-    renewable = kind.renewable and (out / MANIFEST).is_file() and read_manifest(out, "engine")["target"] == target
+    renewable = kind.renewable and (out / MANIFEST).is_file() and peek_manifest(out, "engine")["target"] == target
     start = time.monotonic()
     with fresh_directory(out, replace=renewable) as folder:
         built, spared = _build(source, kind, precision, folder, out, hardware, prove_it=reason is None)
@@ -206,17 +198,14 @@ def _compile(source: _Source, kind: Target, precision: str, out: Path, hardware:
             "build_seconds": round(time.monotonic() - start, 1),
             "bytes": sum(path.stat().st_size for path in folder.iterdir()),
             "versions": versions(*kind.libraries),
-            # Some files change as the engine is used.
-            "hashes": {
-                path.name: hash_file(path) for path in sorted(folder.iterdir()) if path.name not in kind.changing
-            },
             "spared": [asdict(unit) | {"shift": shift} for unit, shift in spared.items()],
             **({"verified": True} if reason is None else {"verified": False, "not_verified": reason}),
             **built,
         }
         kept = {name: source.predictor.manifest[name] for name in _KEPT if name in source.predictor.manifest}
         source.predictor.tokenizer.save(folder, source.predictor.max_length)
-        write_manifest(folder, "engine", **receipt, parent=hash_file(source.model / MANIFEST), **kept)
+        parent = hash_file(source.model / MANIFEST)
+        write_manifest(folder, "engine", leave_out=kind.changing, **receipt, parent=parent, **kept)
     return receipt
 
 
@@ -302,7 +291,6 @@ def _verify(model: Path, engine: Path, data: Path | None, say: Say) -> dict[str,
         raise ArtifactError(
             f"{engine} was compiled from other weights than those of {model}; compile it again: {again}"
         )
-    check_files(engine, manifest)
     hardware = detect()
     kind = check_target(target, precision, hardware)
     if reason := kind.unfit(hardware):
@@ -314,10 +302,10 @@ def _verify(model: Path, engine: Path, data: Path | None, say: Say) -> dict[str,
     try:
         proof = _proof(source, kind, engine, source.reference(kind, precision, scales, spared))
     except ArtifactError as error:
-        write_json(engine / MANIFEST, kept | {"verified": False, "not_verified": str(error)})
+        amend_manifest(engine, kept | {"verified": False, "not_verified": str(error)})
         raise
     verified = kept | {"verified": True, "device": hardware.name, **proof}
-    write_json(engine / MANIFEST, verified)
+    amend_manifest(engine, verified)
     return verified
 
 

@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bertforge.artifact import MANIFEST, fresh_directory, hash_file, read_manifest, write_manifest
+from bertforge.artifact import fresh_directory, hash_file
 from bertforge.data.tokens import Tokenizer
 from bertforge.errors import ArtifactError
-from bertforge.evaluation.logits import predict_logits
 from bertforge.hardware import detect
 from bertforge.inference.predictor import load_model, verified_model
 from bertforge.locks import locked
 from bertforge.lora.adapter_io import ADAPTER_CONFIG
 from bertforge.lora.inject import merge, unmerged
+from bertforge.manifest import MANIFEST, read_manifest, write_manifest
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.proof.golden import GoldenRows
 from bertforge.proof.tolerances import MERGED
@@ -55,19 +55,19 @@ def _merge(run: Path, out: Path) -> dict[str, Any]:
     merged.eval()
     golden = GoldenRows.from_dict(manifest["golden"])
     measured = _gate(run, model, merged, golden)
-    logits = predict_logits(merged, golden.examples, np.arange(len(golden.logits)), "fp32")
-    kept = {name: value for name, value in manifest.items() if name not in ("kind", "versions", "history")}
+    after = golden.of(merged)
+    kept = {name: value for name, value in manifest.items() if name not in ("kind", "versions", "history", "files")}
     with fresh_directory(out) as folder:
         merged.save_pretrained(folder)
         Tokenizer.load(run).save(folder, manifest["recipe"]["max_length"])
         write_manifest(
             folder,
             "model",
-            **{**kept, "golden": GoldenRows(golden.examples, logits).to_dict(), "merge": measured},
+            **{**kept, "golden": after.to_dict(), "merge": measured},
             parent=hash_file(run / MANIFEST),
         )
         reloaded = load_model(folder, manifest)  # what is on disk, not what is in memory
-        if GoldenRows(golden.examples, logits).difference(reloaded.to(next(merged.parameters()).device)) != 0:
+        if after.difference(reloaded.to(next(merged.parameters()).device)) != 0:
             raise ArtifactError(f"the weights written to {out} do not reload as they were; nothing was kept")
         Tokenizer.load(folder)
     return measured

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from bertforge.batch import PackedBatch, PaddedBatch
 from bertforge.columns.encoder import TabularConfig, TabularEncoder
-from bertforge.errors import UsageError
+from bertforge.errors import ArtifactError, UsageError
 from bertforge.model import weights
 from bertforge.model.bert import BertModel
 from bertforge.model.config import BertConfig
-from bertforge.models import resolve
+from bertforge.models import resolve, weights_file
 
 log = logging.getLogger(__name__)
+_LARGE = 1 << 28  # numbers: a gigabyte of them
 
 
 class BertForSequenceClassification(nn.Module):
@@ -71,6 +72,7 @@ class BertForSequenceClassification(nn.Module):
         """
         directory = resolve(str(name))
         stored = BertConfig.load(directory)
+        check_size(stored, directory, weights_file(directory))
         config = replace(
             stored,
             labels=labels or stored.labels,
@@ -102,6 +104,24 @@ class BertForSequenceClassification(nn.Module):
         """Writes `config.json` and `model.safetensors`; transformers.AutoModelForSequenceClassification reads them."""
         weights.save(self, Path(directory))
         self.config.save(Path(directory))
+
+
+def check_size(config: BertConfig, directory: Path, *files: Path) -> None:
+    """Raises ArtifactError when the config.json in `directory` describes a large model, of more numbers than `files`,
+    which hold its weights, have bytes: before it takes memory for what is not there.
+
+    Heads that a checkpoint may lack do not count.
+    """
+    with torch.device("meta"):  # shapes without memory
+        outline = BertForSequenceClassification(config).state_dict()
+    heads = ("bert.pooler.", "classifier.")
+    numbers = sum(tensor.numel() for name, tensor in outline.items() if not name.startswith(heads))
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    if numbers > max(size, _LARGE):
+        raise ArtifactError(
+            f"{directory / 'config.json'} describes a model of {numbers:,} numbers, but its weights have {size:,} "
+            "bytes; make or download the model again"
+        )
 
 
 def _initialise(module: nn.Module, std: float) -> None:

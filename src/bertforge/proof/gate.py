@@ -166,9 +166,9 @@ class Loss:
         return self.low <= ACCURACY_LOSS
 
     def __str__(self) -> str:
-        told = "" if self.decided else f"; they cannot tell whether more than {ACCURACY_LOSS:.1%} is lost"
-        interval = f"{-self.high:+.2%} to {-self.low:+.2%}"
-        return f"{self.rows:,} validation rows: {0.0 - self.value:+.2%} ({interval}){told}"
+        told = "" if self.decided else f"; they cannot tell whether more than {100 * ACCURACY_LOSS:.1f} points are lost"
+        interval = f"{-100 * self.high:+.2f} to {-100 * self.low:+.2f}"
+        return f"{self.rows:,} validation rows: {0.0 - 100 * self.value:+.2f} points ({interval}){told}"
 
 
 def prove(

@@ -1,12 +1,13 @@
 """Golden rows: inputs with the logits they gave when the model was saved.
 
 They travel in `bertforge.json` as token ids and columns (null for a number that is missing), so that whoever loads the
-model, merges it or later compiles it can show that it still computes the same function, without the data set.
+model, merges it or later compiles it can show that it still computes the same function, without the data set. The same
+rows as they stood in the table travel beside them, as `inputs`, so that the way from there is shown too.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -29,9 +30,8 @@ class GoldenRows:
 
     @classmethod
     def record(cls, model: nn.Module, examples: Examples, rows: np.ndarray) -> Self:
-        """Takes rows spread evenly over the lengths of `rows` and runs them in float32."""
-        by_length = rows[np.argsort(examples.lengths(rows), kind="stable")]
-        chosen = spread(by_length, ROWS)
+        """Takes `spread_rows` and runs them in float32."""
+        chosen = spread_rows(examples, rows)
         lengths = examples.lengths(chosen)
         batch, _ = examples.pack(chosen)
         kept = Examples(
@@ -42,6 +42,10 @@ class GoldenRows:
             tabular=examples.tabular and {name: array[chosen] for name, array in examples.tabular.items()},
         )
         return cls(kept, predict_logits(model, kept, np.arange(len(chosen)), "fp32"))
+
+    def of(self, model: nn.Module) -> Self:
+        """The same rows with the logits of another model, in float32."""
+        return replace(self, logits=predict_logits(model, self.examples, np.arange(len(self.logits)), "fp32"))
 
     def difference(self, model: nn.Module) -> float:
         """The largest |logit - reference| over all rows, in float32."""
@@ -75,6 +79,12 @@ class GoldenRows:
             ),
             np.array(values["logits"], np.float32),
         )
+
+
+def spread_rows(examples: Examples, rows: np.ndarray) -> np.ndarray:
+    """Some of `rows`, spread evenly over their lengths, shortest first."""
+    by_length = rows[np.argsort(examples.lengths(rows), kind="stable")]
+    return spread(by_length, ROWS)
 
 
 def _nulls(array: np.ndarray) -> list[Any]:

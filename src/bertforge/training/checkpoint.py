@@ -1,26 +1,22 @@
-"""Saving a run so that it goes on bit for bit: one safetensors file, replaced atomically.
+"""Saving a run so that it goes on bit for bit, in one file of tensors (`sealed.py`).
 
-It holds the trainable weights, AdamW's moments, the random number generators of every process and, as JSON in the
-file's header, where the run stands. The order of rows needs no saving: it depends on (seed, epoch) alone. No pickle is
-involved.
+It holds the trainable weights, AdamW's moments, the random number generators of every process and where the run stands.
+The order of rows needs no saving: it depends on (seed, epoch) alone.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from bertforge.artifact import write_atomic
 from bertforge.determinism import branch
 from bertforge.errors import ArtifactError
 from bertforge.training.distributed import ALONE, World
+from bertforge.training.sealed import read_tensors, write_tensors
 
 
 @dataclass
@@ -75,21 +71,16 @@ def save(
     for index, parameter in enumerate(_parameters(optimizer)):
         for name, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{index}.{name}"] = value
-    stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     state = asdict(progress) | {"best_loss": progress.best_loss if progress.best_epoch else None}
-    write_atomic(path, to_bytes(stored, metadata={"progress": json.dumps(state)}))
+    write_tensors(path, tensors, state)
 
 
 def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World = ALONE) -> Progress:
-    """Loads a checkpoint into `model`, `optimizer` and the generators; raises ArtifactError when it does not fit."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-            state = json.loads(file.metadata()["progress"])
-    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ArtifactError(
-            f"checkpoint {path} is damaged ({str(error)[:120]}); start the run anew without --resume"
-        ) from error
+    """Loads a checkpoint into `model`, `optimizer` and the generators.
+
+    Raises ArtifactError when it is damaged or does not fit.
+    """
+    tensors, state = read_tensors(path)
     load_trainable(model, {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}, path)
     for index, parameter in enumerate(_parameters(optimizer)):
         prefix = f"optimizer.{index}."
@@ -99,8 +90,6 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, worl
             for name, tensor in tensors.items()
             if name.startswith(prefix)
         }
-    if tensors["rng.cpu"].ndim != 2:
-        raise ArtifactError(f"checkpoint {path} is of a version before this one; start the run anew without --resume")
     same_size = len(tensors["rng.cpu"]) == world.size
     stream = world.rank if same_size else 0
     torch.set_rng_state(tensors["rng.cpu"][stream].clone())  # of a row that is a view, torch reads other bytes
@@ -117,8 +106,7 @@ def saved_step(path: Path) -> int:
     """Optimizer steps finished in the checkpoint at `path`, 0 where there is none."""
     if not path.is_file():
         return 0
-    with safe_open(path, framework="pt") as file:
-        return int(json.loads(file.metadata()["progress"])["step"])
+    return int(read_tensors(path)[1]["step"])
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:

@@ -21,26 +21,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from bertforge.artifact import (
-    MANIFEST,
-    RUNNING,
-    WHILE_TRAINING,
-    hash_file,
-    put_right,
-    write_atomic,
-    write_json,
-    write_manifest,
-)
+from bertforge.artifact import hash_file
 from bertforge.columns.transform import TabularTransform
 from bertforge.data.loader import Examples, Split
 from bertforge.data.prepared import PreparedData
 from bertforge.data.schema import CLOSED_DATE, STACK_OVERFLOW, Schema
 from bertforge.data.tokens import Tokenizer
 from bertforge.determinism import branch, seed_everything
+from bertforge.digests import read_sealed, write_sealed
 from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.evaluation.standing import standing
 from bertforge.evaluation.temperature import fit_temperature
@@ -49,14 +39,16 @@ from bertforge.locks import locked
 from bertforge.lora.adapter_io import save_adapter
 from bertforge.lora.config import LoraConfig
 from bertforge.lora.inject import inject_lora
+from bertforge.manifest import MANIFEST, RUNNING, WHILE_TRAINING, put_right, write_manifest
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.models import MINILM, MINILM_HUB_ID, minilm_folder, resolve, weights_file
-from bertforge.proof.golden import GoldenRows
+from bertforge.proof.golden import GoldenRows, spread_rows
 from bertforge.training.checkpoint import Progress, count_trainable
 from bertforge.training.config import Recipe
 from bertforge.training.distributed import World, joined
 from bertforge.training.loop import CHECKPOINT, Trainer
 from bertforge.training.schedule import Schedule
+from bertforge.training.sealed import read_tensors, write_tensors
 from bertforge.training.start import PROBE_SHARE, is_probed, probe
 
 START = "start.safetensors"
@@ -149,12 +141,12 @@ def finetune(
             "metrics": _summary(progress, trainer),
             "history": progress.history,
             "temperature": fit_temperature(logits, run.split.examples.labels[run.split.validation]),
-            "golden": GoldenRows.record(run.model, run.split.examples, run.split.validation).to_dict(),
+            **_golden(run, start.prepared),
         }
         if world.first:
             found = standing(start.prepared, recipe.split, "validation", recipe.tabular, logits)
             manifest["baselines"] = found.to_dict()
-            write_manifest(out, "run", **manifest)
+            write_manifest(out, "run", leave_out=WHILE_TRAINING, **manifest)
             for name in WHILE_TRAINING:
                 (out / name).unlink(missing_ok=True)
         return manifest
@@ -200,7 +192,7 @@ def _start(data: Path, out: Path, recipe: Recipe, resume: bool, world: World) ->
         branch(world.rank)
     with world.together():
         if world.first and not resume:  # only now: a setting that cannot work leaves no folder to clear away
-            write_json(out / RUNNING, {**identity, "precision": precision})
+            write_sealed(out / RUNNING, {**identity, "precision": precision})
     with world.together():
         if not (out / RUNNING).is_file():
             raise ArtifactError(
@@ -242,25 +234,17 @@ def _start_from_probe(run: Run, trainer: Trainer, out: Path) -> dict[str, Any]:
         minutes = trainer.recipe.minutes
         seconds = None if minutes is None else PROBE_SHARE * 60 * minutes
         found = probe(run.model, run.split, trainer.precision, trainer.recipe.seed, seconds)
-        values = {name: value.cpu().contiguous() for name, value in _probed_values(run.model).items()}
-        write_atomic(path, to_bytes(values, metadata={"found": json.dumps(found)}))
+        write_tensors(path, _probed_values(run.model), found)
         return found
     return _read_start(run, out)
 
 
 def _read_start(run: Run, out: Path) -> dict[str, Any]:
-    """Sets the values in `out`; raises ArtifactError when the file is damaged."""
-    path = out / START
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name, value in _probed_values(run.model).items():
-                if (stored := file.get_tensor(name)).shape != value.shape:
-                    raise ValueError(f"{name} has another shape")
-                value.copy_(stored)
-            return dict(json.loads(file.metadata()["found"]))
-    except (SafetensorError, OSError, KeyError, TypeError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise ArtifactError(f"{path} is missing or damaged ({reason}); start the run anew: rm -r {out}") from error
+    """Sets the values in `out` and returns what the probe found; raises ArtifactError when the file is damaged."""
+    stored, found = read_tensors(out / START)
+    for name, value in _probed_values(run.model).items():
+        value.copy_(stored[name])
+    return found
 
 
 def _probed_values(model: BertForSequenceClassification) -> dict[str, Tensor]:
@@ -342,6 +326,14 @@ def describe(run: Run, prepared: PreparedData, recipe: dict[str, Any]) -> dict[s
     }
 
 
+def _golden(run: Run, prepared: PreparedData) -> dict[str, Any]:
+    """The manifest's `golden` and `inputs`: some validation rows as the model reads them and as the table has them."""
+    examples = run.split.examples
+    rows = spread_rows(examples, run.split.validation)
+    inputs = prepared.raw(rows, () if run.transform is None else run.transform.spec.columns)
+    return {"golden": GoldenRows.record(run.model, examples, rows).to_dict(), "inputs": inputs}
+
+
 def _found_anywhere(model: str) -> str:
     """`minilm` and Hub ids as they are, a folder by its absolute path: a run may be loaded from another place."""
     folder = Path(model).expanduser()
@@ -382,7 +374,7 @@ def _is_readable(path: Path) -> bool:
 def _read_running(path: Path, identity: dict[str, Any]) -> str:
     """The precision of the run to resume; raises ArtifactError naming what of `identity` was another."""
     try:
-        before = json.loads(path.read_text())
+        before = read_sealed(path)
         precision = str(before.pop("precision"))
         found, given = _flat(before), _flat(identity)
     except (ValueError, TypeError, AttributeError, KeyError) as error:

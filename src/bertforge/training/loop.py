@@ -18,15 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from bertforge.artifact import write_atomic
 from bertforge.data.loader import PackShape, Split, epoch_plan, load
 from bertforge.data.packing import shares
-from bertforge.errors import ArtifactError, DataError
+from bertforge.errors import DataError
 from bertforge.evaluation.logits import predict_logits
 from bertforge.evaluation.temperature import fit_temperature
 from bertforge.model.classifier import BertForSequenceClassification
@@ -40,6 +36,7 @@ from bertforge.training.idle import IdleMeter
 from bertforge.training.optim import lr_scale, make_optimizer, set_lr
 from bertforge.training.prefix import EagerPrefix, FrozenPrefix, frozen_layers
 from bertforge.training.schedule import Schedule
+from bertforge.training.sealed import read_tensors, write_tensors
 from bertforge.training.step import EagerStep, GraphedStep
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -112,7 +109,7 @@ class Trainer:
         if path.is_file():
             self.progress = checkpoint.restore(path, self.model, self.optimizer, self.world)
             if self.progress.best_epoch:
-                self._read_best()  # a damaged file is told now, not after the last epoch
+                read_tensors(self.directory / BEST)  # a damaged file is told now, not after the last epoch
 
     def fit(self, show: Callable[[Progress, int, float], None]) -> Progress:
         """Trains to the end, leaves the best epoch's weights in the model and says where the run stands.
@@ -131,7 +128,8 @@ class Trainer:
         finally:
             if isinstance(self.step, GraphedStep):
                 self.step.release()
-        checkpoint.load_trainable(self.model, self._read_best(), self.directory / BEST)
+        best = self.directory / BEST
+        checkpoint.load_trainable(self.model, read_tensors(best)[0], best)
         return self.progress
 
     def _fit(self, show: Callable[[Progress, int, float], None]) -> None:
@@ -232,9 +230,7 @@ class Trainer:
         if calibrated < progress.best_loss:
             progress.best_loss, progress.best_epoch = calibrated, progress.epoch
             if self.world.first:
-                best = checkpoint.trainable(self.model).items()
-                content = to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in best})
-                write_atomic(self.directory / BEST, content)
+                write_tensors(self.directory / BEST, checkpoint.trainable(self.model), {"epoch": progress.epoch})
 
     def validation_logits(self) -> Tensor:
         """`[rows, labels]` float32; each process computes its share, and all get all."""
@@ -250,16 +246,6 @@ class Trainer:
         self.progress.seconds = time.monotonic() - self._started
         checkpoint.save(self.directory / CHECKPOINT, self.model, self.optimizer, self.progress, self.world)
         self._saved_at = time.monotonic()
-
-    def _read_best(self) -> dict[str, Tensor]:
-        path = self.directory / BEST
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            reason = " ".join(str(error).split())[:120]
-            raise ArtifactError(
-                f"{path} is missing or damaged ({reason}); start the run anew without --resume"
-            ) from error
 
     def _checkpoint_due(self) -> bool:
         return time.monotonic() - self._saved_at > self.recipe.checkpoint_seconds

@@ -1,0 +1,69 @@
+"""`bertforge check`: every file of a folder against its digest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bertforge.terminal import Terminal
+
+
+def check(
+    folder: Annotated[Path, typer.Argument(help="A folder that any command wrote; folders in it are checked too.")],
+) -> None:
+    """Read every file of a folder, and say which are not as they were written and how to make them again.
+
+    Example, before a model goes into production, or after a disk was moved:
+
+        bertforge check model
+    """
+    from bertforge.errors import ArtifactError
+
+    console = Terminal()
+    damaged = checked = 0
+    for place, kind, damages in examine(folder):
+        checked += 1
+        damaged += bool(damages)
+        console.print("damaged" if damages else "whole  ", style="red" if damages else "green", end="  ")
+        console.print(f"{place} ({kind})")
+        for damage in damages:
+            console.print(f"         {damage}")
+    if not checked:
+        raise ArtifactError(f"{folder} holds nothing that bertforge wrote; name a folder made by one of its commands")
+    if damaged:
+        raise ArtifactError(f"{damaged} of {checked} folders in {folder} are damaged; the lines above say what to type")
+    console.print(f"{checked} folders checked: every file is as it was written")
+
+
+def examine(folder: Path) -> Iterator[tuple[Path, str, list[str]]]:
+    """Each folder with a manifest in `folder`, itself among them, or with a run that has not ended: its kind, and what
+    is wrong with it.
+    """
+    from bertforge.manifest import MANIFEST, RUNNING, check_folder
+
+    for name, _, files in os.walk(folder):
+        if MANIFEST in files:
+            yield Path(name), *check_folder(Path(name))
+        elif RUNNING in files:
+            yield Path(name), "run that has not ended", list(_unfinished(Path(name)))
+
+
+def _unfinished(run: Path) -> Iterator[str]:
+    from bertforge.digests import read_sealed
+    from bertforge.errors import ArtifactError
+    from bertforge.manifest import RUNNING
+    from bertforge.training.sealed import SEALED, read_tensors
+
+    try:
+        read_sealed(run / RUNNING)
+    except ValueError as error:
+        yield f"{run / RUNNING} is damaged ({error}); start the run anew: rm -r {run}"
+    for path in sorted(run.glob(SEALED)):
+        try:
+            read_tensors(path)
+        except ArtifactError as error:
+            yield str(error)

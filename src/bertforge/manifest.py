@@ -1,0 +1,244 @@
+"""`bertforge.json`: what a folder is, who made it, and the digest of every file in it.
+
+Every folder bertforge writes (prepared data, its tokens, a run, a merged or quantized model, an engine, a fit) holds
+one, written last. `read_manifest` is the one door to such a folder: it refuses a wrong kind with the command that makes
+the right one, and a folder of which any file is missing or changed with the command that makes it again.
+
+A folder within the folder that has a manifest of its own, such as `engines/` in a model, is checked when it is used.
+Hidden files are not part of a folder.
+
+Files are read whole each time a model or engine is loaded, for loading reads them anyway and the digest takes a few
+hundredths of that time. Prepared data may be larger than memory, and most of it is read little by little. So a file of
+it is read once on each machine, and again when its stamp (inode, size, times) has changed; `.checked.json` keeps the
+stamps of those that were whole.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from bertforge.artifact import versions
+from bertforge.digests import digest_file, read_sealed, write_sealed
+from bertforge.errors import ArtifactError
+from bertforge.locks import PATIENCE, BusyError, beside, leftovers, locked
+from bertforge.scales import FORMATS
+
+MANIFEST = "bertforge.json"
+RUNNING = "running.json"  # in its place: the recipe and data of a run that has not ended
+WHILE_TRAINING = ("checkpoint.safetensors", "best.safetensors", "start.safetensors", RUNNING)  # RUNNING goes last
+_CHECKED = ".checked.json"
+_STAMPED = ("data", "tokens")  # kinds that are not read whole each time
+_SETTLED = 1.0  # seconds: a file that changes twice within a tick of the clock keeps its stamp
+_MODEL = ("recipe", "labels", "schema", "tabular", "data", "base", "golden", "inputs")
+# What every reader of a kind relies on.
+_FIELDS = {
+    "data": ("fingerprint", "source", "schema", "rows", "label_counts", "columns", "splits", "made_up"),
+    "tokens": ("tokenizer", "fingerprint", "rows"),
+    "run": _MODEL,
+    "model": _MODEL,
+    "quantized": (*_MODEL, "quantization"),
+    "engine": (*_MODEL, "target", "precision", "spared"),
+    "fit": ("serves",),
+}
+_MADE_BY = {
+    "data": "bertforge prepare TABLE --out {}",
+    "run": "bertforge train --data DATA --out {}",
+    "model": "bertforge merge RUN --out {}",
+    "quantized": "bertforge quantize MODEL --data DATA --out {}",
+    "engine": "bertforge compile MODEL --target openvino --precision bf16 --out {}",
+    "fit": "bertforge fit TABLE --label-column L --out {}",
+}
+
+_TOKENS = "remove them, and the next command tokenizes again"
+
+_whole: dict[str, tuple[list[int], str]] = {}
+"""Path -> stamp and digest, of files that this process has read."""
+
+
+def write_manifest(directory: Path, kind: str, *, leave_out: Collection[str] = (), **fields: Any) -> Path:
+    """Writes `bertforge.json` into `directory`: its kind, the versions that made it, `fields`, and the digests of its
+    files but those that `leave_out` names, which change or go.
+    """
+    files = {name: digest_file(directory / name) for name in sorted(_files(directory, leave_out))}
+    return write_sealed(directory / MANIFEST, {"kind": kind, "versions": versions(), **fields, "files": files})
+
+
+def amend_manifest(directory: Path, manifest: dict[str, Any]) -> Path:
+    """Writes what `read_manifest` gave, changed; the digests of the files stay as they were."""
+    return write_sealed(directory / MANIFEST, manifest)
+
+
+def read_manifest(directory: Path, *kinds: str) -> dict[str, Any]:
+    """The manifest of a folder of one of `kinds` whose every file is as it was written.
+
+    Raises ArtifactError naming the command that makes the right kind when the folder is missing, is something else, or
+    has a file, the manifest among them, that is missing or changed.
+    """
+    manifest = peek_manifest(directory, *kinds)
+    if damage := next(_damages(directory, manifest), None):
+        raise ArtifactError(f"{damage}; {remake(directory, manifest['kind'], manifest)}")
+    return manifest
+
+
+def put_right(directory: Path) -> None:
+    """What a reader of `directory` does first: what a killed command left there is put back or removed.
+
+    Raises BusyError when a command is writing the folder and nothing can be read there yet.
+    """
+    finished = (directory / MANIFEST).is_file()
+    if not leftovers(directory) and not (finished and (directory / RUNNING).is_file()):
+        return
+    try:
+        with locked(directory, patience=0 if finished else PATIENCE):
+            if (directory / MANIFEST).is_file():
+                for name in WHILE_TRAINING:
+                    (directory / name).unlink(missing_ok=True)
+    except BusyError:
+        if not finished:
+            raise
+    except OSError as error:  # a place where only reading is allowed
+        old = beside(directory.resolve(), "old")
+        if old.is_dir() and not directory.exists():
+            raise ArtifactError(
+                f"a command that was killed left {directory} under another name; put it back: mv {old} {directory}"
+            ) from error
+
+
+def peek_manifest(directory: Path, *kinds: str) -> dict[str, Any]:
+    """The manifest alone, whatever became of the files, for one about to write them anew; see `read_manifest`."""
+    put_right(directory)
+    hint = " or ".join(f"`{_MADE_BY[kind].format('DIR')}`" for kind in kinds if kind in _MADE_BY)
+    if len(kinds) > 3:
+        hint = " or ".join(f"`{' '.join(_MADE_BY[kind].split()[:2])}`" for kind in kinds)
+    path = directory / MANIFEST
+    if not path.is_file():
+        if (directory / RUNNING).is_file():
+            raise ArtifactError(
+                f"{directory} holds a run that has not ended; go on with `bertforge train` and --resume"
+            )
+        what = "does not exist" if not directory.exists() else f"holds no {MANIFEST}"
+        raise ArtifactError(f"{directory} {what}; it should be a folder made by {hint}")
+    try:
+        manifest = read_sealed(path)
+        kind = str(manifest["kind"])
+    except (ValueError, KeyError) as error:  # what is no JSON and no UTF-8 among them
+        reason = error if isinstance(error, ValueError) else "it lacks 'kind'"
+        again = f"make the folder again with {hint}, after" if hint else _TOKENS
+        raise ArtifactError(f"{path} is damaged ({reason}); {again}: rm -r {directory}") from error
+    if kind not in kinds:
+        raise ArtifactError(
+            f"{directory} is of kind {kind!r}, but {' or '.join(kinds)} is needed: make one with {hint}"
+        )
+    if missing := [name for name in (*_FIELDS.get(kind, ()), "files") if name not in manifest]:
+        raise ArtifactError(f"{path} is damaged (it lacks {missing[0]!r}); make the folder again with {hint}")
+    return manifest
+
+
+def check_folder(directory: Path) -> tuple[str, list[str]]:
+    """The kind of the folder that holds a manifest, and what is wrong with it, stamps or not: nothing when all is well.
+
+    Each line names the file and the command that makes it again.
+    """
+    try:
+        kind = str(read_sealed(directory / MANIFEST)["kind"])
+        manifest = peek_manifest(directory, kind)
+    except (OSError, ValueError, KeyError) as error:
+        return "damaged", [
+            f"{directory / MANIFEST} is damaged ({error}); make it again with the command that wrote it, after: "
+            f"rm -r {directory}"
+        ]
+    except ArtifactError as error:
+        return kind, [str(error)]
+    (directory / _CHECKED).unlink(missing_ok=True)
+    for name in manifest["files"]:
+        _whole.pop(str(directory / name), None)
+    return kind, [f"{damage}; {remake(directory, kind, manifest)}" for damage in _damages(directory, manifest)]
+
+
+def remake(directory: Path, kind: str, manifest: dict[str, Any]) -> str:
+    """What to type to have the folder again."""
+    if kind == "tokens":
+        return f"{_TOKENS}: rm -r {directory}"
+    if kind == "engine":
+        command = compile_command(directory, manifest["target"], manifest["precision"])
+    else:
+        command = _MADE_BY[kind].format(directory)
+    return f"make it again: rm -r {directory}, then `{command}`"
+
+
+def compile_command(engine: Path, target: str, precision: str) -> str:
+    """What builds the engine in the folder `engine` again; its model is known where the folder lies in the model's."""
+    in_model = engine.parent.name == "engines"
+    command = f"bertforge compile {engine.parent.parent if in_model else 'MODEL'}"
+    command += f" --target {target} --precision {precision}"
+    command += " --data DATA" if precision in FORMATS else ""  # whose rows calibrate and prove 8 bits
+    return command if in_model and engine.name == f"{target}-{precision}" else f"{command} --out {engine}"
+
+
+def _files(directory: Path, leave_out: Collection[str], within: str = "") -> Iterator[str]:
+    """Names, relative to the folder, of the files that belong to it."""
+    for entry in os.scandir(directory):
+        name = within + entry.name
+        if entry.name.startswith(".") or name in leave_out or name == MANIFEST:
+            continue
+        if entry.is_file():
+            yield name
+        elif entry.is_dir() and not Path(entry, MANIFEST).is_file():
+            yield from _files(Path(entry), leave_out, f"{name}/")
+
+
+def _damages(directory: Path, manifest: dict[str, Any]) -> Iterator[str]:
+    """Each file that is not as it was written."""
+    seen = _seen(directory) if manifest["kind"] in _STAMPED else {}
+    found: dict[str, list[int]] = {}
+    for name, written in manifest["files"].items():
+        path = directory / name
+        try:
+            stamp = _stamp(path)
+            if seen.get(name) != stamp and _digest(path, stamp) != written:
+                yield f"{path} is damaged: it is not what was written"
+                continue
+        except FileNotFoundError:
+            yield f"{path} is missing"
+            continue
+        except OSError as error:
+            yield f"{path} cannot be read ({error.strerror})"
+            continue
+        if _settled(stamp):
+            found[name] = stamp
+    if manifest["kind"] in _STAMPED and found and found != seen:
+        with suppress(OSError):  # a folder that may only be read is read whole each time
+            write_sealed(directory / _CHECKED, {"machine": platform.node(), "stamps": found})
+
+
+def _seen(directory: Path) -> dict[str, list[int]]:
+    """The stamps of the files that were whole when this machine read them."""
+    try:
+        kept = read_sealed(directory / _CHECKED)
+    except (OSError, ValueError):
+        return {}
+    return dict(kept["stamps"]) if kept.get("machine") == platform.node() else {}
+
+
+def _digest(path: Path, stamp: list[int]) -> str:
+    known, found = _whole.get(str(path), ([], ""))
+    if known != stamp:
+        found = digest_file(path)
+        if _settled(stamp):
+            _whole[str(path)] = (stamp, found)
+    return found
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _settled(stamp: list[int]) -> bool:
+    return time.time() - max(stamp[-2:]) * 1e-9 > _SETTLED
