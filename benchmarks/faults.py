@@ -1,4 +1,4 @@
-"""Whether anything goes wrong without a word: processes are killed at chosen and at random moments.
+"""Whether anything goes wrong without a word: files are damaged, tables hostile, processes killed.
 
     python benchmarks/faults.py --work DIR [--only "crash points" ...] [--share 0.05] [--json FILE]
 
@@ -22,6 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the tests' tables, models and crashes
 
 from bertforge.artifact import write_json
+from damaged import damages, hostile
 from killed import crash_points, kills_in_training
 from record import record
 
@@ -30,11 +31,13 @@ Part = Callable[[Path, int, int], dict[str, int]]
 """An empty folder to work in, how many faults, a seed -> what came of them, counted."""
 
 PARTS: dict[str, tuple[Part, int]] = {
+    "damages": (damages, 1000),
+    "hostile tables": (hostile, 1500),
     "crash points": (crash_points, 200),
     "kills in training": (kills_in_training, 100),
 }
 # Of every part.
-MUST_BE_0 = ("half-written", "not repaired", "other bits", "leftovers")
+MUST_BE_0 = ("silent", "traceback", "rows lost", "half-written", "not repaired", "other bits", "leftovers")
 
 
 def main() -> int:

@@ -24,7 +24,6 @@ from safetensors.numpy import load_file
 from tests.crashes import FORKED, After, Before, changes, died
 from tests.runs import made_up, make_base, prepare_frame, quick_recipe
 
-from bertforge.artifact import RUNNING, put_right
 from bertforge.data.prepare import prepare
 from bertforge.data.prepared import PreparedData
 from bertforge.data.tokens import Tokenizer
@@ -34,6 +33,7 @@ from bertforge.inference.predictor import Predictor
 from bertforge.jobs.compile import compile_model
 from bertforge.jobs.merge import merge_run
 from bertforge.locks import locked
+from bertforge.manifest import RUNNING, put_right
 from bertforge.training.finetune import finetune
 
 # So that a process begins in milliseconds.
@@ -42,7 +42,9 @@ FORKED.set_forkserver_preload(
 )
 ROWS = 160
 IN_WRITES = 0.25  # of the crash points, inside a write
-_TIMED = {"seconds", "questions_per_s", "idle", "train/idle", "build_seconds"}  # differ from run to run
+# Differ from run to run: what is timed, and the digests of files that hold it.
+_TIMED = {"seconds", "questions_per_s", "idle", "train/idle", "build_seconds", "files", "digest"}
+_LEFTOVERS = (".partial", ".old", ".lock")
 Writer = Callable[[Path], object]
 
 
@@ -73,19 +75,21 @@ def _crash(
     died(point, writer, path)
     try:
         with locked(path):  # as any command does
-            pass
+            put_right(path)
         unfinished = (path / RUNNING).is_file()
         state = states.get(_digest(path), "half-written")
         if unfinished or (state == "half-written" and path.is_dir() and not any(path.iterdir())):
             state = "half-written" if _half_written(path) else "a run to resume"
         found[state] += 1
+        if state == "half-written":
+            print(f"  half-written: {point} of {place.name}")
         if state not in ("new", "half-written"):
             writer(path)
             found["not repaired"] += states.get(_digest(path)) != "new"
     except (BertforgeError, OSError, ValueError) as error:
-        print(f"{point} of {place.name}: {error}")
+        print(f"  not repaired: {point} of {place.name}: {error}")
         found["not repaired"] += 1
-    found["leftovers"] += any(file.name.startswith(".") for file in place.rglob("*"))
+    found["leftovers"] += any(file.suffix in _LEFTOVERS for file in place.rglob("*"))
 
 
 def kills_in_training(work: Path, count: int, seed: int) -> dict[str, int]:
@@ -114,7 +118,7 @@ def kills_in_training(work: Path, count: int, seed: int) -> dict[str, int]:
         found["not repaired"] += process.exitcode != 0
         found["other bits"] += _digest(path) != right
         put_right(path)
-        found["leftovers"] += any(file.name.startswith(".") for file in path.parent.rglob("*"))
+        found["leftovers"] += any(file.suffix in _LEFTOVERS for file in path.parent.rglob("*"))
     return dict(found)
 
 
@@ -206,8 +210,9 @@ def _half_written(path: Path) -> bool:
 
 def _digest(path: Path) -> str:
     """Of all that equal outputs share: every file's bytes, in JSON all that is not timed; "" where there is nothing."""
-    files = sorted(file for file in path.rglob("*") if file.is_file() and "tensorboard" not in file.parts)
-    parts = [(file.relative_to(path).as_posix(), _content(file)) for file in files]
+    files = [file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file()]
+    told = [file for file in files if not any(part.startswith((".", "tensorboard")) for part in file.parts)]
+    parts = [(file.as_posix(), _content(path / file)) for file in told]
     return hashlib.sha256(repr(parts).encode()).hexdigest() if parts else ""
 
 

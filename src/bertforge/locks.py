@@ -118,6 +118,13 @@ def tidy(path: Path) -> None:
         _remove_abandoned(file)
 
 
+def tidy_inside(folder: Path) -> None:
+    """Puts right every output in `folder` whose writer was killed, and leaves alone what is being written."""
+    for lock in folder.glob(".*.lock"):
+        with suppress(BusyError, OSError), locked(folder / lock.name[1:].removesuffix(".lock"), patience=0):
+            pass
+
+
 def beside(path: Path, what: str) -> Path:
     """The hidden name of `path`'s lock, of its half-written form or of its older one."""
     return path.parent / f".{path.name}.{what}"

@@ -23,6 +23,7 @@ from bertforge.data.prepared import PreparedData
 from bertforge.data.sample import MADE_UP_FIRST_POST_ID
 from bertforge.data.tokens import Tokenizer
 from bertforge.errors import ArtifactError, DataError, UsageError
+from bertforge.locks import locked
 from bertforge.manifest import write_manifest
 
 from .tables import COLUMNS, question, questions, write_csv, write_every_format
@@ -343,6 +344,17 @@ def test_what_a_killed_process_left_is_removed_by_the_next_one(tmp_path: Path, t
         (tmp_path / "there" / name / "tokens").mkdir(parents=True)
     prepare(write_csv(tmp_path / "t.csv", questions(60)), tmp_path / "there" / "out", tokenizer)
     assert {path.name for path in (tmp_path / "there").iterdir()} == {"out", ".outer.partial"}
+
+
+def test_half_made_tokens_are_removed_by_whoever_opens_the_data(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    data = prepare(write_csv(tmp_path / "t.csv", questions(60)), tmp_path / "out", tokenizer)
+    tokens = data.directory / "tokens"
+    before = folders_and_files(tokens)
+    (tokens / ".abc.partial").mkdir()
+    (tokens / ".abc.lock").touch()
+    with locked(tokens / "def"):
+        PreparedData.open(data.directory)
+        assert folders_and_files(tokens) == before | {".def.lock"}, "one that is being made stays"
 
 
 def test_a_damaged_folder_is_noticed(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -34,7 +34,7 @@ from bertforge.data.splits import PARTS
 from bertforge.data.streaming import ahead, progress
 from bertforge.data.tokens import Tokenizer, TokenStore, TokenWriter
 from bertforge.errors import DataError, UsageError
-from bertforge.locks import locked
+from bertforge.locks import locked, tidy_inside
 from bertforge.manifest import read_manifest
 
 TABLE_FILE, SET_ASIDE_FILE = "table.parquet", "set_aside.jsonl"
@@ -55,6 +55,7 @@ class PreparedData:
     @classmethod
     def open(cls, directory: Path) -> Self:
         """Raises ArtifactError when the folder is not prepared data or a file of it is missing or changed."""
+        tidy_inside(directory / "tokens")
         return cls(directory, read_manifest(directory, "data"))
 
     @classmethod
