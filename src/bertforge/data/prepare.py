@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bertforge.artifact import MANIFEST, fresh_directory, hash_file, read_manifest, write_manifest
-from bertforge.data.chunks import Chunk
+from bertforge.data.chunks import Chunk, abbreviate
 from bertforge.data.dialect import Dialect
 from bertforge.data.features import FEATURES
 from bertforge.data.prepared import GIVEN, SPLITS, PreparedData, tokens_key
@@ -195,8 +195,9 @@ def _taken(
     """The texts of each chunk of each table, whose rows are written by then, and the share of all that is done."""
     for number, (file, chunks) in enumerate(tables):
         for chunk in chunks:
-            if missing := [name for name in columns if name not in chunk.table.column_names]:
-                raise DataError(f"{file.path} has no column {', '.join(missing)}, which the table of train rows has")
+            there = set(chunk.table.column_names)
+            if missing := [name for name in columns if name not in there]:
+                raise DataError(f"{file.path} has no column {abbreviate(missing)}, which the table of train rows has")
             same = replace(chunk, table=chunk.table.select(columns))
             yield rows.take(same, file.part, file.path.name if number else ""), (number + chunk.done) / len(tables)
 
