@@ -103,9 +103,10 @@ def _parquet(path: Path, chunk_rows: int, *, named: Sequence[str]) -> Iterator[C
             if repeated := [name for name, count in Counter(names).items() if count > 1]:
                 raise DataError(f"{path} has two columns of one name: {abbreviate(sorted(repeated))}; rename one")
             schema = pa.schema([f for f in file.schema_arrow if f.name in named or not _is_bytes(f.type)])
-            read = file.iter_batches(_rows_at_once(path, file, schema), columns=schema.names)
+            most = limits.chunk_rows(len(schema), chunk_rows)
+            read = file.iter_batches(min(most, _rows_at_once(path, file, schema)), columns=schema.names)
             pieces = _within_limit(map(_decoded, read), path)
-            for chunk in _numbered(_joined(pieces, limits.chunk_rows(len(schema), chunk_rows)), schema):
+            for chunk in _numbered(_joined(pieces, most), schema):
                 yield replace(chunk, done=chunk.line[-1] / total if len(chunk.line) else 1.0)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a readable Parquet file ({str(error).splitlines()[0]})") from error
@@ -149,7 +150,7 @@ def _joined(pieces: Iterator[pa.RecordBatch], most_rows: int) -> Iterator[pa.Rec
     """Small batches as batches that fill a chunk."""
     held: list[pa.RecordBatch] = []
     rows = size = 0
-    for piece in chain(pieces, [None]):
+    for piece in chain(chain.from_iterable(map(_split, pieces)), [None]):
         if held and (piece is None or rows + len(piece) > most_rows or size + piece.nbytes > limits.CHUNK_CHARACTERS):
             yield pa.Table.from_batches(held).combine_chunks().to_batches()[0]
             held, rows, size = [], 0, 0
@@ -157,6 +158,16 @@ def _joined(pieces: Iterator[pa.RecordBatch], most_rows: int) -> Iterator[pa.Rec
             held.append(piece)
             rows += len(piece)
             size += piece.nbytes
+
+
+def _split(piece: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """Parts of one row, or that fit into a chunk."""
+    if len(piece) > 1 and piece.nbytes > limits.CHUNK_CHARACTERS:
+        half = len(piece) // 2
+        yield from _split(piece.slice(0, half))
+        yield from _split(piece.slice(half))
+    else:
+        yield piece
 
 
 def _frame_batches(frame: pd.DataFrame, chunk_rows: int) -> Iterator[pa.RecordBatch]:
