@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -235,6 +237,25 @@ def test_another_tokenizer_is_added_to_the_folder(tmp_path: Path, tokenizer: Tok
     texts = data.texts(range(60))
     assert data.tokens(cased).ids.tolist() == cased.encode(texts)[0].tolist()
     assert data.tokens(tokenizer).ids.tolist() == tokenizer.encode(texts)[0].tolist()
+
+
+def test_of_two_that_need_the_same_tokens_one_makes_them_and_the_other_waits(
+    tmp_path: Path, tokenizer: Tokenizer, vocabulary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = prepare(write_csv(tmp_path / "t.csv", questions(30)), tmp_path / "out", tokenizer)
+    (vocabulary / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    other, make, made = Tokenizer.load(vocabulary), PreparedData._tokenize, []
+
+    def slowly(found: PreparedData, *arguments: Any) -> None:
+        made.append(arguments)
+        time.sleep(0.2)
+        make(found, *arguments)
+
+    monkeypatch.setattr(PreparedData, "_tokenize", slowly)
+    with ThreadPoolExecutor(2) as threads:
+        stores = list(threads.map(lambda _: data.tokens(other), range(2)))
+    assert [len(store) for store in stores] == [30, 30]
+    assert len(made) == 1
 
 
 def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path, tokenizer: Tokenizer) -> None:
