@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from bertforge.data import limits
 from bertforge.data.features import FEATURES
-from bertforge.data.prepare import prepare
+from bertforge.data.prepare import PrepareOptions, prepare
 from bertforge.data.raw import read_raw
 from bertforge.data.schema import QUESTIONS, Schema
 from bertforge.data.tokens import Tokenizer
@@ -78,3 +80,34 @@ def test_a_missing_text_or_label_column_is_named(tmp_path: Path) -> None:
         list(read_raw(frame, schema, require_labels=False))
     with pytest.raises(DataError, match="no column y"):
         list(read_raw(frame.assign(b="w"), schema, require_labels=True))
+
+
+def test_a_row_over_a_limit_is_for_prediction_what_it_is_for_training(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No label from half of a text that training would not read, and its line and reason in both."""
+    monkeypatch.setattr(limits, "CELL", 1000)
+    monkeypatch.setattr(limits, "ROW", 30_000)
+    rows = [f"why {number} list,{number % 2}" for number in range(40)]
+    rows[7], rows[11], rows[20] = f"{'long ' * 300},1", f"{'long ' * 9000},1", "lone\rreturn,1"
+    table = tmp_path / "t.csv"
+    table.write_text("\n".join(["a,y", *rows]))
+    options = PrepareOptions(text_columns=("a",), label_column="y")
+    data = prepare(table, tmp_path / "out", tokenizer, options)
+    aside = [json.loads(line) for line in (tmp_path / "out" / "set_aside.jsonl").read_text().splitlines()]
+    (read,) = read_raw(table, data.schema, require_labels=False)
+    assert [(row["line"], row["reason"]) for row in aside] == [
+        (line, problem) for line, problem in zip(read.lines.tolist(), read.problems, strict=True) if problem
+    ]
+    assert [row["line"] for row in aside] == [9, 13, 22]
+    assert len(data) + len(aside) == len(read.texts) == 40
+    assert [len(row["raw"]) > limits.SHOWN for row in aside] == [False, True, False]
+    assert aside[1]["raw"].endswith("long ... (30,001 characters)")
+
+
+def test_a_label_that_is_a_text_is_set_aside(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    frame = pd.DataFrame({"a": [f"why {number} list" for number in range(40)], "y": ["0", "1"] * 20})
+    frame.loc[3, "y"] = "l" * 1001
+    options = PrepareOptions(text_columns=("a",), label_column="y")
+    data = prepare(write_csv(tmp_path / "t.csv", frame), tmp_path / "out", tokenizer, options)
+    assert data.manifest["set_aside"] == {"y of more than 1,000 characters": {"rows": 1, "lines": [5]}}

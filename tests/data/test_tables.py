@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gzip
+import json
 import sys
 import zipfile
 from datetime import time, timedelta
@@ -12,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from bertforge.data import limits
 from bertforge.data.chunks import BadRow, Chunk
 from bertforge.data.dialect import Dialect
 from bertforge.data.tables import read_chunks
@@ -397,3 +400,190 @@ def test_an_excel_sheet_needs_a_header_of_different_names(tmp_path: Path) -> Non
     pd.DataFrame().to_excel(path)
     with pytest.raises(DataError, match="no header"):
         read_all(path)
+
+
+# ------------------------------------------------------------------------------------------- limits
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, "gz"])
+def test_a_file_that_unpacks_to_too_much_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: int | str
+) -> None:
+    monkeypatch.setattr(limits, "UNPACKED_BYTES", 1 << 20)
+    for size, too_large in ((1_000_000, False), (3_000_000, True)):
+        content = b"a,b\n1," + b"x" * size + b"\n"
+        path = tmp_path / ("t.csv.gz" if method == "gz" else "t.csv.zip")
+        if isinstance(method, str):
+            path.write_bytes(gzip.compress(content))
+        else:
+            with zipfile.ZipFile(path, "w", method) as archive:
+                archive.writestr("t.csv", content)
+        if too_large:
+            with pytest.raises(
+                DataError, match=r"unpacks to more than 1,048,576 bytes, 100 times .*unpack it and name"
+            ):
+                read_all(path)
+        else:
+            assert len(read_all(path)[0]["b"][0]) == size
+
+
+def test_a_parquet_file_that_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "UNPACKED_BYTES", 1 << 20)
+    for rows, too_large in ((10, False), (1000, True)):
+        words = pa.array(["long " * 10_000, "short"])
+        text = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), words)
+        for column in (text, text.dictionary_decode()):
+            pq.write_table(pa.table({"text": column}), tmp_path / "t.parquet")
+            if too_large:
+                with pytest.raises(DataError, match=r"unpacks to more than 1,048,576 bytes"):
+                    read_all(tmp_path / "t.parquet")
+            else:
+                assert read_all(tmp_path / "t.parquet")[0]["text"].tolist() == ["long " * 10_000] * rows
+
+
+def test_a_long_text_that_a_dictionary_names_often_is_read_in_small_pieces(tmp_path: Path) -> None:
+    longest = limits.CELL // 2
+    words = pa.array(["x" * (2 * limits.CELL), "y" * longest])
+    text = pa.DictionaryArray.from_arrays(pa.array([1] * 20 + [0], pa.int32()), words)
+    pq.write_table(pa.table({"text": text}), tmp_path / "t.parquet", dictionary_pagesize_limit=1 << 30)
+    chunks = list(read_chunks(tmp_path / "t.parquet"))
+    assert max(chunk.table.nbytes for chunk in chunks) <= 2 * limits.CHUNK_CHARACTERS
+    assert [len(text) for chunk in chunks for text in chunk.table["text"].to_pylist()] == [longest] * 20
+    assert [(row.line, row.reason.split(":")[0]) for chunk in chunks for row in chunk.bad] == [
+        (21, "field of more than 4,194,304 characters")
+    ]
+
+
+def test_an_excel_file_that_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_sheet(tmp_path / "t.xlsx", ["a", "b"], ["x" * 20_000, "y"])
+    assert len(read_all(path)[0]) == 1
+    monkeypatch.setattr(limits, "WORKBOOK_BYTES", 20_000)
+    with pytest.raises(DataError, match=r"unpacks to [\d,]+ bytes, more than the 20,000 .*; save the sheet as CSV"):
+        read_all(path)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (b'<row r="999999999999"><c r="A1"><v>1</v></c></row>', "more than 1,048,576 rows"),
+        (b'<row><c r="XFD1"><v>1</v></c></row>' * 300, "much beside its columns"),
+    ],
+)
+def test_an_excel_sheet_of_far_cells_is_refused(tmp_path: Path, more: bytes, message: str) -> None:
+    whole = write_sheet(tmp_path / "whole.xlsx", ["a", "b"], ["1", "x"])
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(tmp_path / "t.xlsx", "w") as copy:
+        for name in source.namelist():
+            copy.writestr(name, source.read(name).replace(b"</sheetData>", more + b"</sheetData>"))
+    with pytest.raises(DataError, match=f"{message}; save the sheet as CSV"):
+        read_all(tmp_path / "t.xlsx")
+
+
+def test_a_long_cell_is_set_aside_in_every_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "CELL", 1000)
+    frame = pd.DataFrame({"id": ["1", "2", "3"], "text": ["é" * 1000, "é" * 1001, "short"]})
+    frame.to_excel(tmp_path / "t.xlsx", index=False)
+    for source in [*write_every_format(tmp_path, frame), tmp_path / "t.xlsx", frame]:
+        read, _, bad = read_all(source)
+        assert read["id"].tolist() == ["1", "3"], source
+        assert [row.reason.split(":")[0] for row in bad] == ["field of more than 1,000 characters"], source
+
+
+def test_a_long_line_of_json_is_set_aside_and_the_next_ones_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "ROW", 1000)
+    path = tmp_path / "t.jsonl"
+    rows = [{"a": "x"}, {"a": "y" * 5000}, {"a": "z" * 900}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    frame, lines, bad = read_all(path)
+    assert frame["a"].tolist() == ["x", "z" * 900]
+    assert lines == [1, 3]
+    assert [(row.line, row.reason.split(":")[0]) for row in bad] == [(2, "row of more than 1,000 characters")]
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet", "t.xlsx"])
+def test_chunks_end_at_their_characters_and_their_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    frame = pd.DataFrame({f"c{column}": ["x" * 100] * 50 for column in range(10)})
+    path = tmp_path / name
+    if name == "t.csv":
+        frame.to_csv(path, index=False)
+    elif name == "t.jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    elif name == "t.parquet":
+        frame.to_parquet(path, row_group_size=5)
+    else:
+        frame.to_excel(path, index=False)
+    assert [len(chunk.line) for chunk in read_chunks(path)] in ([50], [50, 0])
+    monkeypatch.setattr(limits, "CHUNK_CHARACTERS", 10_000)
+    sizes = [len(chunk.line) for chunk in read_chunks(path)]
+    assert sum(sizes) == 50
+    assert max(sizes) <= 11
+    monkeypatch.setattr(limits, "CHUNK_CELLS", 30)
+    sizes = [len(chunk.line) for chunk in read_chunks(path)]
+    assert sum(sizes) == 50
+    assert max(sizes) == 3
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet", "t.xlsx"])
+def test_too_many_columns_and_too_long_names_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(limits, "COLUMNS", 3)
+    monkeypatch.setattr(limits, "NAME", 20)
+
+    def read(names: list[str]) -> int:
+        frame = pd.DataFrame([["1"] * len(names)], columns=names)
+        path = tmp_path / name
+        if name == "t.csv":
+            frame.to_csv(path, index=False)
+        elif name == "t.jsonl":
+            frame.to_json(path, orient="records", lines=True)
+        elif name == "t.parquet":
+            frame.to_parquet(path)
+        else:
+            frame.to_excel(path, index=False)
+        return len(read_all(path)[0].columns)
+
+    assert read(["a", "b", "c" * 20]) == 3
+    with pytest.raises(DataError, match="has 4 columns; a table may have 3: take out"):
+        read(["a", "b", "c", "d"])
+    with pytest.raises(DataError, match=r"column 2 of .* has a name of 21 characters, 'bbbbbbbbbbbbbbbbbbbb'\.\.\."):
+        read(["a", "b" * 21])
+
+
+def test_blank_lines_of_json_end_no_table(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"a": "x"}\n' + "\n" * 50 + '{"a": "y"}\n')
+    assert read_all(tmp_path / "t.jsonl")[1] == [1, 52]
+
+
+def test_json_too_deep_to_read_or_to_write_is_broken(tmp_path: Path) -> None:
+    rows = ['{"a": ' + "[" * depth + "]" * depth + "}" for depth in (1, 500, 900, 980, 1100, 100_000)]
+    (tmp_path / "t.jsonl").write_text("\n".join(rows))
+    _, lines, bad = read_all(tmp_path / "t.jsonl")
+    assert sorted([*lines, *(row.line for row in bad)]) == [1, 2, 3, 4, 5, 6]
+    assert {row.reason for row in bad} == {"broken JSON"}
+    assert lines[0] == 1
+
+
+def test_late_keys_of_json_are_named_up_to_a_number(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = ['{"a": "x"}'] * 3 + [json.dumps({"a": "x", f"k{number}": 1}) for number in range(100)]
+    (tmp_path / "t.jsonl").write_text("\n".join(rows))
+    read_all(tmp_path / "t.jsonl")
+    assert len(caplog.messages) == 21
+    assert "every other late key of 80 rows is left out" in caplog.messages[0]
+
+
+def test_a_file_that_is_no_such_table_is_refused_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "UNREADABLE_LINES", 20)
+    path = tmp_path / "t.csv"
+    for bad, good in (("x\n" * 21, 21), ('x,"y' + "\ny" * 21, 22), ("x\n" * 19, 0)):
+        path.write_text("a,b\n" + "1,2\n" * good + bad)
+        rows, _, aside = read_all(path)
+        assert len(rows) == good
+        assert aside
+    for bad, reason in (("x\n" * 30, "1 fields instead of 2"), ('x,"y' + "\ny" * 30, "broken quoting")):
+        path.write_text("a,b\n" + "1,2\n" * 20 + bad)
+        with pytest.raises(DataError, match=rf"lines of .* cannot be read, and 20 rows can; line \d+ has: {reason}"):
+            read_all(path)

@@ -25,16 +25,12 @@ from bertforge.data.chunks import name_columns
 from bertforge.errors import DataError
 
 _BLANK, _UNPAIRED = "blank line", "broken quoting: unpaired quote"
-_LONG_FIELD = f"field of more than {limits.CELL:,} characters: shorten it, or close its quote"
-_LONG_ROW = f"row of more than {limits.ROW:,} characters: shorten it, or close its quote"
 _RETURN = "carriage return outside quotes: take it out, or put quotes around the field"
-# How Python's csv module begins to say it.
-_KNOWN = {"field larger": _LONG_FIELD, _LONG_ROW: _LONG_ROW, "new-line character": _RETURN}
 _LONGEST = 10_000  # lines of one set-aside record, so that a file that is no CSV at all does not become one record
 
 
 class _KnownEnd(csv.Error):
-    """What the end of a record is known to be without reading up to it."""
+    """A record that is known to be no good one without reading up to its end; says why."""
 
 
 @dataclass
@@ -81,7 +77,7 @@ class _Lines:
         self.taken.append(line)
         self.characters += len(line)
         if self.characters > limits.ROW:
-            raise csv.Error(_LONG_ROW)
+            raise _KnownEnd(f"row of more than {limits.ROW:,} characters: shorten it, or close its quote")
         return line
 
     def start(self) -> None:
@@ -211,7 +207,9 @@ def _explained(error: csv.Error) -> str:
     said = str(error)
     if isinstance(error, _KnownEnd):
         return said
-    return next((ours for begins, ours in _KNOWN.items() if said.startswith(begins)), f"broken quoting: {said}")
+    if said.startswith("field larger"):
+        return f"field of more than {limits.CELL:,} characters: shorten it, or close its quote"
+    return _RETURN if said.startswith("new-line character") else f"broken quoting: {said}"
 
 
 def _joined(pieces: list[Record]) -> Iterator[Record]:

@@ -40,7 +40,6 @@ from bertforge.manifest import read_manifest
 TABLE_FILE, SET_ASIDE_FILE = "table.parquet", "set_aside.jsonl"
 SPLITS = ("random", "time")  # those that can be asked for by name
 GIVEN = "given"
-_STREAM_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -206,8 +205,9 @@ class PreparedData:
             pq.ParquetFile(self.directory / TABLE_FILE) as file,
             progress("tokenizing") as report,
         ):
-            batches = file.iter_batches(_STREAM_ROWS, columns=list(self.schema.text_columns))
-            read = (join_texts(pa.Table.from_batches([batch]), self.schema) for batch in batches)
+            wanted = list(self.schema.text_columns)
+            groups = (file.read_row_group(group, columns=wanted) for group in range(file.num_row_groups))
+            read = (join_texts(group, self.schema) for group in groups)  # as large as the chunks they were
             with closing(ahead(read)) as chunks:
                 for texts in chunks:
                     writer.append(texts)

@@ -150,7 +150,7 @@ def _joined(pieces: Iterator[pa.RecordBatch], most_rows: int) -> Iterator[pa.Rec
     """Small batches as batches that fill a chunk."""
     held: list[pa.RecordBatch] = []
     rows = size = 0
-    for piece in chain(pieces, [None]):
+    for piece in chain(chain.from_iterable(map(_split, pieces)), [None]):
         if held and (piece is None or rows + len(piece) > most_rows or size + piece.nbytes > limits.CHUNK_CHARACTERS):
             yield pa.Table.from_batches(held).combine_chunks().to_batches()[0]
             held, rows, size = [], 0, 0
@@ -158,6 +158,16 @@ def _joined(pieces: Iterator[pa.RecordBatch], most_rows: int) -> Iterator[pa.Rec
             held.append(piece)
             rows += len(piece)
             size += piece.nbytes
+
+
+def _split(piece: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """Parts of one row, or that fit into a chunk."""
+    if len(piece) > 1 and piece.nbytes > limits.CHUNK_CHARACTERS:
+        half = len(piece) // 2
+        yield from _split(piece.slice(0, half))
+        yield from _split(piece.slice(half))
+    else:
+        yield piece
 
 
 def _frame_batches(frame: pd.DataFrame, chunk_rows: int) -> Iterator[pa.RecordBatch]:

@@ -30,7 +30,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import BertProcessing
 
 from bertforge.artifact import write_atomic, write_json
-from bertforge.data.breaks import breaks
+from bertforge.data.breaks import Breaks
 from bertforge.data.streaming import ahead
 from bertforge.errors import ArtifactError
 from bertforge.manifest import read_manifest, remake, write_manifest
@@ -55,7 +55,7 @@ class Tokenizer:
         self._backend = backend
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.cls_id, self.sep_id, self.pad_id = (self._special(token) for token in ("[CLS]", "[SEP]", "[PAD]"))
-        self._break = breaks(backend) if backend.encode("").ids == [self.cls_id, self.sep_id] else None
+        self._breaks = Breaks.of(backend) if backend.encode("").ids == [self.cls_id, self.sep_id] else None
         self._longest_word = _longest_word(backend)
         self._serialised: str = backend.to_str()
         self.fingerprint = "sha256:" + hashlib.sha256(self._serialised.encode()).hexdigest()
@@ -151,18 +151,17 @@ class Tokenizer:
             for (row, _, wanted), end, encoding in zip(left, ends, encode(windows), strict=True):
                 found[row].append(encoding)
                 wanted -= len(encoding) - 2
-                if wanted > 0 and end < len(texts[row]) and self._break:
+                if wanted > 0 and end < len(texts[row]) and self._breaks:
                     more.append((row, end, wanted))
             left = more
         return found
 
     def _window_end(self, text: str, start: int) -> int:
-        if self._break is None:
+        if self._breaks is None:
             return min(len(text), _UNBROKEN)
         if len(text) <= start + _WINDOW:
             return len(text)
-        found = self._break.search(text, start + _WINDOW)
-        return found.start() if found else len(text)
+        return self._breaks.next(text, start + _WINDOW)
 
     def _window(self, text: str, start: int, end: int) -> str:
         """`text[start:end]`, or less of it where its last word is so long that it is [UNK] whatever follows."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from bertforge.data.dialect import Dialect
+from bertforge.data.limits import shorten
 from bertforge.data.prepared import PreparedData
 from bertforge.data.raw import read_raw
 from bertforge.data.streaming import progress
@@ -121,7 +122,9 @@ def _score_raw(predictor: Predictor, table: Path, dialect: Dialect) -> Scored:
                 texts += kept
             report(len(texts) + left_out, chunk.done)
     if not texts:
-        others = f"; unknown: {', '.join(map(repr, list(unknown)[:_SHOWN]))}" if unknown else ""
+        others = (
+            f"; unknown: {', '.join(repr(shorten(label, 60)) for label in list(unknown)[:_SHOWN])}" if unknown else ""
+        )
         raise DataError(
             f"{table} holds no row with a text and a known {schema.label_column}; "
             f"known: {', '.join(predictor.label_names)}{others}"
