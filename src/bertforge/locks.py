@@ -41,7 +41,7 @@ from typing import IO
 from bertforge.errors import ArtifactError
 
 log = logging.getLogger(__name__)
-PATIENCE = 0.5  # seconds: a command that is ending, or a reader that tidies, holds a lock for a moment
+PATIENCE = 0.5  # seconds that a reader waits: a command that is ending, or another that tidies, holds a lock so long
 _LOOK = 0.02  # seconds between two tries
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what a file system without locks answers
 _COMMAND = 200  # characters of a command that are told
@@ -55,7 +55,7 @@ class BusyError(ArtifactError):
 
 
 @contextmanager
-def locked(path: Path, *, patience: float = PATIENCE) -> Iterator[None]:
+def locked(path: Path, *, patience: float = 0) -> Iterator[None]:
     """Keeps other commands from writing `path`, a folder or a file, and puts it right first (see `tidy`).
 
     A thread that holds the lock may ask for it again. While another process writes `path`, waits for `patience` seconds
@@ -121,7 +121,7 @@ def tidy(path: Path) -> None:
 def tidy_inside(folder: Path) -> None:
     """Puts right every output in `folder` whose writer was killed, and leaves alone what is being written."""
     for lock in folder.glob(".*.lock"):
-        with suppress(BusyError, OSError), locked(folder / lock.name[1:].removesuffix(".lock"), patience=0):
+        with suppress(BusyError, OSError), locked(folder / lock.name[1:].removesuffix(".lock")):
             pass
 
 
