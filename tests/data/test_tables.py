@@ -4,6 +4,7 @@ import gzip
 import json
 import sys
 import zipfile
+from collections.abc import Iterator
 from datetime import time, timedelta
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bertforge.data import limits
+from bertforge.data import limits, tables
 from bertforge.data.chunks import BadRow, Chunk
 from bertforge.data.dialect import Dialect
 from bertforge.data.tables import read_chunks
@@ -452,6 +453,28 @@ def test_a_long_text_that_a_dictionary_names_often_is_read_in_small_pieces(tmp_p
     assert [(row.line, row.reason.split(":")[0]) for chunk in chunks for row in chunk.bad] == [
         (21, "field of more than 4,194,304 characters")
     ]
+
+
+def test_few_rows_are_read_at_once_where_a_dictionary_holds_a_long_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "CELL", 1000)
+    sizes: list[int] = []
+    check = tables._within_limit
+
+    def watched(batches: Iterator[pa.RecordBatch], path: Path) -> Iterator[pa.RecordBatch]:
+        for batch in check(batches, path):
+            sizes.append(batch.nbytes)
+            yield batch
+
+    monkeypatch.setattr(tables, "_within_limit", watched)
+    for longest in (10, 8000):
+        text = pa.array(["x" * longest, "y"] * 100)
+        pq.write_table(pa.table({"text": text}), tmp_path / "t.parquet")
+        assert sum(len(chunk.line) + len(chunk.bad) for chunk in read_chunks(tmp_path / "t.parquet")) == 200
+        assert max(sizes) < 64 * limits.CELL
+        assert len(sizes) == 4 if longest == 10 else len(sizes) > 20
+        sizes.clear()
 
 
 def test_an_excel_file_that_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
