@@ -195,6 +195,15 @@ def test_parquet_text_that_is_no_utf8_is_set_aside(tmp_path: Path, declared: str
     assert [(row.line, row.reason) for row in chunk.bad] == [(2, "not UTF-8")]
 
 
+def test_parquet_lists_that_hold_no_utf8_are_one_line_errors(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    raw = pa.array([b"ok", b"\xff"])
+    words = pa.Array.from_buffers(pa.string(), 2, raw.buffers())
+    pq.write_table(pa.table({"list": pa.ListArray.from_arrays([0, 1, 2], words)}), path)
+    with pytest.raises(DataError, match="not a readable Parquet file .*can't decode byte 0xff"):
+        read_all(path)
+
+
 def test_a_header_alone_is_an_empty_chunk(tmp_path: Path) -> None:
     for path in write_every_format(tmp_path, questions(1).iloc[:0])[:3]:
         frame, _, _ = read_all(path)
