@@ -200,7 +200,7 @@ def test_parquet_lists_that_hold_no_utf8_are_one_line_errors(tmp_path: Path) -> 
     raw = pa.array([b"ok", b"\xff"])
     words = pa.Array.from_buffers(pa.string(), 2, raw.buffers())
     pq.write_table(pa.table({"list": pa.ListArray.from_arrays([0, 1, 2], words)}), path)
-    with pytest.raises(DataError, match="not a readable Parquet file .*can't decode byte 0xff"):
+    with pytest.raises(DataError, match=r"not a readable Parquet file .*can't decode byte 0xff"):
         read_all(path)
 
 
@@ -383,6 +383,17 @@ def test_a_damaged_excel_sheet_is_said_to_be_so(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"t\.xlsx is not a readable Excel file"):
         read_all(tmp_path / "t.xlsx")
     assert len(read_all(whole)[0]) == 99
+
+
+def test_an_encrypted_excel_file_is_said_to_be_so(tmp_path: Path) -> None:
+    path = write_sheet(tmp_path / "t.xlsx", ["a", "b"], ["1", "x"])
+    content = bytearray(path.read_bytes())
+    start = -1
+    while (start := content.find(b"PK\x01\x02", start + 1)) >= 0:
+        content[start + 8] |= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(DataError, match=r"not a readable Excel file .*encrypted"):
+        read_all(path)
 
 
 def test_an_encoding_that_the_file_cannot_be_in_is_told(tmp_path: Path) -> None:
