@@ -337,8 +337,11 @@ def _workbooks_that_lie(rng: random.Random) -> Table:
             ]
         ),
     }
-    which = rng.choice([sheet, strings])
-    return "t.xlsx", _zip(parts | {which: changed[which]}), None
+    which = rng.choice([sheet, strings, *sorted(parts)])
+    broken = bytearray(parts[which])
+    for _ in range(3):
+        broken[rng.randrange(len(broken))] = rng.randrange(32, 127)
+    return "t.xlsx", _zip(parts | {which: changed.get(which, bytes(broken))}), None
 
 
 KINDS: tuple[Callable[[random.Random], Table], ...] = (

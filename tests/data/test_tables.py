@@ -4,6 +4,7 @@ import gzip
 import json
 import sys
 import zipfile
+from collections.abc import Iterator
 from datetime import time, timedelta
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bertforge.data import limits
+from bertforge.data import limits, tables
 from bertforge.data.chunks import BadRow, Chunk
 from bertforge.data.dialect import Dialect
 from bertforge.data.tables import read_chunks
@@ -192,6 +193,15 @@ def test_parquet_text_that_is_no_utf8_is_set_aside(tmp_path: Path, declared: str
     (chunk,) = read_chunks(path, named=("text",))
     assert chunk.table.to_pylist() == [{"id": "1", "text": "ok"}]
     assert [(row.line, row.reason) for row in chunk.bad] == [(2, "not UTF-8")]
+
+
+def test_parquet_lists_that_hold_no_utf8_are_one_line_errors(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    raw = pa.array([b"ok", b"\xff"])
+    words = pa.Array.from_buffers(pa.string(), 2, raw.buffers())
+    pq.write_table(pa.table({"list": pa.ListArray.from_arrays([0, 1, 2], words)}), path)
+    with pytest.raises(DataError, match=r"not a readable Parquet file .*can't decode byte 0xff"):
+        read_all(path)
 
 
 def test_a_header_alone_is_an_empty_chunk(tmp_path: Path) -> None:
@@ -375,6 +385,17 @@ def test_a_damaged_excel_sheet_is_said_to_be_so(tmp_path: Path) -> None:
     assert len(read_all(whole)[0]) == 99
 
 
+def test_an_encrypted_excel_file_is_said_to_be_so(tmp_path: Path) -> None:
+    path = write_sheet(tmp_path / "t.xlsx", ["a", "b"], ["1", "x"])
+    content = bytearray(path.read_bytes())
+    start = -1
+    while (start := content.find(b"PK\x01\x02", start + 1)) >= 0:
+        content[start + 8] |= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(DataError, match=r"not a readable Excel file .*encrypted"):
+        read_all(path)
+
+
 def test_an_encoding_that_the_file_cannot_be_in_is_told(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_bytes("a,b\n1,x\n".encode("utf-16-le"))  # no mark says which byte of a letter comes first
@@ -452,6 +473,28 @@ def test_a_long_text_that_a_dictionary_names_often_is_read_in_small_pieces(tmp_p
     assert [(row.line, row.reason.split(":")[0]) for chunk in chunks for row in chunk.bad] == [
         (21, "field of more than 4,194,304 characters")
     ]
+
+
+def test_few_rows_are_read_at_once_where_a_dictionary_holds_a_long_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "CELL", 1000)
+    sizes: list[int] = []
+    check = tables._within_limit
+
+    def watched(batches: Iterator[pa.RecordBatch], path: Path) -> Iterator[pa.RecordBatch]:
+        for batch in check(batches, path):
+            sizes.append(batch.nbytes)
+            yield batch
+
+    monkeypatch.setattr(tables, "_within_limit", watched)
+    for longest in (10, 8000):
+        text = pa.array(["x" * longest, "y"] * 100)
+        pq.write_table(pa.table({"text": text}), tmp_path / "t.parquet")
+        assert sum(len(chunk.line) + len(chunk.bad) for chunk in read_chunks(tmp_path / "t.parquet")) == 200
+        assert max(sizes) < 64 * limits.CELL
+        assert len(sizes) == 4 if longest == 10 else len(sizes) > 20
+        sizes.clear()
 
 
 def test_an_excel_file_that_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from bertforge.errors import DataError
 
 _BLANK, _UNPAIRED = "blank line", "broken quoting: unpaired quote"
 _RETURN = "carriage return outside quotes: take it out, or put quotes around the field"
+_EMPTY = ("\n", "\r\n", "\r")
 _LONGEST = 10_000  # lines of one set-aside record, so that a file that is no CSV at all does not become one record
 
 
@@ -58,7 +59,8 @@ class _Lines:
         self._passed: deque[tuple[int, int] | None] = deque()  # None where it breaks
         self.taken: list[str] = []
         self.characters = 0  # of those taken
-        self.width = 0  # fields of a good record
+        self.blank = 0  # blank lines passed over before those
+        self.width = 0  # fields of a good record; 0 before the header is read
         self.searching = False  # for the next good record after a torn one
         self._problem = ""  # of the record whose lines were given back, when it did not come to an end
 
@@ -74,6 +76,9 @@ class _Lines:
             self._passed.popleft()
         else:
             line = next(self._text)
+            while line in _EMPTY and self.width and not self.taken and not self.searching:
+                self.blank += 1
+                line = next(self._text)
         self.taken.append(line)
         self.characters += len(line)
         if self.characters > limits.ROW:
@@ -83,7 +88,7 @@ class _Lines:
     def start(self) -> None:
         """The next line taken is the first of a record."""
         self.taken.clear()
-        self.characters = 0
+        self.characters = self.blank = 0
 
     def give_back_all_but_first(self, problem: str) -> str:
         """`problem` is what kept the record from coming to an end, "" when it came to one."""
@@ -179,9 +184,7 @@ class CsvRecords:
             except csv.Error as error:
                 problem = _explained(error)
             spanned = len(lines.taken)
-            if not fields and not problem and not lines.searching:  # a blank line
-                line += 1
-                continue
+            line += lines.blank
             unended = problem
             if not problem and lines.is_unpaired():
                 problem = _UNPAIRED

@@ -7,6 +7,7 @@ had when the file was saved (`data_only`).
 from __future__ import annotations
 
 import logging
+import lzma
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -16,14 +17,17 @@ from typing import Any
 
 from bertforge.data import limits
 from bertforge.data.chunks import BadRow, Chunk, cell_text, make_chunk, name_columns
-from bertforge.errors import DataError, MachineError
+from bertforge.errors import DataError, MachineError, reason
 
 log = logging.getLogger(__name__)
 
 Row = tuple[int, tuple[Any, ...]]
 """Its number in the sheet, and its cells."""
-# What openpyxl raises for a damaged file; a SyntaxError is XML's ParseError.
-_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, SyntaxError, KeyError, ValueError)
+# What zipfile and openpyxl raise for a damaged file; a SyntaxError is XML's ParseError.
+_DAMAGED = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, SyntaxError),
+    *(LookupError, ValueError, ArithmeticError, TypeError, AttributeError),
+)
 
 
 def read(path: Path, chunk_rows: int) -> Iterator[Chunk]:
@@ -44,7 +48,7 @@ def read(path: Path, chunk_rows: int) -> Iterator[Chunk]:
                 log.warning("%s: the first of %d sheets is read, %r", path, len(sheets), sheets[0].title)
             yield from _chunks(path, sheets[0], chunk_rows)
     except _DAMAGED as error:
-        raise DataError(f"{path} is not a readable Excel file ({error})") from error
+        raise DataError(f"{path} is not a readable Excel file ({reason(error)})") from error
 
 
 def _check_size(path: Path) -> None:

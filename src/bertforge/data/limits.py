@@ -18,7 +18,7 @@ NAME = 1000
 """A column's name, and a label: errors and reports print them."""
 CHUNK_ROWS = 8192
 CHUNK_CHARACTERS = 16 << 20
-"""A chunk ends at its rows, its characters or its cells, whichever comes first. Some eight copies of one are held at
+"""A chunk ends at its rows, its characters or its cells, whichever comes first. Several copies of one are held at
 once: as Python strings, Arrow arrays, Parquet pages and tokens, and the next one beside it."""
 CHUNK_CELLS = 4 << 20
 UNPACKED_RATIO = 100

@@ -108,7 +108,7 @@ def _parquet(path: Path, chunk_rows: int, *, named: Sequence[str]) -> Iterator[C
             pieces = _within_limit(map(_decoded, read), path)
             for chunk in _numbered(_joined(pieces, most), schema):
                 yield replace(chunk, done=chunk.line[-1] / total if len(chunk.line) else 1.0)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: of values inside lists
         raise DataError(f"{path} is not a readable Parquet file ({str(error).splitlines()[0]})") from error
 
 
