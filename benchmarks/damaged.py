@@ -9,7 +9,9 @@ aside, or be refused with one line.
 from __future__ import annotations
 
 import random
+import resource
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -55,7 +57,8 @@ def damages(work: Path, count: int, seed: int) -> dict[str, int]:
             outcome = "changed nothing" if open_folder(place) == before else "silent"
         except BertforgeError as error:
             told = str(error)
-            outcome = "refused" if "\n" not in told and ("`bertforge" in told or "rm -r" in told) else "traceback"
+            helps = any(path.name in told for path in files) and ("`bertforge" in told or "rm -r" in told)
+            outcome = "refused" if "\n" not in told and helps else "traceback"
         except Exception as error:
             told, outcome = f"{type(error).__name__}: {error}", "traceback"
         if outcome in ("silent", "traceback"):
@@ -160,9 +163,11 @@ def hostile(work: Path, count: int, seed: int) -> dict[str, int]:
     tokenizer = Tokenizer.load(make_base(work / "base"))
     options = PrepareOptions(text_columns=("text",), label_column="label")
     found = Counter(dict.fromkeys(("prepared", "refused", "rows lost", "traceback"), 0))
+    slowest = 0.0
     for name, content, expected in islice(hostile_tables(seed), count):
         path, out = work / name, work / f"{name}.out"
         path.write_bytes(content)
+        start = time.monotonic()
         try:
             data = prepare(path, out, tokenizer, options)
         except BertforgeError as error:
@@ -173,7 +178,9 @@ def hostile(work: Path, count: int, seed: int) -> dict[str, int]:
         else:
             rows = len(data) + sum(reason["rows"] for reason in data.manifest["set_aside"].values())
             outcome = "prepared" if expected in (None, rows) else "rows lost"
+        slowest = max(slowest, time.monotonic() - start)
         found[outcome] += 1
         path.unlink()
         shutil.rmtree(out, ignore_errors=True)
-    return dict(found)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {**found, "slowest_s": round(slowest, 1), "peak_memory_gb": round(peak, 2)}

@@ -44,7 +44,7 @@ ROWS = 160
 IN_WRITES = 0.25  # of the crash points, inside a write
 # Differ from run to run: what is timed, and the digests of files that hold it.
 _TIMED = {"seconds", "questions_per_s", "idle", "train/idle", "build_seconds", "files", "digest"}
-_LEFTOVERS = (".partial", ".old", ".lock")
+_LEFTOVERS = (".partial", ".bertforge-old", ".lock")
 Writer = Callable[[Path], object]
 
 

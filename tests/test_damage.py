@@ -52,6 +52,7 @@ def test_a_flipped_bit_in_any_file_is_refused_by_name(folders, base, tmp_path, k
     shutil.copytree(folders / place, folder, ignore=shutil.ignore_patterns("engines", "baselines", ".*"))
     open_folder(folder, base)
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    files = [path for path in files if "tensorboard" not in path.parts]  # curves for people
     assert len(files) > 4
     for path in files:
         whole = path.read_bytes()
@@ -132,5 +133,10 @@ def test_check_says_what_is_whole_what_is_not_and_what_to_type(folders, tmp_path
     assert f"bertforge compile {root / 'model'} --target openvino --precision fp32" in said.out
     assert f"{root / 'data' / 'labels.npy'} is missing" in said.out
     assert "2 of " in said.err
+    for manifest in ("data", next((root / "data" / "tokens").iterdir()), "run"):
+        (root / manifest / "bertforge.json").unlink()
+    assert run_command("check", root) == 4
+    said = capsys.readouterr()
+    assert said.out.count("bertforge.json is missing; make the folder again, after: rm -r ") == 3
     assert run_command("check", tmp_path / "nowhere") == 4
     assert "holds nothing that bertforge wrote" in capsys.readouterr().err

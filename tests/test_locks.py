@@ -252,19 +252,19 @@ def victim(tmp_path):
 
 def test_a_planted_lock_is_not_written_to(tmp_path, victim):
     lock = tmp_path / ".out.lock"
+    refused = pytest.raises(ArtifactError, match=r"\.out\.lock is no lock of bertforge; remove it: rm ")
     lock.symlink_to(victim / "file")
-    with pytest.raises(OSError, match="symbolic link"), locked(tmp_path / "out"):
+    with refused, locked(tmp_path / "out"):
         pytest.fail("a link was followed")
     lock.unlink()
     os.link(victim / "file", lock)
-    refused = pytest.raises(ArtifactError, match=r"\.out\.lock is no lock of bertforge; remove it: rm ")
     with refused, locked(tmp_path / "out"):
         pytest.fail("another's file was taken for a lock")
     lock.unlink()
 
 
 def test_planted_links_are_not_followed_by_what_is_written(tmp_path, victim, monkeypatch):
-    for name in (".out.partial", ".out.old", ".out.0123abcd.partial"):
+    for name in (".out.partial", ".out.bertforge-old", ".out.0123abcd.partial"):
         (tmp_path / name).symlink_to(victim)
     crashes.replace_folder(tmp_path / "out")
     assert (tmp_path / "out" / "first").read_text() == "new" * 100
@@ -275,3 +275,14 @@ def test_planted_links_are_not_followed_by_what_is_written(tmp_path, victim, mon
     (tmp_path / ".guess.0123abcd.partial").symlink_to(victim / "file")
     with pytest.raises(FileExistsError):
         write_atomic(tmp_path / "guess", "mine")
+
+
+def test_in_a_folder_mounted_from_elsewhere_the_lock_lies_within(tmp_path, monkeypatch):
+    """Its parent may not be written."""
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with locked(out):
+        assert names(out) == [".lock"]
+        assert names(tmp_path) == ["out"]
+    assert names(out) == []

@@ -52,6 +52,13 @@ def test_a_manifest_comes_back_with_its_kind_versions_and_digests(folder):
     assert read_manifest(folder, "data", "model")["labels"] == 3
 
 
+def swap(path, other):
+    """The contents of two files."""
+    content = path.read_bytes()
+    path.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
 DAMAGES = {
     "a bit flipped": lambda path: flip(path, 77),
     "a page zeroed": lambda path: path.write_bytes(bytes(512) + path.read_bytes()[512:]),
@@ -59,7 +66,7 @@ DAMAGES = {
     "emptied": lambda path: path.write_bytes(b""),
     "deleted": lambda path: path.unlink(),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
-    "swapped": lambda path: os.replace(path.parent / ("below/table" if path.name == "weights" else "../weights"), path),
+    "swapped": lambda path: swap(path, path.parent / ("below/table" if path.name == "weights" else "../weights")),
 }
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bertforge.errors import ArtifactError, UsageError
-from bertforge.locks import beside, locked, new_file, tidy
+from bertforge.locks import OLD, beside, locked, new_file, tidy
 
 _LIBRARIES = ("bertforge", "torch", "numpy", "pandas", "pyarrow", "tokenizers", "safetensors")
 
@@ -103,7 +103,7 @@ def fresh_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     with locked(path), naming(path):
         if path.is_file() or (path.exists() and not replace and any(path.iterdir())):
             raise ArtifactError(f"{path} already exists and is not empty; name another folder")
-        partial, old = beside(path, "partial"), beside(path, "old")
+        partial, old = beside(path, "partial"), beside(path, OLD)
         try:
             partial.mkdir()
         except FileExistsError as error:

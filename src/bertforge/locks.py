@@ -11,7 +11,7 @@ package `filelock` leaves its files behind and does not say who holds them. NFS 
 file system without locks the work goes on, with a warning.
 
 Everything is written under another name until it is complete: a folder as `.NAME.partial`, a file as
-`.NAME.RANDOM.partial`, which its writer locks. A folder that is being replaced is called `.NAME.old` for a moment. The
+`.NAME.RANDOM.partial`, which its writer locks. A folder that is being replaced has another name for a moment. The
 holder of the lock therefore knows what a dead process left: it puts the old folder back if the new one is missing, and
 removes the rest. So a kill loses nothing, at any moment. After a power cut the file system decides.
 """
@@ -42,6 +42,8 @@ from bertforge.errors import ArtifactError
 
 log = logging.getLogger(__name__)
 PATIENCE = 0.5  # seconds that a reader waits: a command that is ending, or another that tidies, holds a lock so long
+LOCK = ".lock"  # within a folder whose parent is not to be written
+OLD = "bertforge-old"  # nobody's own folder is called so
 _LOOK = 0.02  # seconds between two tries
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what a file system without locks answers
 _COMMAND = 200  # characters of a command that are told
@@ -66,7 +68,7 @@ def locked(path: Path, *, patience: float = 0) -> Iterator[None]:
         yield
         return
     missing = [folder for folder in path.parents if not folder.exists()]  # innermost first
-    lock, told, began = beside(path, "lock"), False, time.monotonic()
+    lock, told, began = _lock(path), False, time.monotonic()
     while (taken := _take(lock)) is None:
         waited = time.monotonic() - began
         if waited > patience:
@@ -97,7 +99,9 @@ def locked(path: Path, *, patience: float = 0) -> Iterator[None]:
 
 def leftovers(path: Path) -> bool:
     """Whether a command is writing the folder `path`, or was killed when it did."""
-    return any(os.path.lexists(beside(_place(path), what)) for what in ("lock", "partial", "old"))
+    return any(os.path.lexists(beside(_place(path), what)) for what in ("partial", OLD)) or os.path.lexists(
+        _lock(_place(path))
+    )
 
 
 def tidy(path: Path) -> None:
@@ -105,7 +109,7 @@ def tidy(path: Path) -> None:
 
     Only the holder of the lock may call it.
     """
-    partial, old = beside(path, "partial"), beside(path, "old")
+    partial, old = beside(path, "partial"), beside(path, OLD)
     if os.path.lexists(old):
         if os.path.lexists(path) or old.is_symlink():
             _remove(partial)
@@ -123,6 +127,12 @@ def tidy_inside(folder: Path) -> None:
     for lock in folder.glob(".*.lock"):
         with suppress(BusyError, OSError), locked(folder / lock.name[1:].removesuffix(".lock")):
             pass
+
+
+def _lock(path: Path) -> Path:
+    """Beside the output; in a folder that is all one may write, such as one mounted from elsewhere, within it."""
+    within = path.is_dir() and not os.access(path.parent, os.W_OK)
+    return path / LOCK if within else beside(path, "lock")
 
 
 def beside(path: Path, what: str) -> Path:
@@ -174,6 +184,10 @@ def _take(lock: Path) -> tuple[int, bool] | None:
             fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:  # the folder went with its last lock
             continue
+        except OSError as error:
+            if error.errno in (errno.EISDIR, errno.ELOOP):
+                raise ArtifactError(f"{lock} is no lock of bertforge; remove it: rm -r {lock}") from error
+            raise
         found = os.fstat(fd)
         try:
             if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:  # planted: it would be written to

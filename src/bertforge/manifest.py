@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import time
 from collections.abc import Collection, Iterator
 from contextlib import suppress
@@ -26,7 +27,7 @@ from typing import Any
 from bertforge.artifact import versions
 from bertforge.digests import digest_file, read_sealed, write_sealed
 from bertforge.errors import ArtifactError
-from bertforge.locks import PATIENCE, BusyError, beside, leftovers, locked
+from bertforge.locks import OLD, PATIENCE, BusyError, beside, leftovers, locked
 from bertforge.scales import FORMATS
 
 MANIFEST = "bertforge.json"
@@ -103,7 +104,7 @@ def put_right(directory: Path) -> None:
         if not finished:
             raise
     except OSError as error:  # a place where only reading is allowed
-        old = beside(directory.resolve(), "old")
+        old = beside(directory.resolve(), OLD)
         if old.is_dir() and not directory.exists():
             raise ArtifactError(
                 f"a command that was killed left {directory} under another name; put it back: mv {old} {directory}"
@@ -123,14 +124,15 @@ def peek_manifest(directory: Path, *kinds: str) -> dict[str, Any]:
                 f"{directory} holds a run that has not ended; go on with `bertforge train` and --resume"
             )
         what = "does not exist" if not directory.exists() else f"holds no {MANIFEST}"
-        raise ArtifactError(f"{directory} {what}; it should be a folder made by {hint}")
+        again = f"it should be a folder made by {hint}" if hint else f"{_TOKENS}: {_removal(directory)}"
+        raise ArtifactError(f"{directory} {what}; {again}")
     try:
         manifest = read_sealed(path)
         kind = str(manifest["kind"])
     except (ValueError, KeyError) as error:  # what is no JSON and no UTF-8 among them
         reason = error if isinstance(error, ValueError) else "it lacks 'kind'"
         again = f"make the folder again with {hint}, after" if hint else _TOKENS
-        raise ArtifactError(f"{path} is damaged ({reason}); {again}: rm -r {directory}") from error
+        raise ArtifactError(f"{path} is damaged ({reason}); {again}: {_removal(directory)}") from error
     if kind not in kinds:
         raise ArtifactError(
             f"{directory} is of kind {kind!r}, but {' or '.join(kinds)} is needed: make one with {hint}"
@@ -151,25 +153,23 @@ def check_folder(directory: Path) -> tuple[str, list[str]]:
     except (OSError, ValueError, KeyError) as error:
         return "damaged", [
             f"{directory / MANIFEST} is damaged ({error}); make it again with the command that wrote it, after: "
-            f"rm -r {directory}"
+            f"{_removal(directory)}"
         ]
     except ArtifactError as error:
         return kind, [str(error)]
-    (directory / _CHECKED).unlink(missing_ok=True)
-    for name in manifest["files"]:
-        _whole.pop(str(directory / name), None)
-    return kind, [f"{damage}; {remake(directory, kind, manifest)}" for damage in _damages(directory, manifest)]
+    damages = _damages(directory, manifest, anew=True)
+    return kind, [f"{damage}; {remake(directory, kind, manifest)}" for damage in damages]
 
 
 def remake(directory: Path, kind: str, manifest: dict[str, Any]) -> str:
     """What to type to have the folder again."""
     if kind == "tokens":
-        return f"{_TOKENS}: rm -r {directory}"
+        return f"{_TOKENS}: {_removal(directory)}"
     if kind == "engine":
         command = compile_command(directory, manifest["target"], manifest["precision"])
     else:
-        command = _MADE_BY[kind].format(directory)
-    return f"make it again: rm -r {directory}, then `{command}`"
+        command = _MADE_BY[kind].format(shlex.quote(str(directory)))
+    return f"make it again: {_removal(directory)}, then `{command}`"
 
 
 def compile_command(engine: Path, target: str, precision: str) -> str:
@@ -193,15 +193,20 @@ def _files(directory: Path, leave_out: Collection[str], within: str = "") -> Ite
             yield from _files(Path(entry), leave_out, f"{name}/")
 
 
-def _damages(directory: Path, manifest: dict[str, Any]) -> Iterator[str]:
-    """Each file that is not as it was written."""
+def _removal(directory: Path) -> str:
+    return f"rm -r {shlex.quote(str(directory))}"
+
+
+def _damages(directory: Path, manifest: dict[str, Any], *, anew: bool = False) -> Iterator[str]:
+    """Each file that is not as it was written; with `anew`, whatever is known of its stamp."""
     seen = _seen(directory) if manifest["kind"] in _STAMPED else {}
     found: dict[str, list[int]] = {}
     for name, written in manifest["files"].items():
         path = directory / name
         try:
             stamp = _stamp(path)
-            if seen.get(name) != stamp and _digest(path, stamp) != written:
+            settled = _settled(stamp)  # before it is read: meanwhile it may change within the tick of the stamp
+            if (anew or seen.get(name) != stamp) and _digest(path, stamp, settled, anew) != written:
                 yield f"{path} is damaged: it is not what was written"
                 continue
         except FileNotFoundError:
@@ -210,7 +215,7 @@ def _damages(directory: Path, manifest: dict[str, Any]) -> Iterator[str]:
         except OSError as error:
             yield f"{path} cannot be read ({error.strerror})"
             continue
-        if _settled(stamp):
+        if settled:
             found[name] = stamp
     if manifest["kind"] in _STAMPED and found and found != seen:
         with suppress(OSError):  # a folder that may only be read is read whole each time
@@ -226,11 +231,11 @@ def _seen(directory: Path) -> dict[str, list[int]]:
     return dict(kept["stamps"]) if kept.get("machine") == platform.node() else {}
 
 
-def _digest(path: Path, stamp: list[int]) -> str:
+def _digest(path: Path, stamp: list[int], settled: bool, anew: bool) -> str:
     known, found = _whole.get(str(path), ([], ""))
-    if known != stamp:
+    if anew or known != stamp:
         found = digest_file(path)
-        if _settled(stamp):
+        if settled:
             _whole[str(path)] = (stamp, found)
     return found
 

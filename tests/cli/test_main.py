@@ -153,7 +153,7 @@ def test_a_defect_of_ours_is_code_1_and_says_how_to_see_more(tmp_path, data, cap
     [
         (IsADirectoryError(21, "Is a directory", "some/path"), 4, "error: some/path: Is a directory"),
         (FileExistsError(17, "File exists", "beside", None, "some/path"), 4, "error: some/path: File exists"),
-        (OSError(28, "No space left on device"), 4, "error: No space left on device"),
+        (OSError(28, "No space left on device"), 4, "error: standard output: No space left on device"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to ..."), 5, "lower tokens_per_step: --set"),
     ],
     ids=["a path", "two paths", "no path", "GPU memory"],

@@ -93,19 +93,21 @@ def test_a_folder_without_a_bert_tokenizer_is_an_error(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
-def test_stored_rows_come_back_memory_mapped(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_stored_rows_come_back_memory_mapped(tokenizer: Tokenizer, vocabulary: Path, tmp_path: Path) -> None:
     with TokenWriter(tmp_path / "t", tokenizer, "of data") as writer:
         writer.append(TEXTS[:2])
         writer.append([])
         writer.append(TEXTS[2:])
-    store = TokenStore.open(tmp_path / "t", "of data")
+    store = TokenStore.open(tmp_path / "t", tokenizer, "of data")
     assert isinstance(store.ids, np.memmap)
     assert store.ids.dtype == np.uint16
     assert [store[row].tolist() for row in range(len(store))] == one_by_one(tokenizer, TEXTS)
     assert store.lengths.tolist() == [len(row) for row in one_by_one(tokenizer, TEXTS)]
     assert np.load(tmp_path / "t" / "ids.npy").tolist() == store.ids.tolist()
-    with pytest.raises(ArtifactError, match=r"holds the tokens of another table; .*tokenizes again: rm -r"):
-        TokenStore.open(tmp_path / "t", "of other data")
+    (vocabulary / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": False}))
+    for other, data in ((tokenizer, "of other data"), (Tokenizer.load(vocabulary), "of data")):
+        with pytest.raises(ArtifactError, match=r"of another table or tokenizer; .*tokenizes again: rm -r"):
+            TokenStore.open(tmp_path / "t", other, data)
 
 
 def test_a_large_vocabulary_is_stored_in_four_bytes(vocabulary: Path) -> None:

@@ -43,7 +43,7 @@ from bertforge.inference.evaluate import evaluate_run
 from bertforge.inference.predictor import Predictor
 from bertforge.jobs.compile import compile_fastest
 from bertforge.jobs.merge import merge_run
-from bertforge.locks import locked
+from bertforge.locks import LOCK, locked
 from bertforge.lora.adapter_io import ADAPTER_CONFIG
 from bertforge.manifest import MANIFEST, RUNNING, read_manifest, write_manifest
 from bertforge.models import resolve
@@ -262,7 +262,8 @@ class _State:
             _check_same(out, found, identity)
             return cls(out, identity, {})
         if not path.is_file():
-            if out.is_file() or (out.exists() and any(not entry.name.startswith(".data.") for entry in out.iterdir())):
+            others = out.iterdir() if out.is_dir() else ()
+            if out.is_file() or any(not entry.name.startswith((".data.", LOCK)) for entry in others):
                 raise ArtifactError(f"{out} is not an empty folder; name another one with --out")
             return cls(out, identity, {})
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,8 @@ from typing import Annotated
 import typer
 
 from bertforge.terminal import Terminal
+
+_OURS = ("table.parquet", "labels.npy", "ids.npy", "metrics.jsonl", "scales.safetensors")  # whose folder has a manifest
 
 
 def check(
@@ -46,10 +49,17 @@ def examine(folder: Path) -> Iterator[tuple[Path, str, list[str]]]:
     from bertforge.manifest import MANIFEST, RUNNING, check_folder
 
     for name, _, files in os.walk(folder):
+        place = Path(name)
         if MANIFEST in files:
-            yield Path(name), *check_folder(Path(name))
+            yield place, *check_folder(place)
         elif RUNNING in files:
-            yield Path(name), "run that has not ended", list(_unfinished(Path(name)))
+            yield place, "run that has not ended", list(_unfinished(place))
+        elif any(file in files for file in _OURS) or ("config.json" in files and (place / "engines").is_dir()):
+            yield (
+                place,
+                "damaged",
+                [f"{place / MANIFEST} is missing; make the folder again, after: rm -r {shlex.quote(name)}"],
+            )
 
 
 def _unfinished(run: Path) -> Iterator[str]:
@@ -60,7 +70,7 @@ def _unfinished(run: Path) -> Iterator[str]:
 
     try:
         read_sealed(run / RUNNING)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         yield f"{run / RUNNING} is damaged ({error}); start the run anew: rm -r {run}"
     for path in sorted(run.glob(SEALED)):
         try:

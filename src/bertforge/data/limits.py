@@ -21,6 +21,8 @@ CHUNK_CHARACTERS = 16 << 20
 """A chunk ends at its rows, its characters or its cells, whichever comes first. Several copies of one are held at
 once: as Python strings, Arrow arrays, Parquet pages and tokens, and the next one beside it."""
 CHUNK_CELLS = 4 << 20
+LISTED = 4 << 20
+"""Values in the lists of a column of one of Parquet's row groups, if more than 100 a row: each takes some 34 bytes."""
 UNPACKED_RATIO = 100
 """A packed table may unpack to so many times its bytes. Text packs 3 to 10 times, rows that repeat 50 times; gzip can
 pack 1,000 times, and Parquet's dictionaries any number."""

@@ -54,8 +54,9 @@ class PreparedData:
     @classmethod
     def open(cls, directory: Path) -> Self:
         """Raises ArtifactError when the folder is not prepared data or a file of it is missing or changed."""
+        manifest = read_manifest(directory, "data")
         tidy_inside(directory / "tokens")
-        return cls(directory, read_manifest(directory, "data"))
+        return cls(directory, manifest)
 
     @classmethod
     def of(cls, directory: Path, model: Path | str, manifest: dict[str, Any], *, other_tables: bool = False) -> Self:
@@ -196,7 +197,7 @@ class PreparedData:
             with locked(directory, patience=math.inf):
                 if not directory.is_dir():
                     self._tokenize(directory, tokenizer)
-        return TokenStore.open(directory, self.fingerprint)
+        return TokenStore.open(directory, tokenizer, self.fingerprint)
 
     def _tokenize(self, directory: Path, tokenizer: Tokenizer) -> None:
         with (

@@ -103,6 +103,9 @@ def _parquet(path: Path, chunk_rows: int, *, named: Sequence[str]) -> Iterator[C
             if repeated := [name for name, count in Counter(names).items() if count > 1]:
                 raise DataError(f"{path} has two columns of one name: {abbreviate(sorted(repeated))}; rename one")
             schema = pa.schema([f for f in file.schema_arrow if f.name in named or not _is_bytes(f.type)])
+            if not len(schema):
+                raise DataError(f"{path} has columns of bytes alone ({abbreviate(names)}); name those that hold text")
+            _check_lists(path, file, schema)
             most = limits.chunk_rows(len(schema), chunk_rows)
             read = file.iter_batches(min(most, _rows_at_once(path, file, schema)), columns=schema.names)
             pieces = _within_limit(map(_decoded, read), path)
@@ -112,19 +115,31 @@ def _parquet(path: Path, chunk_rows: int, *, named: Sequence[str]) -> Iterator[C
         raise DataError(f"{path} is not a readable Parquet file ({str(error).splitlines()[0]})") from error
 
 
+def _check_lists(path: Path, file: pq.ParquetFile, schema: pa.Schema) -> None:
+    """Raises DataError for lists so long that one row of them, the least that is read, may take the memory."""
+    for group in range(file.num_row_groups):
+        metadata = file.metadata.row_group(group)
+        for column in map(metadata.column, range(metadata.num_columns)):
+            name = column.path_in_schema.partition(".")[0]
+            if name in schema.names and column.num_values > max(limits.LISTED, 100 * metadata.num_rows):
+                raise DataError(
+                    f"{path} has {column.num_values:,} values in lists in {metadata.num_rows:,} rows of column {name}, "
+                    f"more than {limits.LISTED:,} and 100 a row; leave that column out"
+                )
+
+
 def _rows_at_once(path: Path, file: pq.ParquetFile, schema: pa.Schema) -> int:
     """So many that they fit into memory even if all are the longest text of a dictionary, which a short file can name
     any number of times.
     """
-    longest = 0
+    longest = 0  # of a row: the longest text of each column
     texts = [field.name for field in schema if _is_text(_value_type(field.type))]
     with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, read_dictionary=texts) as coded:
         for group in range(file.num_row_groups if texts else 0):
             if file.metadata.row_group(group).total_byte_size > limits.CELL:
                 for batch in islice(coded.iter_batches(1, row_groups=[group], columns=texts), 1):
-                    longest = max(
-                        longest, *(pc.max(pc.binary_length(c.dictionary)).as_py() or 0 for c in batch.columns)
-                    )
+                    row = sum(pc.max(pc.binary_length(c.dictionary)).as_py() or 0 for c in batch.columns)
+                    longest = max(longest, row)
     return max(1, min(_PIECE_ROWS, _PIECE_ROWS * limits.CELL // max(1, longest)))
 
 

@@ -227,12 +227,12 @@ class TokenStore:
     """[rows + 1]."""
 
     @classmethod
-    def open(cls, directory: Path, fingerprint: str) -> TokenStore:
-        """Reads what a TokenWriter wrote; raises ArtifactError when it is damaged, or not of that prepared data."""
+    def open(cls, directory: Path, tokenizer: Tokenizer, fingerprint: str) -> TokenStore:
+        """Reads what a TokenWriter wrote; raises ArtifactError when it is damaged, or of other data or tokenizers."""
         manifest = read_manifest(directory, "tokens")
-        if manifest["fingerprint"] != fingerprint:
+        if (manifest["tokenizer"], manifest["fingerprint"]) != (tokenizer.fingerprint, fingerprint):
             raise ArtifactError(
-                f"{directory} holds the tokens of another table; {remake(directory, 'tokens', manifest)}"
+                f"{directory} holds the tokens of another table or tokenizer; {remake(directory, 'tokens', manifest)}"
             )
         return cls(np.load(directory / "ids.npy", mmap_mode="r"), np.load(directory / "offsets.npy", mmap_mode="r"))
 

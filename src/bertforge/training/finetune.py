@@ -35,7 +35,7 @@ from bertforge.errors import ArtifactError, DataError, UsageError
 from bertforge.evaluation.standing import standing
 from bertforge.evaluation.temperature import fit_temperature
 from bertforge.hardware import Hardware, choose_training_precision, detect
-from bertforge.locks import locked
+from bertforge.locks import LOCK, locked
 from bertforge.lora.adapter_io import save_adapter
 from bertforge.lora.config import LoraConfig
 from bertforge.lora.inject import inject_lora
@@ -52,6 +52,7 @@ from bertforge.training.sealed import read_tensors, write_tensors
 from bertforge.training.start import PROBE_SHARE, is_probed, probe
 
 START = "start.safetensors"
+_OF_A_RUN = (".json", ".jsonl", ".safetensors")
 log = logging.getLogger(__name__)
 
 
@@ -146,7 +147,9 @@ def finetune(
         if world.first:
             found = standing(start.prepared, recipe.split, "validation", recipe.tabular, logits)
             manifest["baselines"] = found.to_dict()
-            write_manifest(out, "run", leave_out=WHILE_TRAINING, **manifest)
+            # Curves for people, and what a user keeps here, such as a log, may change.
+            others = [path.name for path in out.iterdir() if path.suffix not in _OF_A_RUN]
+            write_manifest(out, "run", leave_out=(*WHILE_TRAINING, *others), **manifest)
             for name in WHILE_TRAINING:
                 (out / name).unlink(missing_ok=True)
         return manifest
@@ -358,7 +361,7 @@ def _check_folder(out: Path, resume: bool) -> bool:
         raise ArtifactError(f"{out} holds no run to resume; start one without --resume")
     if running and not resume:
         raise ArtifactError(f"{out} holds a run that has not ended; go on with --resume, or remove it: rm -r {out}")
-    if not resume and (out.is_file() or (out.exists() and any(out.iterdir()))):
+    if not resume and (out.is_file() or (out.exists() and any(path.name != LOCK for path in out.iterdir()))):
         raise ArtifactError(f"{out} is not an empty folder; name another one with --out")
     return resume
 
