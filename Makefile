@@ -21,8 +21,11 @@ $(VENV)/.installed-%: pyproject.toml
 demo: $(VENV)/.installed-demo
 	$(BIN)/bertforge demo
 
+# The tests run on one thread each. A file stays in one process, for its fixtures take longer than most of its tests.
+PROCESSES := -n auto --maxprocesses 4 --dist loadfile
+
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PROCESSES)
 
 # Other kernels than this CPU's best, and four threads whatever its cores: results round and interleave otherwise.
 test-portable: $(VENV)/.installed-dev
