@@ -2,12 +2,13 @@
 
 A file of a folder of each kind is damaged in one of six ways, and the folder is opened as its users open it. It must be
 refused with one line that names what is damaged and what to type, or give what it gave before: then the damage changed
-nothing. A checkpoint is damaged before its run goes on. A hostile table must be prepared with every row kept or set
-aside, or be refused with one line.
+nothing. A checkpoint is damaged before its run goes on; where none is left, the run must say that it starts anew. A
+hostile table must be prepared with every row kept or set aside, or be refused with one line.
 """
 
 from __future__ import annotations
 
+import logging
 import random
 import resource
 import shutil
@@ -37,13 +38,17 @@ Open = Callable[[Path], bytes]
 """Opens a folder as its users do -> what they get, to be compared."""
 
 
+_ANEW = "started anew"
+_WELL, _BADLY = ("refused", "changed nothing", _ANEW), ("silent", "traceback")
+
+
 class _StopError(Exception):
     pass
 
 
 def damages(work: Path, count: int, seed: int) -> dict[str, int]:
     """Damages `count` files, one after another, each in a folder that is whole but for it."""
-    rng, found = random.Random(seed), Counter(dict.fromkeys(("refused", "changed nothing", "silent", "traceback"), 0))
+    rng, found = random.Random(seed), Counter(dict.fromkeys((*_WELL, *_BADLY), 0))
     folders = {place: (open_folder, open_folder(place)) for place, open_folder in _made(work).items()}
     for _ in range(count):
         place = rng.choice(list(folders))
@@ -54,14 +59,15 @@ def damages(work: Path, count: int, seed: int) -> dict[str, int]:
         kept = {path: path.read_bytes() for path in files}
         way(rng, file, [other for other in files if other != file])
         try:
-            outcome = "changed nothing" if open_folder(place) == before else "silent"
+            after = open_folder(place)
+            outcome = _ANEW if after == _ANEW.encode() else "changed nothing" if after == before else "silent"
         except BertforgeError as error:
             told = str(error)
             helps = any(path.name in told for path in files) and ("`bertforge" in told or "rm -r" in told)
             outcome = "refused" if "\n" not in told and helps else "traceback"
         except Exception as error:
             told, outcome = f"{type(error).__name__}: {error}", "traceback"
-        if outcome in ("silent", "traceback"):
+        if outcome in _BADLY:
             print(f"  {outcome}: {name} of {file.relative_to(work)}: {'' if outcome == 'silent' else told}")
         found[outcome] += 1
         for path, content in kept.items():
@@ -142,17 +148,22 @@ def _made(work: Path) -> dict[Path, Open]:
         copy = folder.with_name("resumed")
         shutil.copytree(folder, copy)
         told: list[str] = []
+        listener = logging.Handler()
+        listener.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
 
         def started(plan: Plan) -> None:
-            told.append(str(plan.resumed_step))
+            anew = plan.resumed_step == 0 and any("starts from its beginning" in line for line in told)
+            told.append(_ANEW if anew else str(plan.resumed_step))
             raise _StopError
 
+        logging.getLogger("bertforge").addHandler(listener)
         try:
             with suppress(_StopError):
                 finetune(data, copy, recipe, resume=True, started=started)
         finally:
+            logging.getLogger("bertforge").removeHandler(listener)
             shutil.rmtree(copy)
-        return told[0].encode()
+        return told[-1].encode()
 
     models = [work / name for name in ("lora", "full", "columns", "merged", "quantized")]
     return {data: read, **dict.fromkeys([*models, *engines.values()], predict), stopped: resume}

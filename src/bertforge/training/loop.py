@@ -6,6 +6,7 @@ mean over all sequences, so packs of different sizes weigh as they should.
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 import time
@@ -39,6 +40,7 @@ from bertforge.training.schedule import Schedule
 from bertforge.training.sealed import read_tensors, write_tensors
 from bertforge.training.step import EagerStep, GraphedStep
 
+log = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint.safetensors"
 BEST = "best.safetensors"
 _LEEWAY = 0.05  # of a run's `minutes` by which its steps may lie behind before its learning rate falls with the time
@@ -106,10 +108,12 @@ class Trainer:
     def resume(self) -> None:
         """Goes on from the folder's checkpoint; without one, the run starts from its beginning."""
         path = self.directory / CHECKPOINT
-        if path.is_file():
-            self.progress = checkpoint.restore(path, self.model, self.optimizer, self.world)
-            if self.progress.best_epoch:
-                read_tensors(self.directory / BEST)  # a damaged file is told now, not after the last epoch
+        if not path.is_file():
+            log.warning(f"{self.directory} holds no checkpoint: the run starts from its beginning")
+            return
+        self.progress = checkpoint.restore(path, self.model, self.optimizer, self.world)
+        if self.progress.best_epoch:
+            read_tensors(self.directory / BEST)  # a damaged file is told now, not after the last epoch
 
     def fit(self, show: Callable[[Progress, int, float], None]) -> Progress:
         """Trains to the end, leaves the best epoch's weights in the model and says where the run stands.
