@@ -102,7 +102,7 @@ def test_one_seed_gives_one_run_and_another_seed_another(tmp_path, data, base, r
         pytest.param("columns", 3, 3600, id="back to the beginning"),
     ],
 )
-def test_a_crashed_run_ends_as_one_that_never_stopped(tmp_path, data, base, uninterrupted, kind, step, seconds):
+def test_a_crashed_run_ends_as_one_that_never_stopped(tmp_path, data, base, uninterrupted, caplog, kind, step, seconds):
     recipe = dropping_out(base, kind, checkpoint_seconds=3600)
     out, stepping = tmp_path / "run", replace(recipe, checkpoint_seconds=seconds)
     with pytest.raises(CrashError):
@@ -110,6 +110,7 @@ def test_a_crashed_run_ends_as_one_that_never_stopped(tmp_path, data, base, unin
     resumed_at = []
     finetune(data, out, stepping, resume=True, started=lambda plan: resumed_at.append(plan.resumed_step))
     assert resumed_at == [step if seconds == 0 else step // STEPS * STEPS]
+    assert ("the run starts from its beginning" in caplog.text) == (resumed_at == [0])
     assert outcome(out, kind) == uninterrupted[kind]
 
 
