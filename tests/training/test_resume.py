@@ -312,6 +312,15 @@ def test_a_damaged_note_locks_no_folder_that_holds_no_checkpoint(tmp_path, data,
     assert "running.json is damaged, and no checkpoint was saved yet: the run starts anew" in caplog.text
 
 
+def test_a_run_without_its_note_cannot_go_on(tmp_path, data, base):
+    out, recipe = tmp_path / "run", quick_recipe(base, checkpoint_seconds=0)
+    with pytest.raises(CrashError):
+        finetune(data, out, recipe, show=crash_after(2))
+    (out / "running.json").unlink()
+    with pytest.raises(ArtifactError, match=r"running\.json is missing, .*start it anew: rm -r .*/run, then"):
+        finetune(data, out, recipe, resume=True)
+
+
 def test_a_finished_run_loses_the_checkpoint_that_a_kill_left(tmp_path, data, base, runs):
     out = shutil.copytree(runs["lora"], tmp_path / "run")
     for name in TEMPORARY:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import platform
+import shlex
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -358,6 +359,9 @@ def _check_folder(out: Path, resume: bool) -> bool:
             (out / name).unlink(missing_ok=True)
         return False
     if resume and not running:
+        if any((out / name).is_file() for name in WHILE_TRAINING):
+            anew = f"start it anew: rm -r {shlex.quote(str(out))}, then `bertforge train` without --resume"
+            raise ArtifactError(f"{out / RUNNING} is missing, so the run cannot go on; {anew}")
         raise ArtifactError(f"{out} holds no run to resume; start one without --resume")
     if running and not resume:
         raise ArtifactError(f"{out} holds a run that has not ended; go on with --resume, or remove it: rm -r {out}")
