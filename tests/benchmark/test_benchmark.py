@@ -96,6 +96,22 @@ def test_what_a_library_raises_is_a_row_and_the_others_stay(model, data, monkeyp
     assert intact["questions_per_s"] > 0
 
 
+@pytest.mark.usefixtures("memory_unread")
+def test_an_interrupt_keeps_what_was_measured(model, data, monkeypatch):
+    def stop(engine, *arguments):
+        if engine.precision == "bf16":
+            raise KeyboardInterrupt
+        return latencies_ms(engine, *arguments)
+
+    monkeypatch.setattr("bertforge.benchmark.run.latencies_ms", stop)
+    reference, *others = measured(model, data, "pytorch-bf16,pytorch-padded-fp32")
+    assert reference["questions_per_s"] > 0
+    assert [row["missing"] for row in others] == ["interrupted", "interrupted"]
+    monkeypatch.setattr("bertforge.benchmark.run.REFERENCE", ("pytorch", "bf16"))
+    with pytest.raises(KeyboardInterrupt):
+        measured(model, data, "pytorch-bf16")
+
+
 def test_an_error_of_the_reference_is_raised(model, data, monkeypatch):
     monkeypatch.setattr("bertforge.benchmark.run.latencies_ms", None)
     with pytest.raises(TypeError):

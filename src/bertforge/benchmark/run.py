@@ -70,7 +70,8 @@ def run_benchmark(
     """Measures and returns a record: its rows are engines, `say` tells what is being done.
 
     Engines of the 8 bits of `quantized`, a folder made from `model` by `bertforge quantize`, are built from it. Raises
-    UsageError when it was made from another, and when `model` itself is such a folder.
+    UsageError when it was made from another, and when `model` itself is such a folder. An interrupt ends it with what
+    was measured by then.
     """
     wanted = chosen(targets)
     _check_parentage(model, quantized)
@@ -94,7 +95,16 @@ def run_benchmark(
         say=say,
     )
     of = {"split": f"{reference.manifest['recipe']['split']}/{split}", "rows_timed": len(work.timed)}
-    found = [{**_row(bench, framework, precision), **of} for framework, precision in wanted]
+    found: list[dict[str, Any]] = []
+    try:
+        for framework, precision in wanted:
+            found.append({**_row(bench, framework, precision), **of})
+    except KeyboardInterrupt:
+        if not found:  # nothing to set others against
+            raise
+        say("interrupted: the engines measured so far are kept")
+        rest = wanted[len(found) :]
+        found += [{"framework": name, "precision": form, "missing": "interrupted", **of} for name, form in rest]
     add_shares(found, flops)
     return {
         "benchmark": "engines",
