@@ -33,7 +33,7 @@ from bertforge.inference.predictor import Predictor
 from bertforge.jobs.compile import compile_model
 from bertforge.jobs.merge import merge_run
 from bertforge.locks import locked
-from bertforge.manifest import RUNNING, put_right
+from bertforge.manifest import MANIFEST, RUNNING, put_right
 from bertforge.training.finetune import finetune
 
 # So that a process begins in milliseconds.
@@ -161,6 +161,9 @@ def _tokenize(made: Path, out: Path) -> None:
 
 
 def _train(made: Path, out: Path) -> None:
+    if (out / MANIFEST).is_file():  # it had ended, but for what goes at the end
+        put_right(out)
+        return
     recipe = quick_recipe(made / "base", "lora", checkpoint_seconds=0)
     finetune(made / "a", out, recipe, resume=(out / RUNNING).is_file())
 
