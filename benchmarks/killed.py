@@ -89,7 +89,9 @@ def _crash(
     except (BertforgeError, OSError, ValueError) as error:
         print(f"  not repaired: {point} of {place.name}: {error}")
         found["not repaired"] += 1
-    found["leftovers"] += any(file.suffix in _LEFTOVERS for file in place.rglob("*"))
+    if left := [str(file.relative_to(place)) for file in place.rglob("*") if file.suffix in _LEFTOVERS]:
+        print(f"  leftovers: {point} of {place.name}: {', '.join(left)}")
+    found["leftovers"] += bool(left)
 
 
 def kills_in_training(work: Path, count: int, seed: int) -> dict[str, int]:

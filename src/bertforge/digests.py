@@ -31,7 +31,12 @@ def digest_file(path: Path) -> str:
 
 def write_sealed(path: Path, fields: dict[str, Any]) -> Path:
     """Atomically writes `fields` as JSON, with the digest of all of them."""
-    return write_json(path, {**fields, _DIGEST: _of(fields)})
+    return write_json(path, sealed(fields))
+
+
+def sealed(fields: dict[str, Any]) -> dict[str, Any]:
+    """`fields` with the digest of all of them."""
+    return {**fields, _DIGEST: _of(fields)}
 
 
 def read_sealed(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ stamps of those that were whole.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bertforge.artifact import versions
-from bertforge.digests import digest_file, read_sealed, write_sealed
+from bertforge.digests import digest_file, read_sealed, sealed, write_sealed
 from bertforge.errors import ArtifactError
 from bertforge.locks import OLD, PATIENCE, BusyError, beside, leftovers, locked
 from bertforge.scales import FORMATS
@@ -219,7 +220,9 @@ def _damages(directory: Path, manifest: dict[str, Any], *, anew: bool = False) -
             found[name] = stamp
     if manifest["kind"] in _STAMPED and found and found != seen:
         with suppress(OSError):  # a folder that may only be read is read whole each time
-            write_sealed(directory / _CHECKED, {"machine": platform.node(), "stamps": found})
+            (directory / _CHECKED).unlink(missing_ok=True)
+            with (directory / _CHECKED).open("x") as file:  # half-written it counts as none: a kill leaves nothing else
+                json.dump(sealed({"machine": platform.node(), "stamps": found}), file)
 
 
 def _seen(directory: Path) -> dict[str, list[int]]:
