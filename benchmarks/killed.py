@@ -44,13 +44,13 @@ ROWS = 160
 IN_WRITES = 0.25  # of the crash points, inside a write
 # Differ from run to run: what is timed, and the digests of files that hold it.
 _TIMED = {"seconds", "questions_per_s", "idle", "train/idle", "build_seconds", "files", "digest"}
-_LEFTOVERS = (".partial", ".bertforge-old", ".lock")
+_LEFTOVERS = (".partial", ".bertforge-old")
 Writer = Callable[[Path], object]
 
 
 def crash_points(work: Path, count: int, seed: int) -> dict[str, int]:
     """Kills each writer at `count` moments in all, spread over everything that it does."""
-    made, found = _made(work), Counter(dict.fromkeys(("half-written", "not repaired", "leftovers"), 0))
+    made, found = _made(work), Counter(dict.fromkeys(("half-written", "not repaired", "leftovers", "stale locks"), 0))
     points = []
     for name, (writer, older) in _writers(made).items():
         place = work / name
@@ -92,6 +92,7 @@ def _crash(
     if left := [str(file.relative_to(place)) for file in place.rglob("*") if file.suffix in _LEFTOVERS]:
         print(f"  leftovers: {point} of {place.name}: {', '.join(left)}")
     found["leftovers"] += bool(left)
+    found["stale locks"] += any(file.suffix == ".lock" for file in place.rglob("*"))  # for the next writer to take over
 
 
 def kills_in_training(work: Path, count: int, seed: int) -> dict[str, int]:
