@@ -92,6 +92,17 @@ def _mean(rows: list[dict[str, Any]], split: str, key: str) -> float:
 
 
 @table
+def faults() -> str:
+    """What came of faults that were made on purpose."""
+    found = _record("faults")
+    rows = []
+    for row in found["rows"]:
+        told = {name: count for name, count in row.items() if name not in ("part", "faults", "seconds")}
+        rows.append([row["part"], f"{row['faults']:,}", ", ".join(f"{name} {count:,}" for name, count in told.items())])
+    return _markdown(["faults", "number", "what came of them"], rows) + _source("faults", found)
+
+
+@table
 def main_job() -> str:
     """The five commands on the real table."""
     found = _record("main_job")
