@@ -18,8 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bertforge.errors import ArtifactError, UsageError
-from bertforge.locks import OLD, beside, locked, new_file, tidy
+from bertforge.errors import ArtifactError, UsageError, removal
+from bertforge.locks import OLD, beside, holds_something, locked, new_file, tidy
 
 _LIBRARIES = ("bertforge", "torch", "numpy", "pandas", "pyarrow", "tokenizers", "safetensors")
 
@@ -101,13 +101,13 @@ def fresh_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     path = path.resolve()  # `.` has no name to write beside
     with locked(path), naming(path):
-        if path.is_file() or (path.exists() and not replace and any(path.iterdir())):
+        if path.is_file() or (not replace and holds_something(path)):
             raise ArtifactError(f"{path} already exists and is not empty; name another folder")
         partial, old = beside(path, "partial"), beside(path, OLD)
         try:
             partial.mkdir()
         except FileExistsError as error:
-            raise ArtifactError(f"{partial} is in the way; remove it: rm -r {partial}") from error
+            raise ArtifactError(f"{partial} is in the way; remove it: {removal(partial)}") from error
         try:
             yield partial
             if path.exists():

@@ -55,4 +55,4 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def _of(fields: dict[str, Any]) -> str:
-    return digest(json.dumps(fields, allow_nan=True).encode())
+    return digest(json.dumps(fields).encode())

@@ -5,11 +5,21 @@ The library raises; only `cli` turns an error into an exit code. Exit codes: 0 d
 5 something the machine lacks, 130 interrupted.
 """
 
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
 
 def reason(error: Exception) -> str:
     """One line: what an error of ours says, or the kind of another and the first line of what it says."""
     first = str(error).strip().partition("\n")[0]
     return first if isinstance(error, BertforgeError) else f"{type(error).__name__}: {first}"
+
+
+def removal(path: Path) -> str:
+    """What to type to remove a folder or file, whatever its name holds."""
+    return f"rm -r {shlex.quote(str(path))}"
 
 
 class BertforgeError(Exception):

@@ -38,7 +38,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
-from bertforge.errors import ArtifactError
+from bertforge.errors import ArtifactError, removal
 
 log = logging.getLogger(__name__)
 PATIENCE = 0.5  # seconds that a reader waits: a command that is ending, or another that tidies, holds a lock so long
@@ -95,6 +95,11 @@ def locked(path: Path, *, patience: float = 0) -> Iterator[None]:
             with suppress(OSError):  # something stands there, as it should
                 for folder in missing:
                     folder.rmdir()
+
+
+def holds_something(path: Path) -> bool:
+    """Whether `path` is a file, or a folder with anything but a lock in it."""
+    return path.is_file() or (path.is_dir() and any(entry.name != LOCK for entry in path.iterdir()))
 
 
 def leftovers(path: Path) -> bool:
@@ -186,7 +191,7 @@ def _take(lock: Path) -> tuple[int, bool] | None:
             continue
         except OSError as error:
             if error.errno in (errno.EISDIR, errno.ELOOP):
-                raise ArtifactError(f"{lock} is no lock of bertforge; remove it: rm -r {lock}") from error
+                raise ArtifactError(f"{lock} is no lock of bertforge; remove it: {removal(lock)}") from error
             raise
         found = os.fstat(fd)
         try:

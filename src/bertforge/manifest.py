@@ -27,13 +27,14 @@ from typing import Any
 
 from bertforge.artifact import versions
 from bertforge.digests import digest_file, read_sealed, sealed, write_sealed
-from bertforge.errors import ArtifactError
+from bertforge.errors import ArtifactError, removal
 from bertforge.locks import OLD, PATIENCE, BusyError, beside, leftovers, locked
 from bertforge.scales import FORMATS
 
 MANIFEST = "bertforge.json"
 RUNNING = "running.json"  # in its place: the recipe and data of a run that has not ended
-WHILE_TRAINING = ("checkpoint.safetensors", "best.safetensors", "start.safetensors", RUNNING)  # RUNNING goes last
+CHECKPOINT, BEST, START = "checkpoint.safetensors", "best.safetensors", "start.safetensors"
+WHILE_TRAINING = (CHECKPOINT, BEST, START, RUNNING)  # RUNNING goes last
 _CHECKED = ".checked.json"
 _STAMPED = ("data", "tokens")  # kinds that are not read whole each time
 _SETTLED = 1.0  # seconds: a file that changes twice within a tick of the clock keeps its stamp
@@ -99,8 +100,7 @@ def put_right(directory: Path) -> None:
     try:
         with locked(directory, patience=0 if finished else PATIENCE):
             if (directory / MANIFEST).is_file():
-                for name in WHILE_TRAINING:
-                    (directory / name).unlink(missing_ok=True)
+                clear_training(directory)
     except BusyError:
         if not finished:
             raise
@@ -110,6 +110,12 @@ def put_right(directory: Path) -> None:
             raise ArtifactError(
                 f"a command that was killed left {directory} under another name; put it back: mv {old} {directory}"
             ) from error
+
+
+def clear_training(run: Path) -> None:
+    """Removes what a run holds while it trains."""
+    for name in WHILE_TRAINING:
+        (run / name).unlink(missing_ok=True)
 
 
 def peek_manifest(directory: Path, *kinds: str) -> dict[str, Any]:
@@ -125,7 +131,7 @@ def peek_manifest(directory: Path, *kinds: str) -> dict[str, Any]:
                 f"{directory} holds a run that has not ended; go on with `bertforge train` and --resume"
             )
         what = "does not exist" if not directory.exists() else f"holds no {MANIFEST}"
-        again = f"it should be a folder made by {hint}" if hint else f"{_TOKENS}: {_removal(directory)}"
+        again = f"it should be a folder made by {hint}" if hint else f"{_TOKENS}: {removal(directory)}"
         raise ArtifactError(f"{directory} {what}; {again}")
     try:
         manifest = read_sealed(path)
@@ -133,7 +139,7 @@ def peek_manifest(directory: Path, *kinds: str) -> dict[str, Any]:
     except (ValueError, KeyError) as error:  # what is no JSON and no UTF-8 among them
         reason = error if isinstance(error, ValueError) else "it lacks 'kind'"
         again = f"make the folder again with {hint}, after" if hint else _TOKENS
-        raise ArtifactError(f"{path} is damaged ({reason}); {again}: {_removal(directory)}") from error
+        raise ArtifactError(f"{path} is damaged ({reason}); {again}: {removal(directory)}") from error
     if kind not in kinds:
         raise ArtifactError(
             f"{directory} is of kind {kind!r}, but {' or '.join(kinds)} is needed: make one with {hint}"
@@ -154,7 +160,7 @@ def check_folder(directory: Path) -> tuple[str, list[str]]:
     except (OSError, ValueError, KeyError) as error:
         return "damaged", [
             f"{directory / MANIFEST} is damaged ({error}); make it again with the command that wrote it, after: "
-            f"{_removal(directory)}"
+            f"{removal(directory)}"
         ]
     except ArtifactError as error:
         return kind, [str(error)]
@@ -165,12 +171,12 @@ def check_folder(directory: Path) -> tuple[str, list[str]]:
 def remake(directory: Path, kind: str, manifest: dict[str, Any]) -> str:
     """What to type to have the folder again."""
     if kind == "tokens":
-        return f"{_TOKENS}: {_removal(directory)}"
+        return f"{_TOKENS}: {removal(directory)}"
     if kind == "engine":
         command = compile_command(directory, manifest["target"], manifest["precision"])
     else:
         command = _MADE_BY[kind].format(shlex.quote(str(directory)))
-    return f"make it again: {_removal(directory)}, then `{command}`"
+    return f"make it again: {removal(directory)}, then `{command}`"
 
 
 def compile_command(engine: Path, target: str, precision: str) -> str:
@@ -192,10 +198,6 @@ def _files(directory: Path, leave_out: Collection[str], within: str = "") -> Ite
             yield name
         elif entry.is_dir() and not Path(entry, MANIFEST).is_file():
             yield from _files(Path(entry), leave_out, f"{name}/")
-
-
-def _removal(directory: Path) -> str:
-    return f"rm -r {shlex.quote(str(directory))}"
 
 
 def _damages(directory: Path, manifest: dict[str, Any], *, anew: bool = False) -> Iterator[str]:

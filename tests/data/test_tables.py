@@ -544,20 +544,25 @@ def test_a_long_line_of_json_is_set_aside_and_the_next_ones_are_read(
     assert [(row.line, row.reason.split(":")[0]) for row in bad] == [(2, "row of more than 1,000 characters")]
 
 
+def written(frame: pd.DataFrame, path: Path) -> Path:
+    """In the format of its name; of Parquet, five rows a group."""
+    if path.suffix == ".csv":
+        frame.to_csv(path, index=False)
+    elif path.suffix == ".jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    elif path.suffix == ".parquet":
+        frame.to_parquet(path, row_group_size=5)
+    else:
+        frame.to_excel(path, index=False)
+    return path
+
+
 @pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet", "t.xlsx"])
 def test_chunks_end_at_their_characters_and_their_cells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     frame = pd.DataFrame({f"c{column}": ["x" * 100] * 50 for column in range(10)})
-    path = tmp_path / name
-    if name == "t.csv":
-        frame.to_csv(path, index=False)
-    elif name == "t.jsonl":
-        frame.to_json(path, orient="records", lines=True)
-    elif name == "t.parquet":
-        frame.to_parquet(path, row_group_size=5)
-    else:
-        frame.to_excel(path, index=False)
+    path = written(frame, tmp_path / name)
     assert [len(chunk.line) for chunk in read_chunks(path)] in ([50], [50, 0])
     monkeypatch.setattr(limits, "CHUNK_CHARACTERS", 10_000)
     sizes = [len(chunk.line) for chunk in read_chunks(path)]
@@ -578,16 +583,7 @@ def test_too_many_columns_and_too_long_names_are_refused(
 
     def read(names: list[str]) -> int:
         frame = pd.DataFrame([["1"] * len(names)], columns=names)
-        path = tmp_path / name
-        if name == "t.csv":
-            frame.to_csv(path, index=False)
-        elif name == "t.jsonl":
-            frame.to_json(path, orient="records", lines=True)
-        elif name == "t.parquet":
-            frame.to_parquet(path)
-        else:
-            frame.to_excel(path, index=False)
-        return len(read_all(path)[0].columns)
+        return len(read_all(written(frame, tmp_path / name))[0].columns)
 
     assert read(["a", "b", "c" * 20]) == 3
     with pytest.raises(DataError, match="has 4 columns; a table may have 3: take out"):

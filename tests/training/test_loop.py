@@ -7,8 +7,9 @@ from safetensors.torch import load_file
 
 from bertforge.data.loader import Examples, Split
 from bertforge.data.tokens import TokenStore
+from bertforge.manifest import BEST
 from bertforge.training.config import Recipe
-from bertforge.training.loop import BEST, Trainer
+from bertforge.training.loop import Trainer
 from tests.model.tiny import tiny_bert
 
 LABELS = np.arange(40) % 2

@@ -36,7 +36,7 @@ from bertforge.data.prepared import PreparedData
 from bertforge.data.tokens import Tokenizer
 from bertforge.digests import read_sealed, write_sealed
 from bertforge.engines.fastest import AUTO, candidates
-from bertforge.errors import ArtifactError, DataError, MachineError, UsageError, reason
+from bertforge.errors import ArtifactError, DataError, MachineError, UsageError, reason, removal
 from bertforge.evaluation.baselines import baselines
 from bertforge.hardware import detect
 from bertforge.inference.evaluate import evaluate_run
@@ -271,7 +271,7 @@ class _State:
             found = saved["identity"]
             state = cls(out, identity, saved)
         except (ValueError, KeyError, TypeError, UsageError) as error:
-            raise ArtifactError(f"{path} is damaged ({error!r}); start anew: rm -r {out}") from error
+            raise ArtifactError(f"{path} is damaged ({error!r}); start anew: {removal(out)}") from error
         _check_same(out, found, identity)
         return state
 
@@ -298,7 +298,7 @@ class _State:
 
 def _check_same(out: Path, found: dict[str, Any], given: dict[str, Any]) -> None:
     """Raises ArtifactError naming what was different when the fit in `out` was begun."""
-    other = f"name another folder with --out, or start anew: rm -r {out}"
+    other = f"name another folder with --out, or start anew: {removal(out)}"
     if found["table"]["hash"] != given["table"]["hash"]:
         raise ArtifactError(f"{out} holds a fit of another table, {found['table']['name']}; {other}")
     for name, value in given["options"].items():

@@ -23,7 +23,7 @@ from bertforge.engines.base import BatchShape, Engine
 from bertforge.engines.measure import latencies_ms, rate, throughput
 from bertforge.engines.registry import TARGETS
 from bertforge.engines.run import padding_waste, run
-from bertforge.errors import MachineError, UsageError, reason
+from bertforge.errors import MachineError, UsageError, reason, removal
 from bertforge.evaluation.compare import Comparison, compare
 from bertforge.evaluation.groups import wilson_interval
 from bertforge.hardware import Hardware, detect
@@ -193,7 +193,7 @@ def compiled(model: Path, target: str, precision: str, data: Path, say: Callable
     if (folder / MANIFEST).is_file():
         if read_manifest(folder, "engine").get("parent") == hash_file(model / MANIFEST):
             return folder
-        raise UsageError(f"{folder} was compiled from other weights; remove it: rm -r {folder}")
+        raise UsageError(f"{folder} was compiled from other weights; remove it: {removal(folder)}")
     say(f"compiling {target} {precision}")
     compile_model(model, target, precision, data, folder)
     return folder

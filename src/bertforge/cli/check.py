@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -46,6 +45,7 @@ def examine(folder: Path) -> Iterator[tuple[Path, str, list[str]]]:
     """Each folder with a manifest in `folder`, itself among them, or with a run that has not ended: its kind, and what
     is wrong with it.
     """
+    from bertforge.errors import removal
     from bertforge.manifest import MANIFEST, RUNNING, check_folder
 
     for name, _, files in os.walk(folder):
@@ -58,21 +58,21 @@ def examine(folder: Path) -> Iterator[tuple[Path, str, list[str]]]:
             yield (
                 place,
                 "damaged",
-                [f"{place / MANIFEST} is missing; make the folder again, after: rm -r {shlex.quote(name)}"],
+                [f"{place / MANIFEST} is missing; make the folder again, after: {removal(place)}"],
             )
 
 
 def _unfinished(run: Path) -> Iterator[str]:
     from bertforge.digests import read_sealed
-    from bertforge.errors import ArtifactError
-    from bertforge.manifest import RUNNING
-    from bertforge.training.sealed import SEALED, read_tensors
+    from bertforge.errors import ArtifactError, removal
+    from bertforge.manifest import RUNNING, WHILE_TRAINING
+    from bertforge.training.sealed import read_tensors
 
     try:
         read_sealed(run / RUNNING)
     except (OSError, ValueError) as error:
-        yield f"{run / RUNNING} is damaged ({error}); start the run anew: rm -r {run}"
-    for path in sorted(run.glob(SEALED)):
+        yield f"{run / RUNNING} is damaged ({error}); start the run anew: {removal(run)}"
+    for path in (run / name for name in WHILE_TRAINING if name != RUNNING and (run / name).is_file()):
         try:
             read_tensors(path)
         except ArtifactError as error:

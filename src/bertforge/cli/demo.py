@@ -62,12 +62,12 @@ def _start(out: Path) -> None:
     import shutil
 
     from bertforge.errors import ArtifactError
-    from bertforge.locks import LOCK
+    from bertforge.locks import holds_something
     from bertforge.manifest import MANIFEST
 
     if out.exists() and not out.is_dir():
         raise ArtifactError(f"{out} is a file; name a folder with --out")
-    if out.exists() and any(entry.name != LOCK for entry in out.iterdir()) and not (out / MARKER).is_file():
+    if holds_something(out) and not (out / MARKER).is_file():
         raise ArtifactError(f"{out} holds something that is no demo; name another folder with --out")
     if (out / "model" / MANIFEST).is_file():
         shutil.rmtree(out / "model")

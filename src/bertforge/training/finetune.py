@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import platform
-import shlex
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -32,27 +31,35 @@ from bertforge.data.schema import CLOSED_DATE, STACK_OVERFLOW, Schema
 from bertforge.data.tokens import Tokenizer
 from bertforge.determinism import branch, seed_everything
 from bertforge.digests import read_sealed, write_sealed
-from bertforge.errors import ArtifactError, DataError, UsageError
+from bertforge.errors import ArtifactError, DataError, UsageError, removal
 from bertforge.evaluation.standing import standing
 from bertforge.evaluation.temperature import fit_temperature
 from bertforge.hardware import Hardware, choose_training_precision, detect
-from bertforge.locks import LOCK, locked
+from bertforge.locks import holds_something, locked
 from bertforge.lora.adapter_io import save_adapter
 from bertforge.lora.config import LoraConfig
 from bertforge.lora.inject import inject_lora
-from bertforge.manifest import MANIFEST, RUNNING, WHILE_TRAINING, put_right, write_manifest
+from bertforge.manifest import (
+    CHECKPOINT,
+    MANIFEST,
+    RUNNING,
+    START,
+    WHILE_TRAINING,
+    clear_training,
+    put_right,
+    write_manifest,
+)
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.models import MINILM, MINILM_HUB_ID, minilm_folder, resolve, weights_file
 from bertforge.proof.golden import GoldenRows, spread_rows
 from bertforge.training.checkpoint import Progress, count_trainable
 from bertforge.training.config import Recipe
 from bertforge.training.distributed import World, joined
-from bertforge.training.loop import CHECKPOINT, Trainer
+from bertforge.training.loop import Trainer
 from bertforge.training.schedule import Schedule
 from bertforge.training.sealed import read_tensors, write_tensors
 from bertforge.training.start import PROBE_SHARE, is_probed, probe
 
-START = "start.safetensors"
 _OF_A_RUN = (".json", ".jsonl", ".safetensors")
 log = logging.getLogger(__name__)
 
@@ -151,8 +158,7 @@ def finetune(
             # Curves for people, and what a user keeps here, such as a log, may change.
             others = [path.name for path in out.iterdir() if path.suffix not in _OF_A_RUN]
             write_manifest(out, "run", leave_out=(*WHILE_TRAINING, *others), **manifest)
-            for name in WHILE_TRAINING:
-                (out / name).unlink(missing_ok=True)
+            clear_training(out)
         return manifest
 
 
@@ -355,17 +361,16 @@ def _check_folder(out: Path, resume: bool) -> bool:
     running = (out / RUNNING).is_file()
     if running and not (out / CHECKPOINT).is_file() and not _is_readable(out / RUNNING):
         log.warning(f"{out / RUNNING} is damaged, and no checkpoint was saved yet: the run starts anew")
-        for name in WHILE_TRAINING:
-            (out / name).unlink(missing_ok=True)
+        clear_training(out)
         return False
     if resume and not running:
         if any((out / name).is_file() for name in WHILE_TRAINING):
-            anew = f"start it anew: rm -r {shlex.quote(str(out))}, then `bertforge train` without --resume"
+            anew = f"start it anew: {removal(out)}, then `bertforge train` without --resume"
             raise ArtifactError(f"{out / RUNNING} is missing, so the run cannot go on; {anew}")
         raise ArtifactError(f"{out} holds no run to resume; start one without --resume")
     if running and not resume:
-        raise ArtifactError(f"{out} holds a run that has not ended; go on with --resume, or remove it: rm -r {out}")
-    if not resume and (out.is_file() or (out.exists() and any(path.name != LOCK for path in out.iterdir()))):
+        raise ArtifactError(f"{out} holds a run that has not ended; go on with --resume, or remove it: {removal(out)}")
+    if not resume and holds_something(out):
         raise ArtifactError(f"{out} is not an empty folder; name another one with --out")
     return resume
 
@@ -385,7 +390,7 @@ def _read_running(path: Path, identity: dict[str, Any]) -> str:
         precision = str(before.pop("precision"))
         found, given = _flat(before), _flat(identity)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ArtifactError(f"{path} is damaged ({error!r}); start the run anew: rm -r {path.parent}") from error
+        raise ArtifactError(f"{path} is damaged ({error!r}); start the run anew: {removal(path.parent)}") from error
     for name in {**given, **found}:
         if name.partition(".")[0] in identity and found.get(name) != given.get(name):
             raise ArtifactError(

@@ -26,6 +26,7 @@ from bertforge.data.packing import shares
 from bertforge.errors import DataError
 from bertforge.evaluation.logits import predict_logits
 from bertforge.evaluation.temperature import fit_temperature
+from bertforge.manifest import BEST, CHECKPOINT
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.encoder import multiply_in_fp8
 from bertforge.training import checkpoint
@@ -41,8 +42,6 @@ from bertforge.training.sealed import read_tensors, write_tensors
 from bertforge.training.step import EagerStep, GraphedStep
 
 log = logging.getLogger(__name__)
-CHECKPOINT = "checkpoint.safetensors"
-BEST = "best.safetensors"
 _LEEWAY = 0.05  # of a run's `minutes` by which its steps may lie behind before its learning rate falls with the time
 CPU_SHAPES = 16  # of packs: on average half a sixteenth of the largest pack is filled up
 _POINT_STEPS = 20  # steps between two points of the loss curve; reading the loss waits for the GPU

@@ -18,10 +18,8 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from bertforge.artifact import write_atomic
-from bertforge.errors import ArtifactError
+from bertforge.errors import ArtifactError, removal
 from bertforge.manifest import RUNNING
-
-SEALED = "*.safetensors"  # all that a run holds while it trains
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], said: dict[str, Any]) -> None:
@@ -44,7 +42,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
         raise ArtifactError(
-            f"{path} is missing or damaged ({reason}); start the run anew: rm -r {path.parent}, then "
+            f"{path} is missing or damaged ({reason}); start the run anew: {removal(path.parent)}, then "
             "`bertforge train` without --resume"
         ) from error
 
