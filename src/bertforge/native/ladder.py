@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bertforge.batch import PackedBatch
 from bertforge.errors import MachineError, UsageError
-from bertforge.native.network import Network, Room
+from bertforge.native.network import Network
 
 TOKENS = (
     *(32, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1280, 1536, 2048, 2560, 3072, 4096),
@@ -83,9 +83,10 @@ class Ladder:
         self._rungs: list[_Rung] = []
         largest = sizes[-1]
         try:
-            room, pool = network.room(largest.tokens, largest.sequences), torch.cuda.graph_pool_handle()
+            # Graphs keep no memory alive but what they allocate themselves: the room lives as long as they do.
+            self._room, pool = network.room(largest.tokens, largest.sequences), torch.cuda.graph_pool_handle()
             for size in reversed(sizes):  # the largest first: what others allocate beside the room fits into its memory
-                self._rungs.insert(0, self._record(network, size, room, pool))
+                self._rungs.insert(0, self._record(network, size, pool))
         except torch.OutOfMemoryError as error:
             free, _ = torch.cuda.mem_get_info(network.weights.words.device)
             raise MachineError(
@@ -96,17 +97,17 @@ class Ladder:
             inputs, result = (_pinned(part) for part in (self._rungs[-1].inputs, self._rungs[-1].result))
             self._slots.put(_Slot(inputs, result, torch.cuda.Event()))  # type: ignore[no-untyped-call]
 
-    def _record(self, network: Network, size: Size, room: Room, pool: Any) -> _Rung:
+    def _record(self, network: Network, size: Size, pool: Any) -> _Rung:
         device = network.weights.words.device
         inputs = torch.zeros(2 * size.tokens + size.sequences + 1, dtype=torch.int32, device=device)
         ids, positions, bounds = torch.split(inputs, [size.tokens, size.tokens, size.sequences + 1])
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
-            network(ids, positions, bounds, room)  # kernels are compiled and loaded, which no graph records
+            network(ids, positions, bounds, self._room)  # kernels are compiled and loaded, which no graph records
             self._stream.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=self._stream):
-                result = network(ids, positions, bounds, room)
+                result = network(ids, positions, bounds, self._room)
         return _Rung(size, graph, inputs, result)
 
     def __call__(self, batch: PackedBatch) -> np.ndarray:

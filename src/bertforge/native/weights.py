@@ -210,14 +210,14 @@ def _linear(linears: list[nn.Linear], names: list[str], scales: Scales | None) -
     weights = [linear.weight.detach().float() for linear in linears]
     if scales is None or not scales.activations.keys() >= set(names):
         return Linear(torch.cat(weights).to(torch.bfloat16), bias)
-    largest, smooth = scales.largest, scales.smooth.get(names[0])
-    factor = torch.ones(weights[0].shape[1]) if smooth is None else torch.from_numpy(smooth)  # [in]
+    largest, smooth, device = scales.largest, scales.smooth.get(names[0]), bias.device
+    factor = bias.new_ones(weights[0].shape[1]) if smooth is None else torch.from_numpy(smooth).to(device)  # [in]
     ranges = {scales.activations[name] for name in names}
     if len(ranges) > 1:
         raise ArtifactError(f"{', '.join(names)} read one tensor in several ranges; quantize again: bertforge quantize")
     step = max(*ranges, _LEAST) / largest
     amax = [
-        torch.from_numpy(np.asarray(scales.weights[name]))
+        torch.from_numpy(np.asarray(scales.weights[name])).to(device)
         if name in scales.weights
         else (weight / factor).abs().amax(1)
         for name, weight in zip(names, weights, strict=True)
