@@ -12,6 +12,8 @@ of the repeats after one warm-up, which also compiles. Operations are those of t
 system computes besides or saves; the ceiling is the fastest matrix product, measured in the same run. Memory is
 what the process took from the device. Logits are compared with float32's on the same rows.
 
+`one of 128 tokens` is one question a call, called 1,000 times, from token ids on the host to logits on the host.
+
 A system that fails is a row that says why. The record is written after every row.
 """
 
@@ -20,6 +22,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -38,7 +41,8 @@ from bertforge.benchmark.roofline import product_rate
 from bertforge.data.loader import Examples
 from bertforge.data.prepared import PreparedData
 from bertforge.data.tokens import Tokenizer
-from bertforge.engines.base import BatchShape, Engine
+from bertforge.engines import native as native_engine
+from bertforge.engines.base import BatchShape, Engine, Order
 from bertforge.engines.onnxruntime import OnnxRuntimeEngine
 from bertforge.engines.pytorch import PyTorchEngine
 from bertforge.engines.run import batch_of, group, padding_waste, run
@@ -48,7 +52,9 @@ from bertforge.hardware import Hardware, detect
 from bertforge.inference.predictor import Predictor, plain_model
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.config import BertConfig
+from bertforge.native.ladder import sizes
 from bertforge.peak_memory import PeakMemory
+from bertforge.quantize.ranges import find_ranges
 from fixed_packs import Compiled, FixedPacks, Recorded
 from record import record
 
@@ -57,6 +63,8 @@ BATCH = 32
 QUESTIONS = 112_217  # of an epoch of the study
 LIBRARIES = ("transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "triton")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+CEILINGS = ("fp32", "fp16", "bf16", "fp8", "int8")
+ONE, CALLS = 128, 1000
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,8 @@ class Job:
     """On the CPU, in float32."""
     examples: Examples
     rows: np.ndarray
+    calibration: np.ndarray
+    """Train rows, which find 8-bit ranges."""
     reference: np.ndarray
     """[rows, labels] float32's logits."""
     labelled: bool
@@ -99,6 +109,8 @@ class Ready:
 
     work: Callable[[], np.ndarray]
     padding_waste: float
+    engine: Engine | None = None
+    """Where the system is one of ours."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +135,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
     options = parser.parse_args()
     hardware = detect()
-    ceilings = {precision: (product_rate(hardware, precision) or math.nan) * 1e-12 for precision in DTYPES}
+    ceilings = {precision: (product_rate(hardware, precision) or math.nan) * 1e-12 for precision in CEILINGS}
     there = {distribution.metadata["Name"] for distribution in metadata.distributions()}
     found: list[dict[str, Any]] = [
         {"system": "torch", "framework": "matrix product", "precision": precision, "tflops": rate}
@@ -149,7 +161,7 @@ def main() -> None:
 def load_job(model: str, prepared: Path, rows: int, hardware: Hardware, scratch: Path) -> Job:
     """`bert-base` with random weights, saved to `scratch`, or a merged folder."""
     data = PreparedData.open(prepared)
-    chosen = data.rows("random", "validation")
+    chosen, train = data.rows("random", "validation"), data.rows("random", "train")
     if labelled := model != "bert-base":
         folder, predictor = Path(model), Predictor.load(model, "fp32")
         network, examples = plain_model(predictor).cpu(), predictor.examples(data, chosen)
@@ -161,7 +173,7 @@ def load_job(model: str, prepared: Path, rows: int, hardware: Hardware, scratch:
         examples = Examples(data.tokens(tokenizer), data.labels, tokenizer.sep_id, 512)
         chosen = np.random.default_rng(SEED).permutation(chosen)[:rows]
     reference = run(PyTorchEngine(copy.deepcopy(network), hardware, "fp32"), examples, chosen)
-    return Job(Path(model).name, folder, network, examples, chosen, reference, labelled, hardware)
+    return Job(Path(model).name, folder, network, examples, chosen, train[:300], reference, labelled, hardware)
 
 
 def systems() -> Iterator[System]:
@@ -178,6 +190,24 @@ def systems() -> Iterator[System]:
         for tokens, batch in ((None, "32, padded to the limit"), (16_384, "16384 tokens"), (65_536, "65536 tokens")):
             yield System("bertforge", name, "fp16", batch, partial(onnxruntime, tokens=tokens, fused=fused))
     yield from packed_systems()
+    yield from native_systems()
+    for name, load in (("transformers", sdpa), ("bertforge", partial(packed, tokens=65_536))):
+        precision = "fp16" if name == "transformers" else "bf16"
+        yield System(name, "pytorch, sdpa" if name == "transformers" else "pytorch, packed", precision, one(), load)
+
+
+def native_systems() -> Iterator[System]:
+    """Our engine for GPUs."""
+    for precision in ("bf16", "int8", "fp8"):
+        for tokens in (16_384, 65_536):
+            load = partial(native, precision=precision, tokens=tokens)
+            yield System("bertforge", "native", precision, f"{tokens} tokens", load)
+        yield System("bertforge", "native", precision, one(), partial(native, precision=precision, tokens=65_536))
+
+
+def one() -> str:
+    """What a row says that measures single questions."""
+    return f"one of {ONE} tokens"
 
 
 def packed_systems() -> Iterator[System]:
@@ -246,10 +276,27 @@ def packed(job: Job, tokens: int, weights: str = "bf16", how: type[FixedPacks] |
     return ready(job, engine, shape)
 
 
+def native(job: Job, precision: str, tokens: int) -> Ready:
+    """Our engine, with ranges of 300 train rows where it has 8 bits."""
+    scales = None
+    if precision != "bf16":
+        network = copy.deepcopy(job.model).to(job.hardware.device)
+        scales = find_ranges(network, precision, job.examples, job.calibration, job.calibration[:100])
+    folder = Path(tempfile.mkdtemp())
+    try:
+        order = Order(precision, job.model, job.examples.max_length, scales)
+        native_engine.TARGET.build(folder, order, job.hardware)
+        engine = native_engine.TARGET.open(folder, precision, job.hardware)
+    finally:
+        shutil.rmtree(folder)
+    rows = next(size.sequences for size in sizes(native_engine.USUAL) if size.tokens == tokens)
+    return ready(job, engine, BatchShape(tokens, rows=rows))
+
+
 def ready(job: Job, engine: Engine, shape: BatchShape) -> Ready:
     """An engine with the batches it is given."""
     waste = padding_waste(job.examples.lengths(job.rows), engine.packed, shape)
-    return Ready(partial(run, engine, job.examples, job.rows, shape=shape), waste)
+    return Ready(partial(run, engine, job.examples, job.rows, shape=shape), waste, engine)
 
 
 def measure(system: System, job: Job, repeats: int, ceilings: dict[str, float]) -> dict[str, Any]:
@@ -258,6 +305,8 @@ def measure(system: System, job: Job, repeats: int, ceilings: dict[str, float]) 
         job = job.eighth()
     torch.compiler.reset()
     memory = PeakMemory(job.hardware.device)
+    if system.batch == one():
+        return latency(system, job, memory)
     loaded = system.load(job)
     logits = loaded.work()
     rates = []
@@ -282,6 +331,25 @@ def measure(system: System, job: Job, repeats: int, ceilings: dict[str, float]) 
         "padding_waste": waste,
         **quality(job, logits),
     }
+
+
+def latency(system: System, job: Job, memory: PeakMemory) -> dict[str, Any]:
+    """Milliseconds of a call with one question, its tokens taken from the first that has enough."""
+    lengths = job.examples.lengths(job.rows)
+    row = job.rows[lengths >= ONE][:1]
+    single = replace(job, examples=replace(job.examples, max_length=ONE), rows=row, reference=job.reference[:1])
+    loaded = system.load(single)
+    batch = batch_of(single.examples, row, True, BatchShape(ONE))
+    call = partial(loaded.engine.logits, batch) if loaded.engine else loaded.work
+    for _ in range(50):
+        call()
+    calls = []
+    for _ in range(CALLS):
+        start = time.perf_counter()
+        call()
+        calls.append(1e3 * (time.perf_counter() - start))
+    p50, p95, p99 = (float(value) for value in np.percentile(calls, [50, 95, 99]))
+    return {"rows": 1, "p50_ms": p50, "p95_ms": p95, "p99_ms": p99, "peak_memory_gb": memory.taken_gb()}
 
 
 def quality(job: Job, logits: np.ndarray) -> dict[str, Any]:
@@ -313,6 +381,8 @@ def summary(row: dict[str, Any]) -> str:
     """The numbers of a row for people."""
     if "missing" in row:
         return row["missing"]
+    if "p50_ms" in row:
+        return f"p50 {row['p50_ms']:.3f}, p95 {row['p95_ms']:.3f}, p99 {row['p99_ms']:.3f} ms"
     memory = f"{row['peak_memory_gb']:5.1f} GB" if row["peak_memory_gb"] is not None else ""
     accuracy = f"accuracy {row['accuracy']:.2%}" if "accuracy" in row else ""
     spread = f"({row['questions_per_s_low']:,.0f} to {row['questions_per_s_high']:,.0f})"
