@@ -81,8 +81,9 @@ import json, sys
 from bertforge.autofit import fit, search
 from bertforge.benchmark import roofline
 from bertforge.cli.main import main
+from bertforge.engines import measure
 from bertforge.engines.fastest import Candidate
-roofline._SECONDS = 0
+roofline._SECONDS = measure.PAUSE_S = 0
 search.candidates = lambda columns: [search.Candidate(True, 0.2, False)]  # one of each is enough
 fit.candidates = lambda *arguments: [Candidate("onnxruntime", "fp32")]
 for command in json.loads(sys.argv[1]):

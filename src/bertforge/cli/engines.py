@@ -170,8 +170,9 @@ def benchmark(
     """Compare engines and precisions by speed, latency, accuracy and memory.
 
     Engines that were not compiled yet are compiled first, into
-    MODEL/engines. Every engine is timed on the same rows. Accuracy is that
-    of the whole part, compared with PyTorch in float32 row by row.
+    MODEL/engines. Every engine is timed on the same rows, many at a time and
+    one at a time, warm and cold. Accuracy is that of the whole part, compared
+    with PyTorch in float32 row by row.
 
     Example:
 
