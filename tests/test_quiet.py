@@ -41,6 +41,7 @@ quantize model --data data --out quantized --calibration max --preset ffn
 compile model --data data --target onnxruntime --precision int8 --out onnxruntime
 compile model --data data --target openvino --precision fp32 --out openvino
 predict openvino questions.csv --out predictions.parquet
+predict onnxruntime questions.csv --out rechecked.csv --recheck openvino
 benchmark model --data data --targets openvino-fp32 --rows 32 --repeats 1 --out benchmark
 fit mails.csv --label-column folder --minutes 1 --out fitted --model base
 check fitted
