@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 
 from bertforge.proof.margin import Margin, drops, gaps
-from bertforge.proof.tolerances import LEFT
+
+MAY_BE_LEFT = 1e-3  # what the cascade promises
 
 
 def logits(rng, rows, noise=0.1, labels=2):
-    """Of a model, and of an engine that moves each."""
+    """Of a model, and of an engine that moves each: by the sum of many roundings."""
     plain = rng.normal(0, 1.5, (rows, labels))
-    return plain, plain + rng.laplace(0, noise, plain.shape)
+    return plain, plain + rng.normal(0, noise, plain.shape)
 
 
 def changed(plain, found):
@@ -31,14 +32,23 @@ def test_of_rows_never_seen_no_more_labels_stay_changed_than_may(rows, labels):
     rng = np.random.default_rng(0)
     plain, found = logits(rng, 200_000, labels=labels)
     gap, wrong = gaps(found), changed(plain, found)
-    assert wrong.mean() > 20 * LEFT
+    assert wrong.mean() > 20 * MAY_BE_LEFT
     margins = [Margin.of(*logits(rng, rows, labels=labels)) for _ in range(20)]
     left = np.array([(wrong & (gap > margin.value)).mean() for margin in margins])
-    assert (left < LEFT).mean() >= 0.85, "95%, were there more than 20"
-    assert left.max() < 2 * LEFT
+    assert (left < MAY_BE_LEFT).sum() >= 18
+    assert left.max() < 2 * MAY_BE_LEFT
     assert np.mean([margin.asked for margin in margins]) < 0.65, "and not by asking everything again"
     half = np.array([(wrong & (gap > margin.value / 2)).mean() for margin in margins])
-    assert half.mean() > 2 * LEFT, "a margin half as wide would not do"
+    assert half.mean() > 2 * MAY_BE_LEFT, "a margin half as wide would not do"
+
+
+def test_rows_far_from_another_label_do_not_widen_it():
+    plain, found = logits(np.random.default_rng(0), 1000)
+    margin, far = Margin.of(plain, found), gaps(found) > 3
+    plain[far] -= np.sign(found[far] - found[far].mean(axis=1, keepdims=True))  # so the engine widens them by 2
+    assert drops(plain, found)[far].min() > margin.value
+    assert not (changed(plain, found) & far).any()
+    assert Margin.of(plain, found) == margin
 
 
 def test_every_label_that_changed_is_within():
@@ -57,7 +67,7 @@ def test_what_it_says_of_its_own_rows_is_so():
     margin = Margin.of(plain, found)
     assert margin.asked == (gaps(found) <= margin.value).mean()
     assert not (changed(plain, found) & (gaps(found) > margin.value)).any()
-    assert LEFT < margin.left_high < 0.005, "1,000 rows cannot show it by counting"
+    assert MAY_BE_LEFT < margin.left_high < 0.005, "1,000 rows cannot show it by counting"
     assert margin == Margin.of(plain, found), "no chance in it"
 
 

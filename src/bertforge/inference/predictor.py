@@ -56,8 +56,8 @@ class Predictor:
         """Loads a folder made by `bertforge fit`, `train`, `merge`, `quantize` or `compile` on the best device here.
 
         `precision` is that of a run or merged model: fp32, bf16, or auto; an engine has its own. `recheck`, beside an
-        engine in 8 bits, is the model that it was compiled from, or another engine of that, and answers close rows
-        again.
+        engine in 8 bits, is the model that it was compiled from, which then answers close rows again in float32, or
+        another engine of that model.
 
         Raises ArtifactError when a file is missing or damaged, when an adapter's base model is not the one it was
         trained on, when the golden rows do not give the logits they gave when the model was saved, when an engine was
@@ -69,7 +69,7 @@ class Predictor:
         if recheck is not None:
             folder, other = served(Path(recheck))
             margin = margin_between(directory, manifest, folder, other)
-            again = Recheck(cls.load(folder).engine, margin)
+            again = Recheck(cls.load(folder, "auto" if other["kind"] == "engine" else "fp32").engine, margin)
         hardware = detect()
         engine: Engine
         if manifest["kind"] == "engine":

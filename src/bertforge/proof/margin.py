@@ -4,14 +4,24 @@
 the others in the model itself. A label changes exactly where the drop is larger than the gap, so changed labels are
 close ones. Asked again of the model, rows within the margin get the model's label.
 
-The margin shall leave another label to no more than LEFT of all rows. Changed labels are too few to be counted for
-that: 1,000 rows of which none is left still allow 0.4% (95% interval). But every row has a drop, whether or not its
-label changed, and any gap might have met any drop. So what a margin leaves is taken from all pairs of the two, a
-million of 1,000 rows. As these rows are a sample themselves, the margin is one that is wide enough for 95% of samples
-drawn from them again.
+Changed labels are too few to choose a margin by counting: 1,000 rows of which none is left still allow 0.4% (95%
+interval). But every close row has a drop, whether or not its label changed, and any close gap might have met any of
+them. So what a margin leaves is taken from all pairs of a gap and a close row's drop. The rows are a sample, so the
+margin is wide enough for 95% of the samples drawn from them again. It also holds every label that changed, in case the
+pairs miss something. Rows that are far from changing their label do not count, for their drops are others: 8 bits draw
+large gaps together.
 
-The pairs hold when the drops of close rows are spread as those of all rows are. Where close rows drop further, counting
-tells more; so the margin also holds every label that changed.
+Measured with OpenVINO's INT8 of MiniLM on 8,975 questions of the flagship table, 101 labels changed, 150 draws of the
+rows that choose. Left is the share of all other rows with another label than the model's:
+
+| chosen on | by | asked again | left | more than 0.1% left |
+| --- | --- | --- | --- | --- |
+| 1,000 rows | the largest gap with a changed label | 4.6% | 0.099% | in 41% of the draws |
+| 1,000 rows | drops of all rows | 4.7% | 0.085% | in 41% |
+| 1,000 rows | the largest drop | 8.6% | 0.000% | in none |
+| 300 rows | this | 6.0% | 0.027% | in 6% |
+| 1,000 rows | this | 6.0% | 0.016% | in 1% |
+| 3,000 rows | this | 5.9% | 0.017% | in 1% |
 """
 
 from __future__ import annotations
@@ -26,6 +36,7 @@ from bertforge.evaluation.groups import wilson_interval
 from bertforge.proof.tolerances import LEFT
 
 _SAMPLES = 100
+_CLOSE = 0.25  # share of the rows, those of the smallest gaps
 
 
 @dataclass(frozen=True)
@@ -85,8 +96,9 @@ def drops(plain: np.ndarray, found: np.ndarray) -> np.ndarray:
 
 
 def _narrowest(gap: np.ndarray, drop: np.ndarray) -> float:
-    """The narrowest margin that leaves no more than LEFT of the rows changed, had each gap met each drop."""
+    """The narrowest margin that leaves no more than LEFT of the rows changed, had each gap met every close drop."""
+    close = np.sort(drop[gap <= np.quantile(gap, _CLOSE)])
     widest = np.sort(gap)[::-1]
-    chance = 1 - np.searchsorted(np.sort(drop), widest, side="right") / len(drop)  # of a drop that is larger
+    chance = 1 - np.searchsorted(close, widest, side="right") / len(close)  # of a drop that is larger
     beyond = int(np.searchsorted(np.cumsum(chance) / len(gap), LEFT, side="right"))
     return float(widest[beyond]) if beyond < len(gap) else 0.0
