@@ -51,5 +51,5 @@ they cannot tell, four times as many are asked, up to all."""
 
 LEFT = 5e-4
 """Share of all rows that an engine's margin is chosen to leave with another label than the model's, once the rows
-within it were asked again. It is half of the 0.1% that may be left: chosen for 0.1%, a margin left more in 13% of the
-draws of 1,000 rows, chosen for half of it in 1% (see `margin`)."""
+within it were asked again. It is half of the 0.1% that may be left. Chosen for 0.1%, margins left more in 13% of the
+draws of 1,000 rows; chosen for half of it, in 2% (`margin` has the table)."""
