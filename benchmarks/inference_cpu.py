@@ -48,7 +48,7 @@ from bertforge.benchmark.run import compiled
 from bertforge.data.loader import Examples
 from bertforge.data.prepared import PreparedData
 from bertforge.engines.base import Engine
-from bertforge.engines.measure import latencies_ms
+from bertforge.engines.measure import latencies_ms, singles
 from bertforge.engines.run import run
 from bertforge.evaluation.groups import wilson_interval
 from bertforge.hardware import detect
@@ -221,7 +221,7 @@ class Benchmark:
             System(
                 about={"system": "bertforge", "framework": framework, "precision": precision},
                 answer=answer,
-                latencies=lambda rows: latencies_ms(engine, self.examples, rows, 1),
+                latencies=lambda rows: latencies_ms(engine.logits, singles(engine, self.examples, rows), 1),
                 rows=rows,
                 judged=precision != "fp32",
             )

@@ -36,6 +36,7 @@ RUNNING = "running.json"  # in its place: the recipe and data of a run that has 
 CHECKPOINT, BEST, START = "checkpoint.safetensors", "best.safetensors", "start.safetensors"
 WHILE_TRAINING = (CHECKPOINT, BEST, START, RUNNING)  # RUNNING goes last
 _CHECKED = ".checked.json"
+_WEIGHTS = "model.safetensors"
 _STAMPED = ("data", "tokens")  # kinds that are not read whole each time
 _SETTLED = 1.0  # seconds: a file that changes twice within a tick of the clock keeps its stamp
 _MODEL = ("recipe", "labels", "schema", "tabular", "data", "base", "golden", "inputs")
@@ -186,6 +187,13 @@ def compile_command(engine: Path, target: str, precision: str) -> str:
     command += f" --target {target} --precision {precision}"
     command += " --data DATA" if precision in FORMATS else ""  # whose rows calibrate and prove 8 bits
     return command if in_model and engine.name == f"{target}-{precision}" else f"{command} --out {engine}"
+
+
+def weights_of(manifest: dict[str, Any]) -> str | None:
+    """The digest of the weights that a folder holds, or that an engine was compiled from: equal for equal weights. None
+    for adapters, whose base lies elsewhere."""
+    found: str | None = manifest.get("weights") if manifest["kind"] == "engine" else manifest["files"].get(_WEIGHTS)
+    return found
 
 
 def _files(directory: Path, leave_out: Collection[str], within: str = "") -> Iterator[str]:

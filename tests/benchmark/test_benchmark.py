@@ -14,13 +14,14 @@ from rich.console import Console
 
 import bertforge
 from bertforge.artifact import hash_file
-from bertforge.benchmark.memory import peak_memory_gb
+from bertforge.benchmark.fresh import fresh_process
 from bertforge.benchmark.roofline import add_shares, needed_flops, product_rate
 from bertforge.benchmark.run import _accuracy, _changed, chosen, run_benchmark
 from bertforge.benchmark.table import markdown, summary
 from bertforge.benchmark.workload import Workload
 from bertforge.data.prepared import PreparedData
-from bertforge.engines.measure import latencies_ms, rate
+from bertforge.engines import measure
+from bertforge.engines.measure import cold_ms, latencies_ms, rate, singles
 from bertforge.engines.onnxruntime import OnnxRuntimeEngine
 from bertforge.engines.registry import TARGETS
 from bertforge.errors import ArtifactError, UsageError
@@ -38,13 +39,23 @@ def model(runs, tmp_path):
     return shutil.copytree(runs["full"], tmp_path / "model")
 
 
+UNREAD = {"first_answer_s": None, "first_call_ms": None, "peak_memory_gb": None}
+
+
 @pytest.fixture
-def memory_unread(monkeypatch):
-    """Starts no process for each row to read an engine's memory in, which takes most of a test's time."""
-    monkeypatch.setattr("bertforge.benchmark.run.peak_memory_gb", lambda *arguments: None)
+def no_process(monkeypatch):
+    """Starts no process for each row, which takes most of a test's time."""
+    monkeypatch.setattr("bertforge.benchmark.run.fresh_process", lambda *arguments: UNREAD)
 
 
-@pytest.mark.usefixtures("memory_unread")
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    """Before a cold call."""
+    monkeypatch.setattr("bertforge.engines.measure.PAUSE_S", 0.0)
+    monkeypatch.setattr("bertforge.engines.measure.OTHER_BYTES", 1)
+
+
+@pytest.mark.usefixtures("no_process")
 def test_a_target_that_is_missing_is_a_row_that_says_how_to_get_it(model, data, monkeypatch):
     missing = {
         "name": "absent",
@@ -62,7 +73,10 @@ def test_a_target_that_is_missing_is_a_row_that_says_how_to_get_it(model, data, 
     assert reference["recovery"] == 1
     assert reference["changed_labels"] == 0
     assert reference["padding_waste"] == 0
-    assert reference["p50_ms"] <= reference["p95_ms"] <= reference["p99_ms"]
+    for of in ("", "tokenizer_", "text_"):
+        p50, p95, p99, cold = (reference[f"{of}{name}_ms"] for name in ("p50", "p95", "p99", "cold"))
+        assert 0 < p50 <= p95 <= p99
+        assert cold > 0
 
 
 def measured(model, data, targets, **more):
@@ -72,15 +86,15 @@ def measured(model, data, targets, **more):
     ]
 
 
-@pytest.mark.usefixtures("memory_unread")
+@pytest.mark.usefixtures("no_process")
 def test_what_a_library_raises_is_a_row_and_the_others_stay(model, data, monkeypatch):
     def fail(engine, *arguments):
         if engine.name == "onnxruntime":
             raise RuntimeError("an illegal memory access\nat 0x7f")
-        return latencies_ms(engine, *arguments)
+        return singles(engine, *arguments)
 
     closed = []
-    monkeypatch.setattr("bertforge.benchmark.run.latencies_ms", fail)
+    monkeypatch.setattr("bertforge.benchmark.run.singles", fail)
     measured(model, data, "onnxruntime-fp32")  # compiled, and the engine that proved it closed
     monkeypatch.setattr(OnnxRuntimeEngine, "close", lambda self: closed.append(self.name))
     reference, intact, broken = measured(model, data, "onnxruntime-fp32,openvino-fp32")
@@ -96,14 +110,14 @@ def test_what_a_library_raises_is_a_row_and_the_others_stay(model, data, monkeyp
     assert intact["questions_per_s"] > 0
 
 
-@pytest.mark.usefixtures("memory_unread")
+@pytest.mark.usefixtures("no_process")
 def test_an_interrupt_keeps_what_was_measured(model, data, monkeypatch):
     def stop(engine, *arguments):
         if engine.precision == "bf16":
             raise KeyboardInterrupt
-        return latencies_ms(engine, *arguments)
+        return singles(engine, *arguments)
 
-    monkeypatch.setattr("bertforge.benchmark.run.latencies_ms", stop)
+    monkeypatch.setattr("bertforge.benchmark.run.singles", stop)
     reference, *others = measured(model, data, "pytorch-bf16,pytorch-padded-fp32")
     assert reference["questions_per_s"] > 0
     assert [row["missing"] for row in others] == ["interrupted", "interrupted"]
@@ -112,13 +126,14 @@ def test_an_interrupt_keeps_what_was_measured(model, data, monkeypatch):
         measured(model, data, "pytorch-bf16")
 
 
+@pytest.mark.usefixtures("no_process")
 def test_an_error_of_the_reference_is_raised(model, data, monkeypatch):
-    monkeypatch.setattr("bertforge.benchmark.run.latencies_ms", None)
+    monkeypatch.setattr("bertforge.benchmark.run.singles", None)
     with pytest.raises(TypeError):
         measured(model, data, "pytorch-fp32")
 
 
-@pytest.mark.usefixtures("memory_unread")
+@pytest.mark.usefixtures("no_process")
 def test_what_no_gpu_here_runs_is_not_even_built(model, data):
     rows = measured(model, data, "tensorrt,tensorrt-rtx")[1:]
     assert len(rows) == 10
@@ -127,16 +142,18 @@ def test_what_no_gpu_here_runs_is_not_even_built(model, data):
     assert not (model / "engines").exists()
 
 
-def test_memory_is_unknown_when_the_process_fails_and_libraries_may_print(model, data, tmp_path, monkeypatch):
-    assert peak_memory_gb(tmp_path / "nowhere", "pytorch", "fp32", data, "validation", 32) is None
+def test_a_fresh_process_is_unknown_when_it_fails_and_libraries_may_print(model, data, tmp_path, monkeypatch):
+    assert fresh_process(tmp_path / "nowhere", "pytorch", "fp32", data, "validation", 32) == UNREAD
     (tmp_path / "usercustomize.py").write_text("print('hello from a library')")
     (tmp_path / "sitecustomize.py").write_text("print('hello from a library')")
     source = Path(bertforge.__file__).parents[1]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(source)]))
-    assert 0.1 < peak_memory_gb(model, "pytorch", "fp32", data, "validation", 32) < 5
+    found = fresh_process(model, "pytorch", "fp32", data, "validation", 32)
+    assert 0.1 < found["peak_memory_gb"] < 5
+    assert 0 < found["first_call_ms"] < 1e3 * found["first_answer_s"], "the process had to start and load first"
 
 
-@pytest.mark.usefixtures("memory_unread")
+@pytest.mark.usefixtures("no_process")
 def test_engines_of_a_quantized_folder_are_built_from_it_and_from_no_other(model, runs, data, tmp_path):
     quantized = tmp_path / "q"
     quick = QuantizeOptions(calibration="max", rows=16, validation_rows=16)
@@ -161,7 +178,7 @@ def test_from_the_command_line(model, data, tmp_path, capsys):
     said = capsys.readouterr().out
     tables = [line for line in said.splitlines() if not line.startswith("wrote")]
     assert max(map(len, tables)) <= 80
-    assert sum(line.strip().startswith("onnxruntime fp32 ") for line in tables) == 3
+    assert sum(line.strip().startswith("onnxruntime fp32 ") for line in tables) == 5
     rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
     assert [row["framework"] for row in rows] == ["pytorch", "pytorch-padded", "onnxruntime"]
     assert len({row["accuracy"] for row in rows}) == 1
@@ -169,12 +186,13 @@ def test_from_the_command_line(model, data, tmp_path, capsys):
     for row in rows:
         assert 0 < row["share_of_ceiling"] < 1
         assert 0.1 < row["peak_memory_gb"] < 5
+        assert row["first_answer_s"] > 0
         assert row["changed_rows"] == []
     assert (tmp_path / "table.md").read_text().startswith("| framework |")
     assert "onnxruntime fp32" in (tmp_path / "chart.svg").read_text()
 
 
-@pytest.mark.usefixtures("memory_unread")
+@pytest.mark.usefixtures("no_process")
 def test_a_model_with_columns_is_measured_with_them(runs, data, tmp_path):
     model = shutil.copytree(runs["columns"], tmp_path / "model")
     found = run_benchmark(
@@ -253,6 +271,7 @@ def test_a_share_of_the_ceiling_is_never_above_it():
     assert [each.get("share_of_ceiling") for each in rows] == [0.2, 0.8, None, None, None]
 
 
+@pytest.mark.usefixtures("no_process")
 def test_a_share_that_is_left_out_is_explained(model, data):
     found = run_benchmark(model, data, "pytorch-fp32", split="validation", rows=32, repeats=1, say=lambda text: None)
     found["rows"][0]["share_of_ceiling"] = 0.5
@@ -265,6 +284,75 @@ def shown(group):
     console = Console(file=io.StringIO(), width=200)
     console.print(group)
     return console.file.getvalue()
+
+
+class Clock:
+    """A clock that moves while a question is answered or somebody sleeps, and not otherwise."""
+
+    def __init__(self):
+        self.now, self.asked, self.slept = 0.0, [], []
+
+    def perf_counter(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.slept.append(len(self.asked))
+        self.now += seconds
+
+    def ask(self, seconds):
+        self.asked.append(seconds)
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr(measure, "time", clock := Clock())
+    return clock
+
+
+def test_latencies_are_of_questions_asked_before(clock):
+    assert latencies_ms(clock.ask, [1.0, 2.0], 3) == pytest.approx([1000, 2000] * 3)
+    assert clock.asked == [1.0, 2.0] * 4
+    assert clock.slept == []
+
+
+def test_a_slow_engine_answers_fewer_questions_and_only_those_it_knows(clock, monkeypatch):
+    monkeypatch.setattr(measure, "SECONDS", 5.0)
+
+    def ask(seconds):
+        known = any(seconds == asked / 2 for asked in clock.asked)
+        clock.ask(seconds if known else 2 * seconds)  # the first time it prepares itself
+
+    assert latencies_ms(ask, [2.0, 2.5, 3.0, 7.0], 3) == pytest.approx([2000, 2500, 2000])
+    assert clock.asked == [4.0, 5.0, 2.0, 2.5, 2.0]
+
+
+def test_a_cold_call_follows_a_pause_which_does_not_count(clock):
+    assert cold_ms(clock.ask, [1.0, 2.0]) == pytest.approx([1000, 2000])
+    assert clock.slept == [0, 1]
+
+
+def test_the_widest_figures_fit_into_a_terminal():
+    row = dict.fromkeys(("p50", "p95", "p99", "cold"), 9999.0)
+    figures = {f"{of}{name}_ms": value for of in ("", "tokenizer_", "text_") for name, value in row.items()}
+    whole = {
+        **figures,
+        "framework": "onnxruntime",
+        "precision": "bf16",
+        "products": {"label": "mixed"},
+        **dict.fromkeys(("questions_per_s", "end_to_end_questions_per_s"), 22000.0),
+        **dict.fromkeys(("questions_per_s_batch_1", "questions_per_s_batch_32"), 22000.0),
+        **dict.fromkeys(("accuracy", "recovery", "recovery_low", "recovery_high", "share_of_ceiling"), 1.0),
+        "mcnemar_p": 1.2e-05,
+        "changed_labels": 4488,
+        "accuracy_rows": 44878,
+        "first_answer_s": 123.4,
+        "peak_memory_gb": 123.45,
+    }
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(summary({"rows": [whole]}))
+    assert "…" not in shown.getvalue(), "nothing is cut off"
+    assert shown.getvalue().count("9999 / 9999 / 9999 / 9999") == 3
 
 
 def test_a_rate_is_warmed_up_and_repeated():

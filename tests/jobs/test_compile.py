@@ -89,14 +89,16 @@ def test_a_model_with_columns_takes_the_raw_table(tmp_path, with_gaps, target, p
 def test_the_receipt_says_what_was_shown(engines):
     receipt = read_manifest(engines / "openvino-int8", "engine")
     assert receipt["golden_agreement"]["rows"] == 16
-    assert receipt["validation_agreement"]["rows"] == receipt["accuracy_loss"]["rows"] == 13
+    assert (
+        receipt["validation_agreement"]["rows"] == receipt["accuracy_loss"]["rows"] == receipt["margin"]["rows"] == 13
+    )
     assert receipt["validation_accuracy"] >= receipt["validation_accuracy_model"] - 0.003
     assert receipt["structure"]["largest_difference"] < receipt["structure"]["limit"]
     assert receipt["accuracy_loss"]["low"] <= receipt["accuracy_loss"]["value"] <= receipt["accuracy_loss"]["high"]
     assert receipt["padding_waste"] >= 0
     assert receipt["files"]["model.bin"] == digest_file(engines / "openvino-int8" / "model.bin")
     assert {"openvino"} <= receipt["versions"].keys()
-    assert {"build_seconds", "bytes", "device", "parent"} <= receipt.keys()
+    assert {"build_seconds", "bytes", "device", "parent", "weights"} <= receipt.keys()
     products = receipt["products"]
     assert products["label"] == "int8"
     assert products["linear_shares"]["int8"] > 0.8

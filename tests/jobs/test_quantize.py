@@ -18,7 +18,7 @@ from bertforge.evaluation.logits import predict_logits
 from bertforge.inference.predictor import Predictor, plain_model
 from bertforge.jobs.compile import compile_model
 from bertforge.jobs.quantize import QuantizeOptions, quantize_model
-from bertforge.manifest import read_manifest
+from bertforge.manifest import read_manifest, weights_of
 from bertforge.scales import Scales
 from bertforge.training.finetune import finetune
 from bertforge.training.qat import tune
@@ -72,6 +72,9 @@ def test_fine_tuning_moves_every_kind_of_weight_and_nothing_else_does(folders, r
     moved = {name for name in untuned if not np.array_equal(untuned[name], tuned[name])}
     assert {"classifier.weight", "bert.encoder.layer.0.output.dense.weight"} <= moved
     assert not (folders / "tuned" / "tuning").exists()
+    digests = [weights_of(read_manifest(path, "run", "quantized")) for path in (runs["full"], folders / "plain")]
+    assert digests[0] == digests[1], "so an engine of the one may be rechecked by the other"
+    assert weights_of(read_manifest(folders / "tuned", "quantized")) != weights_of(read_manifest(hasty, "run"))
 
 
 def test_what_was_measured_stands_in_the_manifest(folders):

@@ -6,7 +6,7 @@ not installed becomes a row that says how to install it, and whatever goes wrong
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from bertforge.artifact import hash_file, versions
-from bertforge.benchmark.memory import peak_memory_gb
+from bertforge.benchmark.fresh import fresh_process
 from bertforge.benchmark.roofline import add_shares, needed_flops, product_rate
 from bertforge.benchmark.workload import PADDED, Workload, load
+from bertforge.data.loader import spread
 from bertforge.data.prepared import PreparedData
 from bertforge.data.streaming import Report, progress
 from bertforge.engines.base import BatchShape, Engine
-from bertforge.engines.measure import latencies_ms, rate, throughput
+from bertforge.engines.measure import cold_ms, latencies_ms, rate, singles, throughput
 from bertforge.engines.registry import TARGETS
 from bertforge.engines.run import padding_waste, run
 from bertforge.errors import MachineError, UsageError, reason, removal
@@ -35,7 +36,8 @@ from bertforge.scales import Scales
 
 REFERENCE = ("pytorch", "fp32")
 _OURS = ("pytorch", PADDED)
-LATENCY_ROWS = 100
+LATENCY_ROWS, COLD_ROWS = 200, 2
+"""Questions asked one at a time, in each repeat: five make a thousand calls, ten of them slower than the p99."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,7 @@ def _measured(bench: _Bench, folder: Path, framework: str, precision: str) -> di
         found["products"] = predictor.manifest["products"]
     found |= _accuracy(baseline, logits, work.labels)
     found["changed_rows"] = _changed(baseline, logits, bench.prepared, work)
-    found["peak_memory_gb"] = peak_memory_gb(folder, framework, precision, bench.data, bench.split, len(work.timed))
-    return found
+    return found | fresh_process(folder, framework, precision, bench.data, bench.split, len(work.timed))
 
 
 def chosen(targets: str) -> list[tuple[str, str]]:
@@ -209,19 +210,35 @@ def _speed(predictor: Predictor, work: Workload, repeats: int, report: Report) -
     for done, size in ((3, 1), (4, 32)):
         batches[f"questions_per_s_batch_{size}"] = _at(engine, work, size, repeats)
         report(done * rows, done / 5)
-    calls = latencies_ms(engine, work.examples, work.timed[:LATENCY_ROWS], repeats)
-    p50, p95, p99 = (float(value) for value in np.percentile(calls, [50, 95, 99]))
     return {
         "questions_per_s": best.median,
         "questions_per_s_low": best.low,
         "questions_per_s_high": best.high,
         "end_to_end_questions_per_s": from_text.median,
         **batches,
-        "p50_ms": p50,
-        "p95_ms": p95,
-        "p99_ms": p99,
+        **_of_one(predictor, work, repeats),
         "padding_waste": padding_waste(work.examples.lengths(work.timed), engine.packed, engine.shape),
     }
+
+
+def _of_one(predictor: Predictor, work: Workload, repeats: int) -> dict[str, float]:
+    """Milliseconds of one question a call, warm and cold: of the engine, of the tokenizer, and from text to label."""
+    rows, columns = work.timed[:LATENCY_ROWS], work.columns
+    texts = [[text] for text in work.texts[: len(rows)]]
+    given = [(text, None if columns is None else columns.iloc[[place]]) for place, text in enumerate(texts)]
+    kinds: dict[str, tuple[Callable[[Any], object], Sequence[Any]]] = {
+        "": (predictor.engine.logits, singles(predictor.engine, work.examples, rows)),
+        "tokenizer_": (predictor.tokenizer.encode, texts),
+        "text_": (lambda question: predictor.predict(*question), given),
+    }
+    by_length = np.argsort(work.examples.lengths(rows), kind="stable")
+    few = spread(by_length, COLD_ROWS * repeats)  # whose median is that of all
+    found: dict[str, float] = {}
+    for of, (ask, questions) in kinds.items():
+        calls = np.percentile(latencies_ms(ask, questions, repeats), [50, 95, 99])
+        found |= dict(zip((f"{of}p50_ms", f"{of}p95_ms", f"{of}p99_ms"), map(float, calls), strict=True))
+        found[f"{of}cold_ms"] = float(np.median(cold_ms(ask, [questions[place] for place in few])))
+    return found
 
 
 def _accuracy(baseline: np.ndarray, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:

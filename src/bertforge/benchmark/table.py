@@ -13,6 +13,7 @@ from rich.table import Table
 
 from bertforge import quiet
 from bertforge.artifact import write_atomic, write_json
+from bertforge.engines.measure import PAUSE_S
 
 Row = dict[str, Any]
 _COLOUR = "#2a78d6"
@@ -23,21 +24,27 @@ _SHOWN: dict[str, Callable[[Row], str]] = {
     "from text": lambda row: f"{row['end_to_end_questions_per_s']:,.1f}",
     "batch 1": lambda row: f"{row['questions_per_s_batch_1']:,.1f}",
     "batch 32": lambda row: f"{row['questions_per_s_batch_32']:,.1f}",
-    "p50 / p95 / p99 ms": lambda row: " / ".join(f"{row[name]:.1f}" for name in ("p50_ms", "p95_ms", "p99_ms")),
+    "p50 / p95 / p99 / cold ms": lambda row: _latency(row, ""),
+    "tokenizer's": lambda row: _latency(row, "tokenizer_"),
+    "text to label": lambda row: _latency(row, "text_"),
+    "first call ms": lambda row: _or_dash(row["first_call_ms"], _ms),
+    "first answer s": lambda row: _or_dash(row["first_answer_s"], "{:.1f}".format),
     "accuracy": lambda row: f"{row['accuracy']:.2%}",
     "recovery (95%)": lambda row: _between(row),
     "p": lambda row: f"{row['mcnemar_p']:.2g}",
     "changed": lambda row: f"{row['changed_labels']:,} of {row['accuracy_rows']:,}",
-    "ceiling": lambda row: "-" if row["share_of_ceiling"] is None else f"{row['share_of_ceiling']:.0%}",
+    "ceiling": lambda row: _or_dash(row["share_of_ceiling"], "{:.0%}".format),
     "padding": lambda row: f"{row['padding_waste']:.1%}",
-    "memory GB": lambda row: "-" if row["peak_memory_gb"] is None else f"{row['peak_memory_gb']:.2f}",
+    "memory GB": lambda row: _or_dash(row["peak_memory_gb"], "{:.2f}".format),
     "MB": lambda row: f"{row['bytes'] / 1e6:,.0f}",
 }
-# What fits into 80 columns, in three blocks.
+# What fits into 80 columns, in blocks.
 _BLOCKS = (
     ("rows/s", "speed-up", "accuracy", "changed"),
-    ("recovery (95%)", "p", "p50 / p95 / p99 ms"),
-    ("from text", "batch 1", "batch 32", "ceiling", "memory GB"),
+    ("recovery (95%)", "p", "ceiling"),
+    ("from text", "batch 1", "batch 32", "memory GB"),
+    ("p50 / p95 / p99 / cold ms", "tokenizer's"),
+    ("text to label", "first answer s"),
 )
 
 
@@ -54,7 +61,11 @@ def markdown(found: dict[str, Any]) -> str:
     note = (
         f"{found['device']}; {found['rows_timed']:,} rows of {found['tokens_per_question']:.0f} tokens and "
         f"{found['gflop_per_question']:.2f} GFLOP, median of {found['repeats']}; accuracy on {found['split']}. "
-        "From text: tokenizing included. Batch 1, 32: rows a batch at most, sorted by length. p50: one row a call. "
+        "From text: tokenizing included. Batch 1, 32: rows a batch at most, sorted by length. "
+        "p50, p95, p99: milliseconds of one question a call, from token ids to logits. Tokenizer's, text to label: the "
+        f"same of the tokenizer, and of both together. Cold: the median after a pause of {PAUSE_S:g} s, with the CPU's "
+        "caches full of something else. First call, first answer: in a process of its own, with the engine loaded, "
+        "and from the start of the process. "
         "Recovery: accuracy as a share of the first row's, with the paired interval. p: McNemar's against the first "
         "row. Changed: labels other than the first row's; benchmark.json names the lines. "
         "Ceiling: the work needed, as a share of the fastest matrix product in that precision here; "
@@ -107,6 +118,19 @@ def _name(row: Row) -> str:
 def _cells(found: dict[str, Any], row: Row, titles: Sequence[str]) -> list[str]:
     speed_up = row["questions_per_s"] / found["rows"][0]["questions_per_s"]
     return [f"{speed_up:.2f}" if title == "speed-up" else _SHOWN[title](row) for title in titles]
+
+
+def _latency(row: Row, of: str) -> str:
+    return " / ".join(_ms(row[f"{of}{name}_ms"]) for name in ("p50", "p95", "p99", "cold"))
+
+
+def _ms(value: float) -> str:
+    """To three digits or so: 0.41, 5.13, 12.3, 123."""
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
+def _or_dash(value: float | None, show: Callable[[float], str]) -> str:
+    return "-" if value is None else show(value)
 
 
 def _between(row: Row) -> str:

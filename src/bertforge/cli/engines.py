@@ -10,6 +10,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from bertforge.manifest import compile_command
+from bertforge.scales import FORMATS
 from bertforge.terminal import Terminal
 
 Model = Annotated[Path, typer.Argument(help="Folder made by `bertforge merge`, by `train` in full, or by `quantize`.")]
@@ -128,6 +129,7 @@ def _say_layers(console: Terminal, receipt: dict[str, Any]) -> None:
 def _say_proof(console: Terminal, receipt: dict[str, Any]) -> None:
     from bertforge.engines.receipt import verdict
     from bertforge.evaluation.agreement import Agreement
+    from bertforge.proof.margin import Margin
 
     if structure := receipt["structure"]:
         console.print(
@@ -140,6 +142,8 @@ def _say_proof(console: Terminal, receipt: dict[str, Any]) -> None:
     if "validation_agreement" in receipt:
         console.print(f"validation rows: {Agreement(**receipt['validation_agreement'])}")
         console.print(f"accuracy on {receipt['told']}")
+        if receipt["precision"] in FORMATS:
+            console.print(f"margin: {Margin(**receipt['margin'])}")
     if receipt["spared"]:
         spared = ", ".join(
             f"{unit['component']} of layer {unit['layer']} (moves probabilities by {unit['shift']:.4f})"
@@ -170,8 +174,9 @@ def benchmark(
     """Compare engines and precisions by speed, latency, accuracy and memory.
 
     Engines that were not compiled yet are compiled first, into
-    MODEL/engines. Every engine is timed on the same rows. Accuracy is that
-    of the whole part, compared with PyTorch in float32 row by row.
+    MODEL/engines. Every engine is timed on the same rows, many at a time and
+    one at a time, warm and cold. Accuracy is that of the whole part, compared
+    with PyTorch in float32 row by row.
 
     Example:
 

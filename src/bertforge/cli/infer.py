@@ -18,6 +18,13 @@ RunFolder = Annotated[
     Path, typer.Argument(help="Folder made by `bertforge fit`, `train`, `merge`, `quantize` or `compile`.")
 ]
 
+Recheck = Annotated[
+    Path | None,
+    typer.Option(
+        help="Beside an engine in 8 bits: its model, or another engine of that, which answers close rows again."
+    ),
+]
+
 
 def evaluate(
     run: RunFolder,
@@ -29,6 +36,7 @@ def evaluate(
         Path | None,
         typer.Option(help="Another run, model or engine to compare with, on the same rows, by a paired test."),
     ] = None,
+    recheck: Recheck = None,
     report: Annotated[
         Path | None, typer.Option(help="HTML report to write.", show_default="RUN/report-SPLIT.html")
     ] = None,
@@ -57,12 +65,14 @@ def evaluate(
     scored = split or "test" if (data / MANIFEST).is_file() else f"table-{data.stem}"
     written = report or run / f"report-{scored}.html"
     with output_files(written if run.is_dir() else report, json_file):
-        found = evaluate_run(run, data, split, against, dialect(encoding, separator))
+        found = evaluate_run(run, data, split, against, dialect(encoding, separator), recheck=recheck)
         console.print(f"{run} on {found.scored.source}: {len(found.scored.labels):,} rows")
         if found.scored.made_up:
             console.print(_MADE_UP)
         if found.scored.left_out:
             console.print(f"left out {found.scored.left_out:,} rows without a text and a known label")
+        if found.recheck:
+            console.print(str(found.recheck))
         console.print(metrics_markdown(found.metrics))
         console.print(found.calibration)
         if found.standing:
@@ -83,6 +93,7 @@ def predict(
     run: RunFolder,
     table: Annotated[Path, typer.Argument(help=f"{KINDS}; labels are not needed.")],
     out: Annotated[Path, typer.Option(help="File to write: .csv, .parquet or .jsonl.")],
+    recheck: Recheck = None,
     safe_csv: Annotated[
         bool,
         typer.Option(
@@ -102,16 +113,25 @@ def predict(
     Example:
 
         bertforge predict runs/first questions.csv --out predictions.csv
+
+    An engine in 8 bits gives some rows another label than its model does:
+    rows where two labels are close. To ask those again, of the model:
+
+        bertforge predict models/first/engines/auto questions.csv \\
+            --out predictions.csv --recheck models/first
     """
     from bertforge.inference.predict import predict_table
     from bertforge.inference.predictor import Predictor
 
-    done = predict_table(Predictor.load(run), table, out, dialect(encoding, separator), safe_csv=safe_csv)
+    predictor = Predictor.load(run, recheck=recheck)
+    done = predict_table(predictor, table, out, dialect(encoding, separator), safe_csv=safe_csv)
     console = Terminal()
     if done.made_up:
         console.print(_MADE_UP)
     if done.unlabelled:
         console.print(f"{done.unlabelled:,} rows have no readable text and so no label; see the column `problem`")
+    if predictor.recheck:
+        console.print(str(predictor.recheck))
     console.print(f"wrote {out}: {done.rows:,} rows")
 
 

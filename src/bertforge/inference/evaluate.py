@@ -20,6 +20,7 @@ from bertforge.evaluation.metrics import Metrics, calibration_error, classificat
 from bertforge.evaluation.report import Report, write_report
 from bertforge.evaluation.standing import Standing, standing
 from bertforge.hardware import detect
+from bertforge.inference.cascade import Recheck
 from bertforge.inference.predictor import Predictor, served
 from bertforge.inference.scoring import Scored, score
 
@@ -44,12 +45,15 @@ class Evaluation:
     """Beside the baselines, on the validation or test rows of the data that the run was trained on; else None."""
     precision: str
     """What the model or engine computed in."""
+    recheck: Recheck | None
+    """What answered close rows again."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: the metrics, with what was measured on what."""
         return {
             "run": str(self.run),
             "precision": self.precision,
+            "recheck": self.recheck.to_dict() if self.recheck else None,
             "device": detect().name,
             "data": {
                 "source": self.scored.source,
@@ -115,13 +119,20 @@ class Evaluation:
 
 
 def evaluate_run(
-    run: Path, data: Path, part: str | None = None, against: Path | None = None, dialect: Dialect | None = None
+    run: Path,
+    data: Path,
+    part: str | None = None,
+    against: Path | None = None,
+    dialect: Dialect | None = None,
+    *,
+    recheck: Path | None = None,
 ) -> Evaluation:
     """Scores `run` and `against` on the same rows: a part of prepared data, or a raw table written in `dialect`.
 
-    Both are any folder that `Predictor.load` takes. Raises DataError when they would be scored on different rows.
+    Both are any folder that `Predictor.load` takes; `recheck` answers close rows of `run` again. Raises DataError when
+    they would be scored on different rows.
     """
-    predictor = Predictor.load(run)
+    predictor = Predictor.load(run, recheck=recheck)
     raw, scored = _scored(predictor, data, part, dialect)
     comparison = None
     if against is not None:
@@ -143,6 +154,7 @@ def evaluate_run(
         comparison=comparison,
         standing=_standing(predictor, data, part or "test", scored),
         precision=predictor.precision,
+        recheck=predictor.recheck,
     )
 
 

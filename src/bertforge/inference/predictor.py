@@ -26,6 +26,7 @@ from bertforge.engines.registry import TARGETS, open_engine
 from bertforge.engines.run import run
 from bertforge.errors import ArtifactError, DataError, MachineError, UsageError
 from bertforge.hardware import Hardware, choose_precision, detect
+from bertforge.inference.cascade import Recheck, margin_between
 from bertforge.inference.inputs import Given, read_inputs
 from bertforge.lora.adapter_io import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
 from bertforge.manifest import compile_command, read_manifest, remake
@@ -47,17 +48,28 @@ class Predictor:
     schema: Schema
     transform: TabularTransform | None
     manifest: dict[str, Any]
+    recheck: Recheck | None = None
+    """What answers close rows again."""
 
     @classmethod
-    def load(cls, directory: str | Path, precision: str = "auto") -> Self:
+    def load(cls, directory: str | Path, precision: str = "auto", *, recheck: str | Path | None = None) -> Self:
         """Loads a folder made by `bertforge fit`, `train`, `merge`, `quantize` or `compile` on the best device here.
 
-        `precision` is that of a run or merged model: fp32, bf16, or auto; an engine has its own. Raises ArtifactError
-        when a file is missing or damaged, when an adapter's base model is not the one it was trained on, when the
-        golden rows do not give the logits they gave when the model was saved, or when an engine was not verified where
-        that counts; UsageError for a precision that the engine was not compiled in.
+        `precision` is that of a run or merged model: fp32, bf16, or auto; an engine has its own. `recheck`, beside an
+        engine in 8 bits, is the model that it was compiled from, which then answers close rows again in float32, or
+        another engine of that model.
+
+        Raises ArtifactError when a file is missing or damaged, when an adapter's base model is not the one it was
+        trained on, when the golden rows do not give the logits they gave when the model was saved, when an engine was
+        not verified where that counts, or when `recheck` has other weights; UsageError for a precision that the engine
+        was not compiled in, and for a `recheck` beside a model, or in 8 bits.
         """
         directory, manifest = served(Path(directory))
+        again = None
+        if recheck is not None:
+            folder, other = served(Path(recheck))
+            margin = margin_between(directory, manifest, folder, other)
+            again = Recheck(cls.load(folder, "auto" if other["kind"] == "engine" else "fp32").engine, margin)
         hardware = detect()
         engine: Engine
         if manifest["kind"] == "engine":
@@ -80,6 +92,7 @@ class Predictor:
             schema=Schema.from_dict(manifest["schema"]),
             transform=None if manifest["tabular"] is None else TabularTransform.from_dict(manifest["tabular"]),
             manifest=manifest,
+            recheck=again,
         )
         loaded.check_inputs(directory)
         return loaded
@@ -217,7 +230,14 @@ class Predictor:
     ) -> np.ndarray:
         """Logits `[rows, labels]` of tokenised rows."""
         examples = Examples(store, np.full(len(store), -1), self.tokenizer.sep_id, self.max_length, tabular)
-        return run(self.engine, examples, rows, advance=advance)
+        return self.example_logits(examples, rows, advance)
+
+    def example_logits(
+        self, examples: Examples, rows: np.ndarray, advance: Callable[[int], None] = lambda rows: None
+    ) -> np.ndarray:
+        """Logits `[rows, labels]` of some rows of `examples`, in their order; close ones are asked again."""
+        logits = run(self.engine, examples, rows, advance=advance)
+        return logits if self.recheck is None else self.recheck.settle(logits, examples, rows)
 
 
 def served(directory: Path) -> tuple[Path, dict[str, Any]]:

@@ -13,7 +13,6 @@ from bertforge.data.prepared import PreparedData
 from bertforge.data.raw import read_raw
 from bertforge.data.streaming import progress
 from bertforge.data.tokens import TokenStore
-from bertforge.engines.run import run
 from bertforge.errors import DataError, UsageError
 from bertforge.inference.predictor import Predictor
 from bertforge.manifest import MANIFEST
@@ -78,7 +77,7 @@ def _score_prepared(predictor: Predictor, prepared: PreparedData, part: str) -> 
             done += count
             report(done, done / len(rows))
 
-        logits = run(predictor.engine, examples, rows, advance=advance)
+        logits = predictor.example_logits(examples, rows, advance)
     dates = prepared.dates
     source = f"the {part} part of the {split} split of {prepared.manifest['source']['name']}"
     return Scored(

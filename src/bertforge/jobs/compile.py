@@ -33,7 +33,15 @@ from bertforge.evaluation.logits import predict_logits
 from bertforge.hardware import Hardware, detect
 from bertforge.inference.predictor import Predictor, check_merged, plain_model
 from bertforge.locks import locked
-from bertforge.manifest import MANIFEST, amend_manifest, compile_command, peek_manifest, read_manifest, write_manifest
+from bertforge.manifest import (
+    MANIFEST,
+    amend_manifest,
+    compile_command,
+    peek_manifest,
+    read_manifest,
+    weights_of,
+    write_manifest,
+)
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.points import Unit, linears
 from bertforge.proof.gate import PROOF, PrecisionError, Reference, prove
@@ -209,8 +217,8 @@ def _compile(source: _Source, kind: Target, precision: str, out: Path, hardware:
         }
         kept = {name: source.predictor.manifest[name] for name in _KEPT if name in source.predictor.manifest}
         source.predictor.tokenizer.save(folder, source.predictor.max_length)
-        parent = hash_file(source.model / MANIFEST)
-        write_manifest(folder, "engine", leave_out=kind.changing, **receipt, parent=parent, **kept)
+        of = {"parent": hash_file(source.model / MANIFEST), "weights": weights_of(source.predictor.manifest)}
+        write_manifest(folder, "engine", leave_out=kind.changing, **receipt, **of, **kept)
     return receipt
 
 

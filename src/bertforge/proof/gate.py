@@ -34,6 +34,7 @@ from bertforge.evaluation.logits import predict_logits
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.proof import structure
 from bertforge.proof.golden import GoldenRows
+from bertforge.proof.margin import Margin
 from bertforge.proof.simulation import WORDS, layers_of, rounded, row_shifts, sixteen_bits
 from bertforge.proof.tolerances import (
     ACCURACY_LOSS,
@@ -52,7 +53,7 @@ from bertforge.scales import Scales
 PROOF = (
     *("structure", "products", "golden_agreement", "golden_shift", "crowd_shift", "padding_waste", "told"),
     *("validation_agreement", "validation_shift", "validation_accuracy", "validation_accuracy_model"),
-    *("accuracy_loss", "not_verified"),
+    *("accuracy_loss", "margin", "not_verified"),
 )
 """What a receipt says of the last proof, and no longer once there is another."""
 
@@ -257,6 +258,7 @@ def _prove_on(
         "validation_accuracy": float((found.argmax(1) == labels).mean()),
         "validation_accuracy_model": float((plain.argmax(1) == labels).mean()),
         "accuracy_loss": asdict(loss),
+        "margin": asdict(Margin.of(plain, found)),
         "told": str(loss),
     }
 
