@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -11,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from bertforge.terminal import Terminal, visible
 
+S = TypeVar("S")
 T = TypeVar("T")
 _END = object()
 
@@ -27,6 +29,25 @@ def ahead(items: Iterable[T]) -> Generator[T, None, None]:
         while (item := coming.result()) is not _END:
             coming = pool.submit(next, iterator, _END)
             yield item  # type: ignore[misc]  # not the sentinel
+
+
+def in_order(work: Callable[[S], T], items: Iterable[S], threads: int) -> Generator[T, None, None]:
+    """`work(item)` for each of `items`, in their order, so many at once while the caller works on the last.
+
+    At most `threads` results are made before they are asked for. An exception of `work` is raised here, and `close()`
+    waits for what is under way.
+    """
+    waiting: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="in order") as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def in_a_thread(work: Callable[[], T]) -> T:
