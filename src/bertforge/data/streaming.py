@@ -20,15 +20,19 @@ _END = object()
 def ahead(items: Iterable[T]) -> Generator[T, None, None]:
     """The same items in the same order, the next one made in a thread while the caller works on the last.
 
-    An exception of the producer is raised here. `close()` waits for the item under way, so what the producer writes to
-    can be closed after it: `with closing(ahead(...)) as items`.
+    An exception of the producer is raised here. `close()` waits for the item under way and closes a generator among
+    `items`, so what the producer writes to can be closed after it: `with closing(ahead(...)) as items`.
     """
     iterator = iter(items)
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead") as pool:
-        coming = pool.submit(next, iterator, _END)
-        while (item := coming.result()) is not _END:
+    try:
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead") as pool:
             coming = pool.submit(next, iterator, _END)
-            yield item  # type: ignore[misc]  # not the sentinel
+            while (item := coming.result()) is not _END:
+                coming = pool.submit(next, iterator, _END)
+                yield item  # type: ignore[misc]  # not the sentinel
+    finally:
+        if isinstance(iterator, Generator):
+            iterator.close()
 
 
 def in_order(work: Callable[[S], T], items: Iterable[S], threads: int) -> Generator[T, None, None]:
