@@ -57,9 +57,9 @@ class Words:
         pool = np.frombuffer(b"".join(found), self._dtype)
         lengths = np.fromiter(map(len, found), np.int64, len(found)) // self._dtype.itemsize  # [different pieces]
         which = pieces.indices.to_numpy()  # [pieces]
-        taken = lengths[which]  # [pieces]
+        taken = lengths.take(which)  # [pieces]
         until = np.concatenate([[0], np.cumsum(taken)])[np.searchsorted(starts, bounds)]  # [texts + 1]
-        return gather(pool, (np.cumsum(lengths) - lengths)[which], taken), np.diff(until)
+        return gather(pool, (np.cumsum(lengths) - lengths).take(which), taken), np.diff(until)
 
     def _tokens(self, pieces: list[bytes]) -> list[bytes]:
         """The ids of each piece."""
@@ -80,4 +80,4 @@ class Words:
 def gather(pool: NDArray[Any], starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[Any]:
     """Parts of `pool`, `lengths` long from `starts` on, one after another."""
     ends = np.cumsum(lengths)
-    return np.asarray(pool[np.arange(lengths.sum()) + np.repeat(starts - ends + lengths, lengths)])
+    return pool.take(np.arange(lengths.sum()) + np.repeat(starts - ends + lengths, lengths))
