@@ -58,9 +58,12 @@ class Tokenizer:
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.cls_id, self.sep_id, self.pad_id = (self._special(token) for token in ("[CLS]", "[SEP]", "[PAD]"))
         self._breaks = Breaks.of(backend) if backend.encode("").ids == [self.cls_id, self.sep_id] else None
-        self._words = None if self._breaks is None else Words(backend, self._breaks, self.dtype)
         self._longest_word = _longest_word(backend)
         self._serialised: str = backend.to_str()
+        self._words: Words | None = None
+        if self._breaks is not None:  # which cuts texts by itself
+            backend.no_truncation()
+            self._words = Words(backend, self._breaks, self.dtype, self.sep_id)
         self.fingerprint = "sha256:" + hashlib.sha256(self._serialised.encode()).hexdigest()
 
     @classmethod

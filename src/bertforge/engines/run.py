@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -29,7 +29,15 @@ def run(
 
     `advance` is told the rows of each batch when it is done.
     """
-    ((_, logits),) = run_each(engine, [(None, examples, rows)], shape=shape, advance=advance)
+    shape = shape or engine.shape
+    places, *more = group(examples.lengths(rows), shape)
+    if more:
+        ((_, logits),) = run_each(engine, [(None, examples, rows)], shape=shape, advance=advance)
+        return logits
+    found = engine.logits(batch_of(examples, rows[places], engine.packed, shape))  # here: threads take time to wake
+    advance(len(places))
+    logits = np.empty_like(found)
+    logits[places] = found
     return logits
 
 
@@ -55,21 +63,13 @@ def run_each(
         try:
             for key, examples, rows in lots:
                 plan = group(examples.lengths(rows), shape)
-                # One question is not worth waking a thread, which takes as long as some engines.
-                submit = _at_once if len(plan) == 1 and not waiting else pool.submit
-                waiting.append((key, plan, [submit(compute, examples, rows[places]) for places in plan]))
+                waiting.append((key, plan, [pool.submit(compute, examples, rows[places]) for places in plan]))
                 if len(waiting) > 1:
                     yield _collected(*waiting.popleft(), advance)
             while waiting:
                 yield _collected(*waiting.popleft(), advance)
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _at_once(work: Callable[..., np.ndarray], *given: Any) -> Future[np.ndarray]:
-    done: Future[np.ndarray] = Future()
-    done.set_result(work(*given))
-    return done
 
 
 def _collected(

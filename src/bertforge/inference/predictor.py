@@ -128,8 +128,8 @@ class Predictor:
     ) -> Generator[tuple[K, pd.DataFrame], None, None]:
         """`predict` of each lot of texts and their columns, in turn, beside what the caller knows the lot by.
 
-        While the caller works on one lot, the engine computes the next and the one after it is tokenized. `lots` are
-        drawn in another thread; an exception of theirs is raised here.
+        While the caller works on one lot, the engine computes the next and the one after it is tokenized. `lots`, each
+        of a row at least, are drawn in another thread; an exception of theirs is raised here.
         """
         known = (((key, texts), texts, columns) for key, texts, columns in lots)
         with closing(self._each(known)) as found:
@@ -159,6 +159,9 @@ class Predictor:
         """Logits `[rows, labels]` float32, in the order of `texts`."""
         if len(texts) == 0:
             return np.zeros((0, len(self.label_names)), np.float32)
+        if len(texts) <= _FIRST_ROWS:
+            store = TokenStore(*self.tokenizer.encode(texts))
+            return self.token_logits(store, np.arange(len(texts)), self._arrays(columns), advance)
         lots = [(None, texts[part], None if columns is None else columns.iloc[part]) for part in _parts(len(texts))]
         with closing(self._each(lots, advance)) as found:
             return np.concatenate([logits for _, logits in found])
@@ -168,17 +171,15 @@ class Predictor:
         lots: Iterable[tuple[K, Sequence[str], pd.DataFrame | None]],
         advance: Callable[[int], None] = lambda rows: None,
     ) -> Generator[tuple[K, np.ndarray], None, None]:
-        """Logits of each lot; the next one is tokenized in a thread where there are several."""
+        """Logits of each lot, in turn; the next one is tokenized in a thread."""
 
         def examples(lot: tuple[K, Sequence[str], pd.DataFrame | None]) -> tuple[K, Examples, np.ndarray]:
             key, texts, columns = lot
             store = TokenStore(*self.tokenizer.encode(texts))
             return key, self._examples(store, self._arrays(columns)), np.arange(len(texts))
 
-        made = (examples(lot) for lot in lots)
-        alone = isinstance(lots, list) and len(lots) == 1
         with (
-            closing(made if alone else ahead(made)) as ready,
+            closing(ahead(map(examples, lots))) as ready,
             closing(run_each(self.engine, ready, advance=advance)) as found,
         ):
             yield from found
