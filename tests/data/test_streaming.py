@@ -69,6 +69,24 @@ def test_an_error_is_raised_in_its_place_and_nothing_more_is_begun(threads: int)
     assert names() == ["MainThread"]
 
 
+def test_a_generator_is_closed_with_what_reads_it_ahead() -> None:
+    closed: list[str] = []
+
+    def items() -> Iterator[int]:
+        try:
+            yield from range(10)
+        finally:
+            closed.append(threading.current_thread().name)
+
+    held = items()  # so that nobody else closes it
+    results = ahead(held)
+    assert [next(results), next(results)] == [0, 1]
+    results.close()
+    assert closed == ["MainThread"], "the thread has ended by then"
+    assert names() == ["MainThread"]
+    assert list(held) == []
+
+
 def test_an_error_of_the_items_is_raised_too() -> None:
     def items() -> Iterator[int]:
         yield 1

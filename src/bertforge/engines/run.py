@@ -51,7 +51,7 @@ def run_each(
     """`run` of the rows of each lot, in turn, beside what the caller knows the lot by.
 
     The engine goes on with the next lot while the caller works on the last: two are held at once. An exception of the
-    engine is raised here, and no batch is begun after it.
+    engine is raised here, and what is not begun by then is left.
     """
     shape = shape or engine.shape
     waiting: deque[tuple[K, list[np.ndarray], list[Future[np.ndarray]]]] = deque()
