@@ -1,4 +1,4 @@
-"""Text -> token ids, through Hugging Face `tokenizers`, and the ids of a whole table as two flat files.
+"""Text -> token ids, those of Hugging Face `tokenizers`, and the ids of a whole table as two flat files.
 
 A row's text is its text columns joined by one space. Its ids are [CLS] + WordPiece ids + [SEP], cut so that they are at
 most MAX_TOKENS: what is cut is the end of the text, and [CLS] and [SEP] stay.

@@ -1,5 +1,9 @@
 """A raw table in, a file of predictions out: every row, in order, streamed.
 
+Reading, checking, tokenizing, the engine and writing run beside one another, each in threads, for nearly all of it is
+work without the interpreter lock. A stage is at most a chunk or two ahead of the next, so memory does not grow with the
+table, and its errors come up here.
+
 Labels are written as the training table gave them, so that programs find them again. But a spreadsheet runs a cell that
 starts with `=`, `+`, `-` or `@` as a formula, and whoever wrote the table may have meant that. `safe_csv` is for files
 to be opened there, and does what OWASP advises (https://owasp.org/www-community/attacks/CSV_Injection): an apostrophe
