@@ -75,6 +75,15 @@ def test_a_word_is_tokenized_once(backend: tokenizers.Tokenizer) -> None:
     assert asked[8:] == ["tuple"]
 
 
+@pytest.mark.parametrize("added", ["\n", "sort\n", "\n[", "]\nList", "[SEP]\n"], ids=ascii)
+def test_added_tokens_with_line_ends_are_not_made_up(added: str) -> None:
+    backend = tokenizers.Tokenizer.from_file(str(resolve("minilm") / "tokenizer.json"))
+    backend.add_tokens([tokenizers.AddedToken(added, normalized=False)])
+    draws = random.Random(0)  # a text with [SEP] would have each word asked for alone
+    texts = ["".join(draws.choices(["sort", "List", " ", "\n", "[", added], k=9)) for _ in range(300)]
+    assert encoded(Tokenizer(backend), texts) == expected(backend, texts)
+
+
 def test_memory_is_bounded(backend: tokenizers.Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_KNOWN", 100)
     tokenizer = Tokenizer(backend)

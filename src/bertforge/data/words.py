@@ -39,6 +39,9 @@ class Words:
         marks = [chr(byte) if byte < 128 else "" for byte in range(256)]
         self._before = np.array([bool(breaks.before.match(mark)) for mark in marks])  # [256]
         self._behind = np.array([bool(breaks.behind.match(mark)) for mark in marks])  # [256]
+        alone = [encoding.ids for encoding in backend.encode_batch_fast([_BETWEEN], add_special_tokens=False)]
+        line_end = breaks.before.match("\n") and breaks.behind.match("\n")  # none within an added token
+        self._together = _TOGETHER if line_end and alone == [[sep_id]] else 1
         self._known: dict[bytes, bytes] = {}
 
     def __call__(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
@@ -78,7 +81,7 @@ class Words:
 
     def _asked(self, pieces: list[str]) -> Iterator[bytes]:
         """The ids that `tokenizers` gives each piece: many as one text, with [SEP] between, take it half the time."""
-        groups = [pieces[start : start + _TOGETHER] for start in range(0, len(pieces), _TOGETHER)]
+        groups = [pieces[start : start + self._together] for start in range(0, len(pieces), self._together)]
         for group, ids in zip(groups, self._ids([_BETWEEN.join(group) for group in groups]), strict=True):
             ends = [*np.flatnonzero(ids == self._sep_id).tolist(), len(ids)]
             if len(ends) == len(group):
