@@ -48,9 +48,9 @@ STEPS = 7  # of an epoch of `quick_recipe` on 160 made-up questions
 WEIGHTS = {"lora": "adapter_model.safetensors", "full": "model.safetensors", "columns": "model.safetensors"}
 
 
-def make_base(folder: Path, seed: int = 0) -> Path:
+def make_base(folder: Path, seed: int = 0, **changes: Any) -> Path:
     """A random pretrained encoder without a head, with minilm's tokenizer; half a million weights."""
-    model = tiny_bert(seed, vocab_size=30522, max_position_embeddings=64, initializer_range=0.1)
+    model = tiny_bert(seed, vocab_size=30522, max_position_embeddings=64, initializer_range=0.1, **changes)
     model.save_pretrained(folder)
     weights = folder / "model.safetensors"
     kept = {name: tensor for name, tensor in load_file(weights).items() if not name.startswith("classifier")}

@@ -49,18 +49,21 @@ def on_gpu(*arguments, **changes):
 
 @pytest.mark.usefixtures("all_installed")
 def test_what_is_tried_on_a_gpu_is_what_runs_there(tmp_path):
-    assert on_gpu(tmp_path, "auto", "auto", DATA) == ["tensorrt-bf16", "onnxruntime-fp16"]
+    own = ["native-bf16", "native-int8", "native-fp8"]
+    assert on_gpu(tmp_path, "auto", "auto", DATA) == [*own, "tensorrt-bf16", "onnxruntime-fp16"]
     rtx = ["tensorrt-bf16", "tensorrt-rtx-bf16", "onnxruntime-fp16"]
-    assert on_gpu(tmp_path, "auto", "auto", DATA, capability=(8, 9)) == rtx
+    assert on_gpu(tmp_path, "auto", "auto", DATA, capability=(8, 9)) == [*own, *rtx]
+    assert on_gpu(tmp_path, "auto", "auto", DATA, capability=(8, 6)) == [*own[:2], *rtx], "Ampere has no fp8"
     turing = {"capability": (7, 5), "bf16": False}
     assert on_gpu(tmp_path, "auto", "auto", DATA, **turing) == ["tensorrt-fp16", "onnxruntime-fp16"]
     assert on_gpu(tmp_path, "auto", "fp32", DATA) == ["tensorrt-fp32", "onnxruntime-fp32"]
-    assert on_gpu(tmp_path, "auto", "bf16", DATA) == ["tensorrt-bf16"]
-    assert on_gpu(tmp_path, "auto", "auto", None) == ["tensorrt-bf16"]
+    assert on_gpu(tmp_path, "auto", "bf16", DATA) == ["native-bf16", "tensorrt-bf16"]
+    assert on_gpu(tmp_path, "auto", "auto", None) == ["native-bf16"]
     assert on_gpu(tmp_path, "onnxruntime", "auto", DATA) == ["onnxruntime-fp16"]
     assert on_gpu(tmp_path, "tensorrt-rtx", "auto", DATA) == ["tensorrt-rtx-bf16"], "named: it is built, not timed"
     Scales("int8", {}).save(tmp_path)
-    assert on_gpu(tmp_path, "auto", "auto", DATA) == ["tensorrt-int8", "tensorrt-bf16", "onnxruntime-fp16"]
+    quantized = ["native-int8", "native-bf16", "tensorrt-int8", "tensorrt-bf16", "onnxruntime-fp16"]
+    assert on_gpu(tmp_path, "auto", "auto", DATA) == quantized
 
 
 def test_quantized_candidates_have_its_format(tmp_path):

@@ -114,7 +114,7 @@ def test_what_cannot_be_compiled_is_refused_and_nothing_written(tmp_path, runs, 
         compile_model(runs["full"], "openvino", "int8", None, out)
     with pytest.raises(UsageError, match="choose one of fp32, bf16, int8"):
         compile_model(runs["full"], "openvino", "fp4", None, out)
-    with pytest.raises(UsageError, match="choose one of tensorrt, tensorrt-rtx, openvino, onnxr"):
+    with pytest.raises(UsageError, match="choose one of native, tensorrt, tensorrt-rtx, openvino, onnxr"):
         compile_model(runs["full"], "tpu", "fp32", None, out)
     with pytest.raises(ArtifactError, match="is of kind 'engine'"):
         compile_model(engines / "openvino-bf16", "openvino", "bf16", None, out)
@@ -339,9 +339,9 @@ def test_rows_that_calibrate_tune_and_prove_are_disjoint(tmp_path, runs, data, m
     used = {}
     real_ranges, real_shifts = ranges.find_ranges, compile_job.shifts_alone
 
-    def find_ranges(model, examples, calibration, tuned):
+    def find_ranges(model, form, examples, calibration, tuned):
         used.update(calibrate=calibration, tune=tuned)
-        return real_ranges(model, examples, calibration, tuned)
+        return real_ranges(model, form, examples, calibration, tuned)
 
     def shifts_alone(model, precision, examples, rows, names):
         used["spare"] = rows

@@ -21,6 +21,7 @@ from bertforge.kernels import attention_triton
 from bertforge.kernels.attention import Bounds
 from bertforge.kernels.attention_triton import ALIGNED, TILINGS, Tiling, Tilings, backward, forward
 from tests.kernels import packs
+from tests.kernels.e4m3 import round_as_hardware_does
 from tests.kernels.packs import check_apart, check_reference, check_repeatable, error, exact
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -164,3 +165,65 @@ def test_a_cuda_graph_replays_other_lengths():
     graph.replay()
     for result, expected in zip(results, exact(parts, cu_seqlens), strict=True):
         assert error(result, expected) < TOLERANCES[torch.bfloat16]
+
+
+def affine_of(dim):
+    torch.manual_seed(1)
+    return torch.randn(4, HEADS, dim).to(DEVICE)
+
+
+def inferred(parts, cu_seqlens, affine, dtype, bounds=None):
+    query, key, value = parts[:3]
+    out = torch.full(query.shape, 77, device=DEVICE).to(dtype)
+    attention_triton.infer(query, key, value, affine, bounds or Bounds(cu_seqlens, cu_seqlens), out)
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [32, 64])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+def test_inference_scales_and_shifts_queries_and_results(lengths, head_dim, dtype):
+    (query, key, value, grad), cu_seqlens = packed(lengths, dtype, head_dim)
+    affine = affine_of(head_dim)
+    scaled = (query.float() * affine[0] + affine[1]).to(dtype)
+    wanted = exact((scaled, key, value, grad), cu_seqlens)[0] * affine[2].cpu().double() + affine[3].cpu().double()
+    found = inferred((query, key, value), cu_seqlens, affine, dtype)
+    assert error(found, wanted) < TOLERANCES[dtype]
+
+
+def test_a_bias_of_the_keys_changes_nothing():
+    """So `infer` takes none."""
+    (query, key, value, _), cu_seqlens = packed((3, 70), DTYPES[0])
+    affine, bias = affine_of(64), 0.1 * torch.randn(HEADS, 64, device=DEVICE)
+    before = inferred((query, key, value), cu_seqlens, affine, DTYPES[0])
+    after = inferred((query, (key.float() + bias).to(key.dtype), value), cu_seqlens, affine, DTYPES[0])
+    assert error(after, before.cpu().double()) < (2e-2 if CUDA else 1e-5)
+    other = inferred((query, key, (value.float() + bias).to(key.dtype)), cu_seqlens, affine, DTYPES[0])
+    assert error(other, before.cpu().double()) > 3e-2, "a bias of the values does"
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_inference_in_8_bits_is_that_in_more_rounded(dtype, monkeypatch):
+    if not CUDA:
+        round_as_hardware_does(monkeypatch)
+    parts, cu_seqlens = packed((5, 66, 1), DTYPES[0])
+    affine = affine_of(64)
+    affine[2:] *= 100
+    wide = inferred(parts, cu_seqlens, affine, torch.float32).double()
+    short = inferred(parts, cu_seqlens, affine, dtype).double()
+    if dtype == torch.int8:
+        assert torch.equal(short, wide.round().clamp(-128, 127))
+        assert (wide.abs() > 128).any(), "some values are cut, or nothing is shown of that"
+    else:
+        assert torch.equal(short, wide.clamp(-448, 448).float().to(dtype).double())
+
+
+def test_inference_of_first_tokens_alone():
+    parts, cu_seqlens = packed((3, 1, 64, 70, 0), DTYPES[0])
+    whole = inferred(parts, cu_seqlens, affine_of(64), DTYPES[0])
+    starts = cu_seqlens[:-2].long()  # the empty sequence has no first token
+    each = torch.arange(5, device=DEVICE).int()
+    first = inferred(
+        (parts[0][starts], *parts[1:3]), cu_seqlens, affine_of(64), DTYPES[0], Bounds(each, cu_seqlens[:-1])
+    )
+    assert torch.equal(first, whole[starts])

@@ -63,7 +63,7 @@ def test_float32_is_not_rounded(model, examples):
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
 def test_an_engine_without_rounding_is_the_model_with_its_stored_weights(model, examples, target, tmp_path):
     """And neither the plain model nor the engine as it is served."""
-    scales = find_ranges(model, examples, ROWS, ROWS)
+    scales = find_ranges(model, "int8", examples, ROWS, ROWS)
     engine = built(target, model, tmp_path, "int8", scales=scales, exact=True)
     found = run(engine, examples, ROWS, shape=BatchShape(tokens=1))
     with rounded(model, "int8", layers_of(model, scales), scales, activations=False):
@@ -76,7 +76,7 @@ def test_an_engine_without_rounding_is_the_model_with_its_stored_weights(model, 
 
 @pytest.mark.parametrize(("target", "precision"), [("openvino", "int8"), ("onnxruntime", "int8"), ("openvino", "bf16")])
 def test_an_engine_is_as_far_off_as_the_simulation_says(model, examples, tmp_path, target, precision):
-    scales = find_ranges(model, examples, ROWS, ROWS) if precision == "int8" else None
+    scales = find_ranges(model, "int8", examples, ROWS, ROWS) if precision == "int8" else None
     plain = logits(model, examples)
     eight = layers_of(model) if precision == "int8" else []
     rest = TARGETS[target].rest(detect()) if precision == "int8" else precision

@@ -43,7 +43,7 @@ def test_a_range_is_the_largest_value_of_the_rows_that_calibrate(model, examples
         predict_logits(model, examples, part, "fp32")
         largest[len(part)] = seen["largest"]
     handle.remove()
-    scales = find_ranges(model, examples, CALIBRATION, TUNING)
+    scales = find_ranges(model, "int8", examples, CALIBRATION, TUNING)
     assert scales.activations[name] == pytest.approx(largest[40], rel=1e-6)
     assert largest[40] != largest[20]
     assert scales.activations.keys() == set(linears(units(model.config, "projections")))
@@ -57,7 +57,7 @@ def test_a_channel_of_outliers_is_smoothed(model, examples):
         norm.weight[3] *= 100
         norm.bias[3] *= 100
         after.weight[:, 3] /= 100
-    scales = find_ranges(model, examples, CALIBRATION, TUNING)
+    scales = find_ranges(model, "int8", examples, CALIBRATION, TUNING)
     name = "bert.encoder.layer.0.intermediate.dense"
     assert scales.smooth[name][3] < 0.2 * np.median(scales.smooth[name])
     query, key = (scales.smooth[f"bert.encoder.layer.1.attention.self.{part}"] for part in ("query", "key"))
@@ -65,7 +65,7 @@ def test_a_channel_of_outliers_is_smoothed(model, examples):
 
 
 def test_the_alpha_is_the_best_on_the_rows_that_tune(model, examples, monkeypatch):
-    chosen = find_ranges(model, examples, CALIBRATION, TUNING)
+    chosen = find_ranges(model, "int8", examples, CALIBRATION, TUNING)
     plain = predict_logits(model, examples, TUNING, "fp32")
 
     def moved(scales):
@@ -75,6 +75,6 @@ def test_the_alpha_is_the_best_on_the_rows_that_tune(model, examples, monkeypatc
     each = []
     for alpha in ALPHAS:
         monkeypatch.setattr(ranges, "ALPHAS", (alpha,))
-        each.append(moved(find_ranges(model, examples, CALIBRATION, TUNING)))
+        each.append(moved(find_ranges(model, "int8", examples, CALIBRATION, TUNING)))
     assert moved(chosen) == pytest.approx(min(each))
     assert max(each) > min(each)

@@ -143,10 +143,14 @@ class Target:
     """The type that an engine of 8 bits computes all else in."""
     only: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Type of device -> those of `precisions` it runs, none where it does not run; all where it is not named."""
+    capabilities: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Precision -> the CUDA compute capability that a GPU needs for it; any, where it is not named."""
     unfit: Callable[[Hardware], str | None] = _anywhere
     """Why none of its engines runs on this machine; None where they do."""
-    calibrates: bool = True
-    """Takes int8 of a plain model; otherwise 8 bits come from a quantized one alone."""
+    stores: str = "fp32"
+    """The type of the weights in its files that are not in 8 bits, as `exact` reads them."""
+    calibrates: tuple[str, ...] = ("int8",)
+    """8 bits that it has of a plain model; others come from a quantized one alone."""
     dynamic: bool = False
     """Quantizes a plain model's activations as they come, and needs no ranges for it."""
     builds_where_it_runs: bool = False
@@ -158,9 +162,10 @@ class Target:
     compiles_at_load: bool = False
     """What runs is made anew for each device: what was proved on one says nothing of another."""
 
-    def on(self, device: str) -> tuple[str, ...]:
-        """What it computes in on a type of device."""
-        return self.only.get(device, self.precisions)
+    def on(self, hardware: Hardware) -> tuple[str, ...]:
+        """What it computes in on a device."""
+        here, have = self.only.get(hardware.device.type, self.precisions), hardware.capability
+        return tuple(name for name in here if have is None or have >= self.capabilities.get(name, have))
 
     @property
     def installed(self) -> bool:

@@ -65,8 +65,7 @@ def candidates(model: Path, target: str, precision: str, hardware: Hardware, dat
     """
     if target not in (AUTO, *TARGETS):
         raise UsageError(f"target {target!r} does not exist; choose auto or one of {', '.join(TARGETS)}")
-    device = hardware.device.type
-    mine = [each.name for each in TARGETS.values() if each.on(device) and not each.unfit(hardware)]
+    mine = [each.name for each in TARGETS.values() if each.on(hardware) and not each.unfit(hardware)]
     names = [name for name in mine if TARGETS[name].installed] if target == AUTO else [target]
     if not names:
         raise MachineError(f"no engine for this machine is installed; {TARGETS[mine[0]].hint}")
@@ -74,15 +73,14 @@ def candidates(model: Path, target: str, precision: str, hardware: Hardware, dat
     found = []
     for name in names:
         here = TARGETS[name]
-        there = here.on(device)
+        there = here.on(hardware)
         if precision != AUTO:
             wanted = [precision] if precision in there or target != AUTO else []
         elif eight:
             wanted = [each for each in (eight, _exact(there, hardware)) if each in there]
         else:
             wanted = [_exact(there, hardware)]
-            if data and "int8" in there and here.calibrates:
-                wanted.append("int8")
+            wanted += [each for each in here.calibrates if data and each in there]
         found += [Candidate(name, each) for each in wanted]
     if not found:
         raise UsageError(f"none of {', '.join(names)} has precision {precision!r} on {hardware.name}")

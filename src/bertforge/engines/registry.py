@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bertforge.engines import onnxruntime, openvino, tensorrt
+from bertforge.engines import native, onnxruntime, openvino, tensorrt
 from bertforge.engines.base import Engine, Target
 from bertforge.errors import MachineError, UsageError
 from bertforge.hardware import Hardware
 
 TARGETS = {
-    target.name: target for target in (tensorrt.TARGET, tensorrt.RTX_TARGET, openvino.TARGET, onnxruntime.TARGET)
+    target.name: target
+    for target in (native.TARGET, tensorrt.TARGET, tensorrt.RTX_TARGET, openvino.TARGET, onnxruntime.TARGET)
 }
 
 
@@ -22,7 +23,7 @@ def check_target(name: str, precision: str, hardware: Hardware) -> Target:
     target = TARGETS[name]
     if precision not in target.precisions:
         raise UsageError(f"{name} has no precision {precision!r}; choose one of {', '.join(target.precisions)}")
-    there = target.on(hardware.device.type)
+    there = target.on(hardware)
     if not there:
         raise MachineError(f"{name} cannot build an engine here: {target.unfit(hardware)}")
     if precision not in there:

@@ -97,7 +97,7 @@ def _target(name: str, about: str, *, compiles_at_load: bool) -> Target:
         exact=lambda folder, precision, hardware: None,  # its files are compiled
         rest=lambda hardware: "fp16",
         unfit=partial(unfit, name),
-        calibrates=False,
+        calibrates=(),
         renewable=True,
         changing=(RUNTIME_CACHE,),
         builds_where_it_runs=not compiles_at_load,

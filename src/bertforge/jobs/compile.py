@@ -67,6 +67,8 @@ class _Source:
     """By the monotonic clock: no more rows are asked after it, where those that were cannot tell."""
     known: dict[int, np.ndarray] = field(default_factory=dict)
     """The model's logits of the first rows that prove, by their number: for the next engine too."""
+    found: dict[str, Scales] = field(default_factory=dict)
+    """Ranges that were found for an engine, by their format: for the next one too."""
 
     @classmethod
     def open(cls, model: Path, data: Path | None, say: Say, seconds: float = math.inf) -> Self:
@@ -99,22 +101,24 @@ class _Source:
         assert self.prepared is not None
         return Rows(self.predictor.examples(self.prepared, rows), rows)
 
-    @cached_property
-    def ranges(self) -> Scales:
-        """Of INT8, from train rows of more than one class."""
+    def ranges(self, form: str) -> Scales:
+        """Of int8 or fp8, from train rows of more than one class."""
         from bertforge.quantize.ranges import find_ranges
 
+        if form in self.found:
+            return self.found[form]
         train, tuned = calibrating(self.part("train")), self.tuning
         examples = self.rows(np.concatenate([train, tuned])).examples
         check_classes(examples.labels[train])
         self.say(f"finding ranges on {len(train)} train rows")
-        return find_ranges(self.network, examples, train, tuned)
+        self.found[form] = find_ranges(self.network, form, examples, train, tuned)
+        return self.found[form]
 
     def scales_for(self, kind: Target, precision: str) -> Scales | None:
         """The 8-bit ranges that stand in the graph of an engine."""
         if precision not in FORMATS:
             return None
-        return self.scales or (None if kind.dynamic else self.ranges)
+        return self.scales or (None if kind.dynamic else self.ranges(precision))
 
     @property
     def tuning(self) -> np.ndarray:
@@ -160,6 +164,7 @@ class _Source:
             rest=kind.rest(detect()) if precision in FORMATS else precision,
             layers=tuple(name for name in layers if name not in linears(spared)),
             scales=scales,
+            stores=kind.stores,
             known=self.known,
         )
 
@@ -364,10 +369,10 @@ def _check_precision(model: Path, kind: Target, precision: str, data: Path | Non
     if read_manifest(model, "run", "model", "quantized")["kind"] == "quantized":
         if precision in FORMATS and precision != (form := Scales.load(model).format):
             raise UsageError(f"{model} was quantized to {form}, not to {precision}; --precision {form}")
-    elif precision == "fp8" or (precision == "int8" and not kind.calibrates):
+    elif precision in FORMATS and precision not in kind.calibrates:
         raise UsageError(
             f"{kind.name} takes {precision} from a quantized model: "
             f"bertforge quantize {model} --precision {precision} --data DIR --out Q, then compile Q"
         )
-    elif precision == "int8" and data is None:
-        raise UsageError("int8 is calibrated on train rows; say where they are: --data DIR")
+    elif precision in FORMATS and data is None:
+        raise UsageError(f"{precision} is calibrated on train rows; say where they are: --data DIR")

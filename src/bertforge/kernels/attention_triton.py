@@ -37,6 +37,8 @@ import triton.language as tl
 from torch import Tensor
 
 from bertforge.kernels.attention import Bounds
+from bertforge.kernels.overlap_triton import overlaps, wait_for_inputs
+from bertforge.kernels.rounding_triton import rounded_to
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 ALIGNED = tl.constexpr(128)
@@ -112,15 +114,16 @@ def _load_rows(first, stride, rows, length, DIM: tl.constexpr):
 @triton.jit
 def _store_rows(first, stride, rows, length, values, DIM: tl.constexpr):
     places = first + rows[:, None] * stride + tl.arange(0, DIM)[None, :]
-    tl.store(places, values.to(first.dtype.element_ty), mask=rows[:, None] < length)
+    tl.store(places, rounded_to(values, first.dtype.element_ty), mask=rows[:, None] < length)
 
 
 @triton.jit
 def _attention_forward(
-    query, key, value, output, lse, cu_seqlens_q, cu_seqlens_k, sequences, places,
+    query, key, value, output, lse, affine, cu_seqlens_q, cu_seqlens_k, sequences, places,
     query_stride, key_stride, value_stride,
-    HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAP)
     head = tl.program_id(0) % HEADS
     sequence, first = _locate(cu_seqlens_q, sequences, tl.program_id(0) // HEADS, BLOCK)
     own, queries = _bounds(cu_seqlens_q, sequence)
@@ -133,6 +136,9 @@ def _attention_forward(
     scale = LOG2_E * DIM**-0.5
     rows = first + tl.arange(0, BLOCK)
     q = _load_rows(query, query_stride, rows, queries, DIM)  # [BLOCK, DIM]
+    if affine is not None:
+        affine += head * DIM + tl.arange(0, DIM)
+        q = (q.to(tl.float32) * tl.load(affine)[None, :] + tl.load(affine + HEADS * DIM)[None, :]).to(q.dtype)
     maximum = tl.full([BLOCK], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     weighted = tl.zeros([BLOCK, DIM], tl.float32)
@@ -151,8 +157,12 @@ def _attention_forward(
         weighted = tl.dot(weights.to(v.dtype), v, weighted * fade[:, None])
     output += (own * HEADS + head) * DIM
     share = tl.where(total > 0, 1 / total, 0.0)  # a query without keys gets zeros
-    _store_rows(output, HEADS * DIM, rows, queries, weighted * share[:, None], DIM)
-    tl.store(lse + head * places + _place(own, sequence) + rows, maximum + tl.log2(total))
+    weighted *= share[:, None]
+    if affine is not None:
+        weighted = weighted * tl.load(affine + 2 * HEADS * DIM)[None, :] + tl.load(affine + 3 * HEADS * DIM)[None, :]
+    _store_rows(output, HEADS * DIM, rows, queries, weighted, DIM)
+    if lse is not None:
+        tl.store(lse + head * places + _place(own, sequence) + rows, maximum + tl.log2(total))
 
 
 @triton.jit
@@ -242,14 +252,39 @@ def forward(
     places = (queries // ALIGNED.value + sequences) * ALIGNED.value
     lse = torch.empty(heads, places, dtype=torch.float32, device=query.device)
     q, k, v = map(_rows_together, (query, key, value))
-    tiling = (tilings or TILINGS[dim]).forward
-    with torch.cuda.device_of(query):
+    _launch_forward((q, k, v), output, (lse, None), bounds, (tilings or TILINGS[dim]).forward)
+    return output, lse
+
+
+def infer(
+    query: Tensor, key: Tensor, value: Tensor, affine: Tensor, bounds: Bounds, output: Tensor,
+    tiling: Tiling | None = None,
+) -> None:  # fmt: skip
+    """`forward` for inference: writes what is attended into `output` `[queries, heads, head_dim]`, 8 bits or more.
+
+    The projections come as the products alone, without scales and biases. `affine` `[4, heads, head_dim]` float32 has
+    what the queries are multiplied with and what is added then, and the same for the result. That is enough: a scale of
+    the keys can as well be the queries', a bias of the keys adds one number to all scores of a query, which softmax
+    does not see, and weights that add up to 1 leave a bias of the values as it is.
+    """
+    tiling = tiling or TILINGS[query.shape[2]].forward
+    _launch_forward((query, key, value), output, (None, affine), bounds, tiling)
+
+
+def _launch_forward(
+    projections: tuple[Tensor, Tensor, Tensor], output: Tensor, rest: tuple[Tensor | None, Tensor | None],
+    bounds: Bounds, tiling: Tiling,
+) -> None:  # fmt: skip
+    (queries, heads, dim), sequences = output.shape, bounds.queries.numel() - 1
+    lse, affine = rest
+    overlap = affine is not None and overlaps(output.device, queries)
+    with torch.cuda.device_of(output):
         _attention_forward[_grid(queries, sequences, heads, tiling)](
-            q, k, v, output, lse, bounds.queries, bounds.keys, sequences, places, q.stride(0), k.stride(0), v.stride(0),
-            HEADS=heads, DIM=dim, BLOCK=tiling.block, STEP=tiling.step,
+            *projections, output, lse, affine, bounds.queries, bounds.keys, sequences,
+            0 if lse is None else lse.shape[1], *(part.stride(0) for part in projections),
+            HEADS=heads, DIM=dim, BLOCK=tiling.block, STEP=tiling.step, OVERLAP=overlap, launch_pdl=overlap,
             num_warps=tiling.warps, num_stages=tiling.stages, maxnreg=tiling.registers,
         )  # fmt: skip
-    return output, lse
 
 
 def backward(

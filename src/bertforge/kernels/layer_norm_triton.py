@@ -67,7 +67,7 @@ def _kept(seed, rows, columns, threshold):
 
 
 @triton.jit
-def _normalized(summed, columns, eps, WIDTH: tl.constexpr):
+def normalize(summed, columns, eps, WIDTH: tl.constexpr):
     """(sum - mean) / deviation `[rows, COLUMNS]`, and 1 / deviation `[rows]`."""
     centred = tl.where(columns[None, :] < WIDTH, summed - (tl.sum(summed, 1) / WIDTH)[:, None], 0.0)
     scale = tl.rsqrt(tl.sum(centred * centred, 1) / WIDTH + eps)
@@ -88,7 +88,7 @@ def _norm_forward(
     if DROPOUT:
         summed = tl.where(_kept(seed, rows, columns, threshold), summed * scale, 0.0)
     summed += tl.load(residual + places, mask=exists, other=0.0).to(tl.float32)
-    normalized, deviation = _normalized(summed, columns, eps, WIDTH)
+    normalized, deviation = normalize(summed, columns, eps, WIDTH)
     w = tl.load(weight + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
     b = tl.load(bias + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
     y = normalized * w[None, :] + b[None, :]
@@ -123,7 +123,7 @@ def _norm_backward(
         exists = (rows[:, None] < tokens) & (columns[None, :] < WIDTH)
         if TRAINED:
             summed = tl.load(kept + places, mask=exists, other=0.0).to(tl.float32)
-            normalized, deviation = _normalized(summed, columns, eps, WIDTH)
+            normalized, deviation = normalize(summed, columns, eps, WIDTH)
         else:
             y = tl.load(output + places, mask=exists, other=0.0).to(tl.float32)
             normalized = tl.where(exists, (y - b[None, :]) * inverse[None, :], 0.0)

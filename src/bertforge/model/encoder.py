@@ -20,7 +20,7 @@ from bertforge.model.config import BertConfig
 from bertforge.model.fused_layer import FP8_PLACES, Fp8Weights, FrozenCasts, Settings, fused_layer
 
 _TANH_GELU = partial(F.gelu, approximate="tanh")
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_new": _TANH_GELU,
     "gelu_pytorch_tanh": _TANH_GELU,
@@ -34,7 +34,7 @@ class BertIntermediate(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = _ACTIVATIONS[config.hidden_act]
+        self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[..., hidden]` -> `[..., intermediate]`."""

@@ -60,6 +60,18 @@ def units(config: BertConfig, preset: str) -> list[Unit]:
     return [Unit(layer, component) for layer in range(config.num_hidden_layers) for component in PRESETS[preset]]
 
 
+def shared(chosen: Iterable[Unit], ranges: dict[str, float]) -> dict[str, float]:
+    """`ranges` of points, with one range for query, key and value, which read the same values.
+
+    They differ otherwise in the last layer, where first tokens alone ask.
+    """
+    found = dict(ranges)
+    for unit in chosen:
+        if unit.component == "qkv":
+            found |= dict.fromkeys(unit.points, max(ranges[point] for point in unit.points))
+    return found
+
+
 def linears(chosen: Iterable[Unit]) -> list[str]:
     """Names of the linear layers among the points of `chosen` units."""
     return [point for unit in chosen for point in unit.points if not point.endswith(PRODUCTS)]

@@ -35,7 +35,7 @@ from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.proof import structure
 from bertforge.proof.golden import GoldenRows
 from bertforge.proof.margin import Margin
-from bertforge.proof.simulation import rounded, row_shifts, sixteen_bits
+from bertforge.proof.simulation import WORDS, layers_of, rounded, row_shifts, sixteen_bits
 from bertforge.proof.tolerances import (
     ACCURACY_LOSS,
     ACCURACY_Z,
@@ -76,6 +76,8 @@ class Reference:
     """Linear layers that it has in 8 bits."""
     scales: Scales | None = None
     """Their ranges, where they stand in its graph."""
+    stores: str = "fp32"
+    """The type of its other weights in its files."""
     known: dict[int, np.ndarray] = field(default_factory=dict)
     """The model's own logits of the first rows that prove, by their number, once some engine was held against them."""
 
@@ -84,8 +86,12 @@ class Reference:
         return predict_logits(self.model, examples, rows, "fp32")
 
     def stored(self, examples: Examples, rows: np.ndarray) -> np.ndarray:
-        """With the weights that an engine of 8 bits stores, activations clamped to its ranges, nothing else rounded."""
-        with rounded(self.model, self.precision, self.layers, self.scales, activations=False):
+        """With the weights that the engine stores, activations clamped to its ranges, nothing else rounded."""
+        others = [name for name in (*layers_of(self.model), WORDS) if name not in self.layers]
+        with (
+            rounded(self.model, self.precision, self.layers, self.scales, activations=False),
+            rounded(self.model, self.stores, others, activations=False),
+        ):
             return self.logits(examples, rows)
 
     def simulated(self, examples: Examples, rows: np.ndarray) -> np.ndarray:

@@ -26,6 +26,7 @@ from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.points import Unit, linears, units
 from bertforge.scales import FORMATS, Scales
 
+WORDS = "bert.embeddings.word_embeddings"
 _TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -38,7 +39,7 @@ def rounded(
     *,
     activations: bool = True,
 ) -> Iterator[None]:
-    """Within it the linear layers `names` of `model` compute in `precision`, but for fp32.
+    """Within it the linear layers and embeddings `names` of `model` compute in `precision`, but for fp32.
 
     Without `activations` only weights are rounded, to what an engine stores; activations are clamped to their range.
     """
@@ -46,10 +47,11 @@ def rounded(
     kept = {name: module.weight.data for name, module in modules.items()}
     handles = []
     for name, module in modules.items() if precision != "fp32" else ():
-        assert isinstance(module, nn.Linear)
+        assert isinstance(module, nn.Linear | nn.Embedding)
         weight, read = _of(module, name, precision, scales)
         module.weight.data = weight
-        handles.append(module.register_forward_pre_hook(_before(read if activations else read.unrounded)))
+        if isinstance(module, nn.Linear):
+            handles.append(module.register_forward_pre_hook(_before(read if activations else read.unrounded)))
     try:
         yield
     finally:
@@ -134,7 +136,7 @@ class _Read:
         return _eight_bits(value, amax, self.precision)
 
 
-def _of(module: nn.Linear, name: str, precision: str, scales: Scales | None) -> tuple[Tensor, _Read]:
+def _of(module: nn.Linear | nn.Embedding, name: str, precision: str, scales: Scales | None) -> tuple[Tensor, _Read]:
     """A layer's weight as it is stored, `[out, in]`, and how it reads its input."""
     weight: Tensor = module.weight.data
     if precision in _TYPES:

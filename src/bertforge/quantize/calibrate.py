@@ -14,7 +14,7 @@ from modelopt.torch.quantization.calib import HistogramCalibrator
 from modelopt.torch.quantization.tensor_quant import scaled_e4m3
 
 from bertforge.model.classifier import BertForSequenceClassification
-from bertforge.model.points import Unit
+from bertforge.model.points import Unit, shared
 from bertforge.quantize.fake import Loop, activation_quantizers, quantize_only
 
 PERCENTILES = (99.9, 99.99, 99.999, 99.9999)
@@ -42,7 +42,8 @@ def ranges(
         hook.remove()
     ways = _ways(method, form)
     return {
-        name: {point: float(amax(histogram)) for point, histogram in histograms.items()} for name, amax in ways.items()
+        name: shared(chosen, {point: float(amax(histogram)) for point, histogram in histograms.items()})
+        for name, amax in ways.items()
     }
 
 

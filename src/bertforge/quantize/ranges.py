@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bertforge.data.loader import Examples
 from bertforge.evaluation.logits import predict_logits
 from bertforge.model.classifier import BertForSequenceClassification
-from bertforge.model.points import Unit, units
+from bertforge.model.points import Unit, shared, units
 from bertforge.proof.simulation import layers_of, rounded, row_shifts
 from bertforge.scales import Scales
 
@@ -29,16 +29,19 @@ _LEAST = 1e-5  # a channel that is always 0 has no spread to move
 
 
 def find_ranges(
-    model: BertForSequenceClassification, examples: Examples, calibration: np.ndarray, tuning: np.ndarray
+    model: BertForSequenceClassification, form: str, examples: Examples, calibration: np.ndarray, tuning: np.ndarray
 ) -> Scales:
-    """INT8 ranges of every linear layer of the encoder, from the rows `calibration`; `tuning` choose the alpha."""
+    """Ranges of every linear layer of the encoder, from the rows `calibration`; `tuning` choose the alpha.
+
+    `form` is int8 or fp8.
+    """
     chosen = units(model.config, "projections")
     largest = _largest(model, chosen, examples, calibration)
     plain = predict_logits(model, examples, tuning, "fp32")
     best, least = None, np.inf
     for alpha in ALPHAS:
-        scales = _scales(model, chosen, largest, alpha)
-        with rounded(model, "int8", layers_of(model), scales):
+        scales = _scales(model, form, chosen, largest, alpha)
+        with rounded(model, form, layers_of(model), scales):
             moved = float(row_shifts(plain, predict_logits(model, examples, tuning, "fp32")).mean())
         if best is None or moved < least:
             best, least = scales, moved
@@ -69,17 +72,17 @@ def _largest(
 
 
 def _scales(
-    model: BertForSequenceClassification, chosen: list[Unit], largest: dict[str, Tensor], alpha: float
+    model: BertForSequenceClassification, form: str, chosen: list[Unit], largest: dict[str, Tensor], alpha: float
 ) -> Scales:
     modules, activations, smooth = dict(model.named_modules()), dict[str, float](), dict[str, np.ndarray]()
     for unit in chosen:
         # All layers of a unit read the same values, and share the factors so that these are quantized once.
         weights = [modules[name].weight.detach().abs().amax(0) for name in unit.points]  # [in] each
         weight = torch.stack(weights).amax(0).clamp_min(_LEAST)
-        values = largest[unit.points[0]].clamp_min(_LEAST)
+        values = torch.stack([largest[name] for name in unit.points]).amax(0).clamp_min(_LEAST)
         factors = values**-alpha * weight ** (1 - alpha) if alpha else torch.ones_like(values)  # [in]
         for name in unit.points:
             activations[name] = float((largest[name] * factors).max())
             if alpha:
                 smooth[name] = factors.cpu().numpy()
-    return Scales("int8", activations, smooth=smooth)
+    return Scales(form, shared(chosen, activations), smooth=smooth)

@@ -1,0 +1,156 @@
+"""The forward pass as recorded CUDA graphs, one for each of some sizes of a pack: a request takes the smallest.
+
+Launched one by one, the kernels of a single question wait for Python ten times as long as they run. A recorded graph is
+one launch, but of one shape: so a pack is filled up to the next rung's tokens, which belong to no sequence, and to its
+sequences, which are empty. Attention does nothing for either, so what filling costs is the products of some tokens: a
+tenth of a pack at worst from 4,096 tokens on, a third for a few.
+
+All rungs write to one `Room` and run on one stream, one after another. What a pack needs is one copy of int32 numbers
+from pinned memory, one launch and one copy back. Two threads may call at a time: while the GPU works on one pack, the
+other is laid out and waits in the stream's queue.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bertforge.batch import PackedBatch
+from bertforge.errors import MachineError, UsageError
+from bertforge.native.network import Network, Room
+
+TOKENS = (
+    *(32, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1280, 1536, 2048, 2560, 3072, 4096),
+    *(5120, 6144, 8192, 10_240, 12_288, 16_384, 20_480, 24_576, 32_768, 40_960, 49_152, 65_536),
+)
+USUAL = 64  # tokens of a text, where nothing is known of the texts
+_LEAST = 256  # sequences a rung has room for, if it has 4 tokens for each
+_MULTIPLE = 16  # of sequences: Triton compiles a kernel anew for numbers that 16 does not divide
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much fits into a pack."""
+
+    tokens: int
+    sequences: int
+
+
+def sizes(usual: int) -> list[Size]:
+    """Every rung of a ladder for texts that are rarely shorter than `usual` tokens, ascending."""
+    return [Size(tokens, _sequences(tokens, usual)) for tokens in TOKENS]
+
+
+def _sequences(tokens: int, usual: int) -> int:
+    # Attention looks at every sequence there is room for, also at empty ones: 8,192 of them make it four times slower.
+    wanted = max(min(tokens // 4, _LEAST), tokens // max(usual, 4))
+    return -(-wanted // _MULTIPLE) * _MULTIPLE
+
+
+@dataclass(frozen=True)
+class _Rung:
+    size: Size
+    graph: torch.cuda.CUDAGraph
+    inputs: Tensor
+    """[2 * tokens + sequences + 1] int32: ids, positions, cu_seqlens."""
+    result: Tensor
+    """[sequences, labels or hidden] float32."""
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Pinned memory of one call under way."""
+
+    inputs: Tensor
+    result: Tensor
+    done: torch.cuda.Event
+
+
+class Ladder:
+    """Recorded graphs of a network."""
+
+    def __init__(self, network: Network, sizes: list[Size], calls: int) -> None:
+        """Records every rung; `calls` may be under way at once. Raises MachineError where memory does not suffice."""
+        self.sizes, self._lock, self._slots = sizes, Lock(), SimpleQueue[_Slot]()
+        self._positions = network.weights.config.max_position_embeddings
+        self._stream: torch.cuda.Stream = torch.cuda.Stream(network.weights.words.device)  # type: ignore[no-untyped-call]
+        self._rungs: list[_Rung] = []
+        largest = sizes[-1]
+        try:
+            room, pool = network.room(largest.tokens, largest.sequences), torch.cuda.graph_pool_handle()
+            for size in reversed(sizes):  # the largest first: what others allocate beside the room fits into its memory
+                self._rungs.insert(0, self._record(network, size, room, pool))
+        except torch.OutOfMemoryError as error:
+            free, _ = torch.cuda.mem_get_info(network.weights.words.device)
+            raise MachineError(
+                f"packs of {largest.tokens:,} tokens do not fit into the GPU's memory, of which {free / 1e9:.1f} GB "
+                "are free; end what else runs there (nvidia-smi lists it)"
+            ) from error
+        for _ in range(calls):
+            inputs, result = (_pinned(part) for part in (self._rungs[-1].inputs, self._rungs[-1].result))
+            self._slots.put(_Slot(inputs, result, torch.cuda.Event()))  # type: ignore[no-untyped-call]
+
+    def _record(self, network: Network, size: Size, room: Room, pool: Any) -> _Rung:
+        device = network.weights.words.device
+        inputs = torch.zeros(2 * size.tokens + size.sequences + 1, dtype=torch.int32, device=device)
+        ids, positions, bounds = torch.split(inputs, [size.tokens, size.tokens, size.sequences + 1])
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._stream):
+            network(ids, positions, bounds, room)  # kernels are compiled and loaded, which no graph records
+            self._stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream):
+                result = network(ids, positions, bounds, room)
+        return _Rung(size, graph, inputs, result)
+
+    def __call__(self, batch: PackedBatch) -> np.ndarray:
+        """`[sequences, labels or hidden]` float32; raises UsageError for a pack or a text that is too large."""
+        tokens, sequences = batch.input_ids.numel(), len(batch)
+        if batch.max_seqlen > self._positions:
+            raise UsageError(
+                f"a sequence has {batch.max_seqlen} tokens, but this model holds {self._positions}; "
+                f"truncate to max_length={self._positions}"
+            )
+        rung = next((r for r in self._rungs if r.size.tokens >= tokens and r.size.sequences >= sequences), None)
+        if rung is None:
+            largest = self.sizes[-1]
+            raise UsageError(
+                f"a pack has {tokens:,} tokens in {sequences:,} sequences, but this engine takes at most "
+                f"{largest.tokens:,} in {largest.sequences:,}; cut it: engine.shape has these limits"
+            )
+        slot = self._slots.get()
+        try:
+            _lay_out(batch, rung.size, slot.inputs.numpy())
+            with self._lock, torch.cuda.stream(self._stream):
+                rung.inputs.copy_(slot.inputs[: len(rung.inputs)], non_blocking=True)
+                rung.graph.replay()
+                slot.result[:sequences].copy_(rung.result[:sequences], non_blocking=True)
+                slot.done.record()
+            slot.done.synchronize()
+            found: np.ndarray = slot.result[:sequences].numpy().copy()
+            return found
+        finally:
+            self._slots.put(slot)
+
+
+def _pinned(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+
+
+def _lay_out(batch: PackedBatch, size: Size, numbers: np.ndarray) -> None:
+    """Writes ids, positions and bounds; behind the pack's own are zeros, and empty sequences at its end."""
+    start = 0
+    for values, room, rest in (
+        (batch.input_ids, size.tokens, 0),
+        (batch.position_ids, size.tokens, 0),
+        (batch.cu_seqlens, size.sequences + 1, batch.input_ids.numel()),
+    ):
+        numbers[start : start + len(values)] = values.numpy()
+        numbers[start + len(values) : start + room] = rest
+        start += room
