@@ -111,3 +111,15 @@ def test_a_label_that_is_a_text_is_set_aside(tmp_path: Path, tokenizer: Tokenize
     options = PrepareOptions(text_columns=("a",), label_column="y")
     data = prepare(write_csv(tmp_path / "t.csv", frame), tmp_path / "out", tokenizer, options)
     assert data.manifest["set_aside"] == {"y of more than 1,000 characters": {"rows": 1, "lines": [5]}}
+
+
+def test_only_the_derived_columns_that_are_wanted_are_made(tmp_path: Path) -> None:
+    table = write_csv(tmp_path / "t.csv", questions(5))
+    (whole,) = read_raw(table, QUESTIONS, require_labels=False)
+    (some,) = read_raw(table, QUESTIONS, require_labels=False, derived=("body_words", "absent"))
+    (none,) = read_raw(table, QUESTIONS, require_labels=False, derived=())
+    assert not set(none.frame) & set(FEATURES)
+    assert set(some.frame) - set(none.frame) == {"body_words"}
+    assert set(whole.frame) - set(none.frame) == set(FEATURES)
+    assert some.frame["body_words"].tolist() == whole.frame["body_words"].tolist()
+    assert none.problems == whole.problems

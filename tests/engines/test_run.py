@@ -1,7 +1,9 @@
 """Rows go through any engine once, grouped as it likes, and come back in the caller's order."""
 
 import ctypes
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
@@ -16,7 +18,7 @@ from bertforge.data.tokens import TokenStore
 from bertforge.engines.base import BatchShape
 from bertforge.engines.pytorch import PyTorchEngine, bfloat16_copy
 from bertforge.engines.registry import check_target, open_engine
-from bertforge.engines.run import batch_of, group, padding_waste, run
+from bertforge.engines.run import batch_of, group, padding_waste, run, run_each
 from bertforge.errors import ArtifactError, MachineError
 from bertforge.hardware import detect
 from tests.engines.building import built
@@ -78,6 +80,40 @@ def test_columns_go_with_their_rows(examples, kind, tmp_path):
     shifted = {name: np.roll(array, 1, axis=0) for name, array in columns.items()}
     shifted = run(engine, replace(examples, tabular=shifted), rows)
     assert np.abs(found - shifted).max() > 1e-2
+
+
+def test_lots_come_back_in_turn_and_the_next_one_is_under_way(model, examples):
+    engine, drawn = PyTorchEngine(model, detect(), "fp32"), []
+    lots = [np.arange(start, start + 8) for start in range(0, 80, 8)]
+
+    def given():
+        for key, rows in enumerate(lots):
+            drawn.append(key)
+            yield key, examples, rows
+
+    with closing(run_each(engine, given(), shape=BatchShape(tokens=100))) as results:
+        found = [next(results)]
+        assert drawn == [0, 1]
+        found += results
+    assert [key for key, _ in found] == list(range(10))
+    together = run(engine, examples, np.arange(80))
+    np.testing.assert_allclose(np.concatenate([logits for _, logits in found]), together, atol=2e-5)
+
+
+def test_what_is_left_after_an_error_is_not_computed(model, examples):
+    begun = []
+
+    class Failing(PyTorchEngine):
+        def logits(self, batch):
+            begun.append(len(batch))
+            if len(begun) == 1:
+                raise MachineError("the device is gone")
+            time.sleep(0.05)  # all 80 would take 4 s
+            return super().logits(batch)
+
+    with pytest.raises(MachineError, match="the device is gone"):
+        run(Failing(model, detect(), "fp32"), examples, np.arange(80), shape=BatchShape(tokens=1))
+    assert len(begun) < 80
 
 
 def test_groups_hold_every_place_once_and_keep_to_the_shape():

@@ -53,6 +53,17 @@ def test_close_rows_are_the_seconds_and_others_the_firsts(engines, runs, data):
     assert by_model.recheck.engine.precision == "fp32", "whatever the machine is fastest in"
 
 
+def test_rows_tokenized_in_parts_are_asked_again_too(engines, data, monkeypatch):
+    texts = PreparedData.open(data).texts(np.arange(100))
+    both = Predictor.load(engines / "int8", recheck=engines / "fp32")
+    monkeypatch.setattr("bertforge.inference.predictor._FIRST_ROWS", 40)
+    monkeypatch.setattr("bertforge.inference.predictor._MOST_ROWS", 60)
+    found, second = both.logits(texts), Predictor.load(engines / "fp32").logits(texts)
+    assert both.recheck.rows == 100
+    same = np.isclose(found, second, atol=1e-5).all(axis=1)
+    assert 10 < both.recheck.asked <= same.sum() < 90
+
+
 def test_a_logit_that_is_no_number_is_asked_again(engines, data):
     prepared, second = PreparedData.open(data), Predictor.load(engines / "fp32")
     rows = np.arange(20)

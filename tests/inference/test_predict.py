@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 
 from bertforge.data import tables
 from bertforge.data.dialect import Dialect
-from bertforge.errors import DataError, UsageError
+from bertforge.errors import DataError, MachineError, UsageError
 from bertforge.inference import predict as module
 from bertforge.inference.predict import predict_table
 from bertforge.inference.predictor import Predictor
@@ -67,6 +69,21 @@ def test_it_says_what_the_predictor_says(tmp_path, predictor, table):
     expected = predictor.predict([chunk.texts[row] for row in good], chunk.frame.iloc[good])
     pd.testing.assert_frame_equal(found[list(expected.columns)], expected, check_dtype=False, atol=1e-6)
     assert expected["probability"].nunique() > 20
+
+
+def test_stages_beside_one_another_give_what_they_give_in_turn(tmp_path, predictor, table, monkeypatch):
+    read_chunks = tables.read_chunks
+    monkeypatch.setattr("bertforge.data.raw.read_chunks", lambda source, **named: read_chunks(source, 4))
+    predict_table(predictor, table, tmp_path / "p.parquet")
+    found = read(tmp_path / "p.parquet")
+    in_turn = [
+        predictor.predict_proba(chunk.texts, chunk.frame)
+        for chunk in module.read_raw(table, predictor.schema, require_labels=False)
+    ]
+    assert len(in_turn) == 8
+    chances = found[["p_open", "p_closed"]].to_numpy()
+    assert np.array_equal(chances, np.concatenate(in_turn).astype(np.float32), equal_nan=True), "the same shapes"
+    assert len(np.unique(chances[:, 0])) > 20
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
@@ -195,33 +212,61 @@ def test_a_table_without_rows_is_an_error(tmp_path, predictor):
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
 
 
-class InterruptedPredictor:
-    """Predicts one chunk and is interrupted in the second."""
+class FailingEngine:
+    """Answers one batch and fails in the second."""
 
-    def __init__(self, predictor):
-        self._predictor, self._chunks = predictor, 0
+    def __init__(self, engine, error):
+        self._engine, self._error, self._batches = engine, error, 0
 
     def __getattr__(self, name):
-        return getattr(self._predictor, name)
+        return getattr(self._engine, name)
 
-    def predict(self, texts, columns):
-        self._chunks += 1
-        if self._chunks == 2:
-            raise KeyboardInterrupt
-        return self._predictor.predict(texts, columns)
+    def logits(self, batch):
+        self._batches += 1
+        if self._batches == 2:
+            raise self._error
+        return self._engine.logits(batch)
 
 
-@pytest.mark.parametrize("name", ["p.parquet", "p.csv", "p.jsonl"])
-def test_an_interrupted_prediction_leaves_no_file_and_an_older_one_alone(tmp_path, predictor, table, monkeypatch, name):
+@pytest.fixture
+def fails(predictor, monkeypatch):
+    """Makes `predict` read ten rows at a time and fail in a stage; the predictor, and the error it ends with."""
     read_chunks = tables.read_chunks
-    monkeypatch.setattr("bertforge.data.raw.read_chunks", lambda source, **named: read_chunks(source, 10))
-    with pytest.raises(KeyboardInterrupt):
-        predict_table(InterruptedPredictor(predictor), table, tmp_path / name)
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / name).write_text("older")
-    with pytest.raises(KeyboardInterrupt):
-        predict_table(InterruptedPredictor(predictor), table, tmp_path / name)
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["older"]
+
+    def start(stage):
+        def chunks(source, **named):
+            for number, chunk in enumerate(read_chunks(source, 10)):
+                if (stage, number) == ("reader", 2):
+                    raise DataError("row 20 is damaged")
+                yield chunk
+
+        monkeypatch.setattr("bertforge.data.raw.read_chunks", chunks)
+        if stage == "reader":
+            return predictor, DataError
+        if stage == "writer":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (500, unlimited[1]))
+            return predictor, OSError
+        error = {"engine": MachineError, "Ctrl-C": KeyboardInterrupt}[stage]
+        return replace(predictor, engine=FailingEngine(predictor.engine, error("the device is gone"))), error
+
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield start
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+
+
+@pytest.mark.parametrize("stage", ["reader", "engine", "writer", "Ctrl-C"])
+@pytest.mark.parametrize("name", ["p.parquet", "p.csv", "p.jsonl"])
+def test_what_fails_on_the_way_leaves_no_file_an_older_one_alone_and_no_thread(tmp_path, table, fails, name, stage):
+    before = {thread.name for thread in threading.enumerate()}
+    for older in ([], ["older"]):
+        predictor, error = fails(stage)
+        for text in older:
+            (tmp_path / name).write_text(text)
+        with pytest.raises(error) as raised:
+            predict_table(predictor, table, tmp_path / name)
+        assert [path.read_text() for path in tmp_path.iterdir()] == older
+        assert stage != "writer" or raised.value.filename == str(tmp_path / name)
+        assert {thread.name for thread in threading.enumerate()} == before
 
 
 def test_a_run_without_columns_needs_the_texts_alone(tmp_path, runs):

@@ -73,6 +73,19 @@ def test_the_temperature_moves_probabilities_and_no_label(data, copied):
     assert predict(temperature=None).equals(predict(temperature=1.0))
 
 
+def test_many_texts_are_tokenized_in_parts_that_double(data, runs, monkeypatch):
+    predictor, prepared = Predictor.load(runs["columns"], "fp32"), PreparedData.open(data)
+    rows, told = np.arange(40), []
+    texts, columns = prepared.texts(rows), prepared.columns(predictor.transform.spec.columns).iloc[rows]
+    whole = predictor.logits(texts, columns)
+    monkeypatch.setattr("bertforge.inference.predictor._FIRST_ROWS", 3)
+    monkeypatch.setattr("bertforge.inference.predictor._MOST_ROWS", 8)
+    parts = predictor.logits(texts, columns, told.append)
+    np.testing.assert_allclose(parts, whole, atol=1e-5)
+    assert told == [3, 6, 8, 8, 8, 7]
+    assert np.abs(parts - np.roll(whole, 1, axis=0)).max() > 1e-3
+
+
 def test_a_texts_prediction_does_not_hang_on_its_company(runs):
     predictor = Predictor.load(runs["full"], "fp32")
     texts = ["How do I sort a list?", "why " * 40, "x", "", "Which editor is best?"]

@@ -10,7 +10,7 @@ The first five are the study's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,8 +70,8 @@ def require_readable(read: Iterable[str], given: list[str]) -> None:
         raise DataError(f"the model reads column {name!r}, but the table has {', '.join(given)}")
 
 
-def derive(rows: Rows, schema: Schema) -> pa.Table:
-    """The derived columns whose sources are in the table: float64 and strings, null where missing.
+def derive(rows: Rows, schema: Schema, wanted: Container[str] | None = None) -> pa.Table:
+    """The `wanted` derived columns (None: all) whose sources are in the table: float64 and strings, null where missing.
 
     A table of another kind than Stack Overflow's has none.
     """
@@ -80,7 +80,7 @@ def derive(rows: Rows, schema: Schema) -> pa.Table:
     present = set(rows.names)
     columns: dict[str, pa.Array] = {}
     for name, derived in FEATURES.items():
-        if present.issuperset(derived.sources):
+        if present.issuperset(derived.sources) and (wanted is None or name in wanted):
             values = derived.compute(rows)
             columns[name] = (
                 pa.array(values, pa.float64(), from_pandas=True) if isinstance(values, np.ndarray) else values

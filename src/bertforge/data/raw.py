@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from bertforge.data.features import derive, named_as_derived
 from bertforge.data.prepared import join_texts
 from bertforge.data.rows import Rows
 from bertforge.data.schema import Schema, require_columns
+from bertforge.data.streaming import ahead
 from bertforge.data.tables import read_chunks
 
 
@@ -26,8 +28,8 @@ class RawRows:
     """Consecutive rows of a raw table, nothing dropped."""
 
     frame: pd.DataFrame
-    """Source columns as strings, then the derived columns whose sources the table has, which take the place of source
-    columns of their names; a row that could not be read (broken quoting, wrong encoding) is all "" here."""
+    """Source columns as strings, then the wanted derived columns whose sources the table has. No source column has the
+    name of a derived one; a row that could not be read (broken quoting, wrong encoding) is all "" here."""
     texts: list[str]
     """What the tokenizer reads."""
     labels: NDArray[np.int64] | None
@@ -48,23 +50,29 @@ def read_raw(
     *,
     require_labels: bool,
     numbers: Sequence[str] = (),
+    derived: Container[str] | None = None,
     dialect: Dialect | None = None,
 ) -> Iterator[RawRows]:
-    """Yields the whole table in order, in chunks; `numbers` are the columns that a model reads as numbers.
+    """Yields the whole table in order, in chunks; a file is read a chunk ahead, in a thread.
 
+    `numbers` are the columns that a model reads as numbers, and `derived` the derived ones that are wanted (None: all).
     `dialect` is what is known of how a text table is written.
 
     Raises DataError when a text column is missing, or the label column with `require_labels`. Other columns may be
     missing: the derived columns that need them are then not in `frame`.
     """
-    for number, chunk in enumerate(read_chunks(table, named=schema.required_columns, dialect=dialect)):
-        if number == 0:
-            labels = (schema.label_column,) if require_labels else ()
-            require_columns((*schema.text_columns, *labels), chunk.table.column_names, "the model needs")
-        yield _with_problems(chunk, schema, require_labels, numbers)
+    chunks = read_chunks(table, named=schema.required_columns, dialect=dialect)
+    with closing(ahead(chunks)) if isinstance(table, Path) else nullcontext(chunks) as read:
+        for number, chunk in enumerate(read):
+            if number == 0:
+                labels = (schema.label_column,) if require_labels else ()
+                require_columns((*schema.text_columns, *labels), chunk.table.column_names, "the model needs")
+            yield _with_problems(chunk, schema, require_labels, numbers, derived)
 
 
-def _with_problems(chunk: Chunk, schema: Schema, require_labels: bool, numbers: Sequence[str]) -> RawRows:
+def _with_problems(
+    chunk: Chunk, schema: Schema, require_labels: bool, numbers: Sequence[str], wanted: Container[str] | None
+) -> RawRows:
     lines = np.concatenate([chunk.line, np.array([bad.line for bad in chunk.bad], dtype=np.int64)])
     order = np.argsort(lines, kind="stable")
     unreadable = np.array([""] * len(chunk.line) + [bad.reason for bad in chunk.bad], dtype=object)[order]
@@ -76,7 +84,7 @@ def _with_problems(chunk: Chunk, schema: Schema, require_labels: bool, numbers: 
     rows = Rows(table)
     found = find_problems(rows, schema, labelled=require_labels, numbers=numbers)
     problems = np.where(unreadable != "", unreadable, found)
-    derived = derive(rows, schema)
+    derived = derive(rows, schema, wanted)
     source = table.drop_columns(named_as_derived(table.column_names, schema))
     joined = pa.table([*source.columns, *derived.columns], names=[*source.column_names, *derived.column_names])
     return RawRows(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -11,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from bertforge.terminal import Terminal, visible
 
+S = TypeVar("S")
 T = TypeVar("T")
 _END = object()
 
@@ -18,15 +20,35 @@ _END = object()
 def ahead(items: Iterable[T]) -> Generator[T, None, None]:
     """The same items in the same order, the next one made in a thread while the caller works on the last.
 
-    An exception of the producer is raised here. `close()` waits for the item under way, so what the producer writes to
-    can be closed after it: `with closing(ahead(...)) as items`.
+    An exception of the producer is raised here. `close()` waits for the item under way and closes a generator among
+    `items`, so what the producer writes to can be closed after it: `with closing(ahead(...)) as items`.
     """
     iterator = iter(items)
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead") as pool:
-        coming = pool.submit(next, iterator, _END)
-        while (item := coming.result()) is not _END:
+    try:
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead") as pool:
             coming = pool.submit(next, iterator, _END)
-            yield item  # type: ignore[misc]  # not the sentinel
+            while (item := coming.result()) is not _END:
+                coming = pool.submit(next, iterator, _END)
+                yield item  # type: ignore[misc]  # not the sentinel
+    finally:
+        if isinstance(iterator, Generator):
+            iterator.close()
+
+
+def in_order(work: Callable[[S], T], items: Iterable[S], threads: int) -> Generator[T, None, None]:
+    """`work(item)` for each of `items`, in their order, so many at once while the caller works on the last.
+
+    At most `threads` results are made before they are asked for. An exception of `work` is raised here, and `close()`
+    waits for what is under way.
+    """
+    waiting: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="in order") as pool:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def in_a_thread(work: Callable[[], T]) -> T:

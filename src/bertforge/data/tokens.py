@@ -1,4 +1,4 @@
-"""Text -> token ids, through Hugging Face `tokenizers`, and the ids of a whole table as two flat files.
+"""Text -> token ids, those of Hugging Face `tokenizers`, and the ids of a whole table as two flat files.
 
 A row's text is its text columns joined by one space. Its ids are [CLS] + WordPiece ids + [SEP], cut so that they are at
 most MAX_TOKENS: what is cut is the end of the text, and [CLS] and [SEP] stay.
@@ -14,7 +14,6 @@ import hashlib
 import json
 import re
 import sys
-from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,15 +30,18 @@ from tokenizers.processors import BertProcessing
 
 from bertforge.artifact import write_atomic, write_json
 from bertforge.data.breaks import Breaks
-from bertforge.data.streaming import ahead
+from bertforge.data.streaming import in_order
+from bertforge.data.words import Words, gather
 from bertforge.errors import ArtifactError
 from bertforge.manifest import read_manifest, remake, write_manifest
+from bertforge.threads import count
 
 MAX_TOKENS = 512  # [CLS] and [SEP] included; BERT has this many positions
-_WINDOW = 1024  # characters of a text that are tokenized at once, and the rest of the word that they end in
+_WINDOW = 2048  # characters of a text that are tokenized at once, and the rest of the word that they end in
 _PLAIN = re.compile("[A-Za-z0-9]*")  # letters that no normalizer removes and no pre-tokenizer splits
-_BATCH = 1024  # texts given to `tokenizers` at once: its result takes some 30 KB a text until the ids are taken out
-_BATCH_CHARACTERS = 1 << 19  # of which each may become a token of 400 bytes
+_BATCH = 2048  # texts laid out at once
+_BATCH_CHARACTERS = 1 << 20  # of which each may become a piece, which takes some 60 bytes until the ids are laid out
+_THREADS = 4  # that encode; more wait for the interpreter, which a tenth of the work needs
 _UNBROKEN = 1 << 16  # characters read of a text where no windows can be cut
 
 Ids = NDArray[np.unsignedinteger[Any]]
@@ -58,6 +60,10 @@ class Tokenizer:
         self._breaks = Breaks.of(backend) if backend.encode("").ids == [self.cls_id, self.sep_id] else None
         self._longest_word = _longest_word(backend)
         self._serialised: str = backend.to_str()
+        self._words: Words | None = None
+        if self._breaks is not None:  # which cuts texts by itself
+            backend.no_truncation()
+            self._words = Words(backend, self._breaks, self.dtype, self.sep_id)
         self.fingerprint = "sha256:" + hashlib.sha256(self._serialised.encode()).hexdigest()
 
     @classmethod
@@ -86,20 +92,14 @@ class Tokenizer:
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
     def encode(self, texts: Sequence[str]) -> tuple[Ids, NDArray[np.int64]]:
-        """Flat ids and offsets [texts + 1]; uses all cores (RAYON_NUM_THREADS sets how many)."""
-        ids = array("H" if self.dtype.itemsize == 2 else "I")
-        lengths = np.zeros(len(texts) + 1, dtype=np.int64)
-        row = 0
-        for batch in self._encodings(texts):
-            for windows in batch:
-                row += 1
-                found = windows[0].ids
-                if len(windows) > 1:
-                    inner = [token for window in windows for token in window.ids[1:-1]]
-                    found = [self.cls_id, *inner[: MAX_TOKENS - 2], self.sep_id]
-                lengths[row] = len(found)
-                ids.extend(found)
-        return np.frombuffer(ids, dtype=self.dtype), np.cumsum(lengths)
+        """Flat ids and offsets [texts + 1]; of many texts in several threads, which `tokenizers` adds to by itself."""
+        ids, lengths = [np.zeros(0, self.dtype)], [np.zeros(1, np.int64)]
+        batches = list(_batches(texts))
+        encoded = in_order(self._encode_batch, batches, min(_THREADS, count())) if len(batches) > 1 else None
+        for found, each in encoded or map(self._encode_batch, batches):
+            ids.append(found)
+            lengths.append(each)
+        return np.concatenate(ids), np.cumsum(np.concatenate(lengths))
 
     def save(self, directory: Path, max_length: int = MAX_TOKENS) -> Path:
         """Writes `tokenizer.json`; loading it gives a tokenizer of the same fingerprint.
@@ -130,37 +130,39 @@ class Tokenizer:
             "tokenize_chinese_chars": normalizer.handle_chinese_chars,
         }
 
-    def _encodings(self, texts: Sequence[str]) -> Iterator[list[list[tokenizers.Encoding]]]:
-        batches = map(self._encode_batch, _batches(texts))
-        # The next batch is tokenized, without the interpreter lock, while this one's ids are taken out.
-        return ahead(batches) if len(texts) > _BATCH else batches
-
-    def _encode_batch(self, texts: Sequence[str]) -> list[list[tokenizers.Encoding]]:
-        """The encodings of the windows of each text, as many as it takes to fill MAX_TOKENS.
+    def _encode_batch(self, texts: Sequence[str]) -> tuple[Ids, NDArray[np.int64]]:
+        """Flat ids, and how many each text has; read in as many windows as it takes to fill MAX_TOKENS.
 
         A window ends where BERT splits a text whatever stands there, so the tokens of the windows are those of the
         text. What truncation throws away of a long text is not read, and no token of it costs memory.
         """
-        encode = self._backend.encode_batch_fast
-        found: list[list[tokenizers.Encoding]] = [[] for _ in texts]
-        left = [(row, 0, MAX_TOKENS - 2) for row in range(len(texts))]  # row, where its next window starts, tokens
-        while left:
-            ends = [self._window_end(texts[row], start) for row, start, _ in left]
-            windows = [self._window(texts[row], start, end) for (row, start, _), end in zip(left, ends, strict=True)]
-            more = []
-            for (row, _, wanted), end, encoding in zip(left, ends, encode(windows), strict=True):
-                found[row].append(encoding)
-                wanted -= len(encoding) - 2
-                if wanted > 0 and end < len(texts[row]) and self._breaks:
-                    more.append((row, end, wanted))
-            left = more
-        return found
+        if self._words is None:
+            whole = [encoding.ids for encoding in self._backend.encode_batch_fast([t[:_UNBROKEN] for t in texts])]
+            return np.array([i for ids in whole for i in ids], self.dtype), np.array([len(ids) for ids in whole])
+        every = np.arange(len(texts))
+        pool = [np.array([self.cls_id, self.sep_id], self.dtype)]
+        parts = [(every, np.zeros_like(every), np.ones_like(every))]  # the text, where in the pool, how many: [CLS]
+        rows, at, wanted = every, [0] * len(texts), np.full(len(texts), MAX_TOKENS - 2)
+        counts = np.full(len(texts), 2)
+        while len(rows):
+            those = [texts[row] for row in rows.tolist()]
+            ends = list(map(self._window_end, those, at))
+            found, lengths = self._words(list(map(self._window, those, at, ends)))
+            taken = np.minimum(lengths, wanted)  # [windows]
+            parts.append((rows, sum(map(len, pool)) + np.cumsum(lengths) - lengths, taken))
+            pool.append(found)
+            counts[rows] += taken
+            more = (taken < wanted) & (np.array(ends) < [len(text) for text in those])
+            rows, at, wanted = rows[more], [ends[place] for place in np.flatnonzero(more)], (wanted - taken)[more]
+        parts.append((every, np.ones_like(every), np.ones_like(every)))  # [SEP]
+        row, start, length = map(np.concatenate, zip(*parts, strict=True))
+        order = np.argsort(row, kind="stable")
+        return gather(np.concatenate(pool), start[order], length[order]), counts
 
     def _window_end(self, text: str, start: int) -> int:
-        if self._breaks is None:
-            return min(len(text), _UNBROKEN)
         if len(text) <= start + _WINDOW:
             return len(text)
+        assert self._breaks is not None, "there are no windows without them"
         return self._breaks.next(text, start + _WINDOW)
 
     def _window(self, text: str, start: int, end: int) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +13,8 @@ import torch
 from bertforge.batch import PackedBatch, PaddedBatch
 from bertforge.data.loader import Examples
 from bertforge.engines.base import BatchShape, Engine
+
+K = TypeVar("K")
 
 
 def run(
@@ -21,24 +25,61 @@ def run(
     shape: BatchShape | None = None,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> np.ndarray:
-    """Logits `[rows, labels]` float32 in the order of `rows`; `shape` replaces the engine's own.
+    """Logits `[rows, labels]` float32 in the order of `rows`, one at least; `shape` replaces the engine's own.
 
     `advance` is told the rows of each batch when it is done.
     """
-    plan = group(examples.lengths(rows), shape or engine.shape)
-    logits: np.ndarray | None = None
+    shape = shape or engine.shape
+    places, *more = group(examples.lengths(rows), shape)
+    if more:
+        ((_, logits),) = run_each(engine, [(None, examples, rows)], shape=shape, advance=advance)
+        return logits
+    found = engine.logits(batch_of(examples, rows[places], engine.packed, shape))  # here: threads take time to wake
+    advance(len(places))
+    logits = np.empty_like(found)
+    logits[places] = found
+    return logits
 
-    def compute(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return places, engine.logits(batch_of(examples, rows[places], engine.packed, shape or engine.shape))
+
+def run_each(
+    engine: Engine,
+    lots: Iterable[tuple[K, Examples, np.ndarray]],
+    *,
+    shape: BatchShape | None = None,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> Generator[tuple[K, np.ndarray], None, None]:
+    """`run` of the rows of each lot, in turn, beside what the caller knows the lot by.
+
+    The engine goes on with the next lot while the caller works on the last: two are held at once. An exception of the
+    engine is raised here, and what is not begun by then is left.
+    """
+    shape = shape or engine.shape
+    waiting: deque[tuple[K, list[np.ndarray], list[Future[np.ndarray]]]] = deque()
+
+    def compute(examples: Examples, rows: np.ndarray) -> np.ndarray:
+        return engine.logits(batch_of(examples, rows, engine.packed, shape))
 
     with ThreadPoolExecutor(engine.streams, thread_name_prefix=engine.name) as pool:
-        for places, found in pool.map(compute, plan):
-            if logits is None:
-                logits = np.empty((len(rows), found.shape[1]), np.float32)
-            logits[places] = found
-            advance(len(places))
-    assert logits is not None, "there is at least one row"
-    return logits
+        try:
+            for key, examples, rows in lots:
+                plan = group(examples.lengths(rows), shape)
+                waiting.append((key, plan, [pool.submit(compute, examples, rows[places]) for places in plan]))
+                if len(waiting) > 1:
+                    yield _collected(*waiting.popleft(), advance)
+            while waiting:
+                yield _collected(*waiting.popleft(), advance)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _collected(
+    key: K, plan: list[np.ndarray], batches: list[Future[np.ndarray]], advance: Callable[[int], None]
+) -> tuple[K, np.ndarray]:
+    logits = np.empty((sum(map(len, plan)), batches[0].result().shape[1]), np.float32)
+    for places, batch in zip(plan, batches, strict=True):
+        logits[places] = batch.result()
+        advance(len(places))
+    return key, logits
 
 
 def group(lengths: np.ndarray, shape: BatchShape) -> list[np.ndarray]:

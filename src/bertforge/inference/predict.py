@@ -1,5 +1,9 @@
 """A raw table in, a file of predictions out: every row, in order, streamed.
 
+Reading, checking, tokenizing, the engine and writing run beside one another, each in threads, for nearly all of it is
+work without the interpreter lock. A stage is at most a chunk or two ahead of the next, so memory does not grow with the
+table, and its errors come up here.
+
 Labels are written as the training table gave them, so that programs find them again. But a spreadsheet runs a cell that
 starts with `=`, `+`, `-` or `@` as a formula, and whoever wrote the table may have meant that. `safe_csv` is for files
 to be opened there, and does what OWASP advises (https://owasp.org/www-community/attacks/CSV_Injection): an apostrophe
@@ -11,7 +15,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +26,7 @@ import pyarrow.parquet as pq
 from bertforge.artifact import naming, output_files
 from bertforge.data.dialect import Dialect
 from bertforge.data.raw import RawRows, read_raw
-from bertforge.data.streaming import progress
+from bertforge.data.streaming import ahead, progress
 from bertforge.errors import DataError, UsageError
 from bertforge.inference.predictor import Predictor
 from bertforge.locks import new_file
@@ -58,11 +62,14 @@ def predict_table(
     if safe_csv and out.suffix != ".csv":
         raise UsageError(f"--safe-csv is for .csv files, and --out is {out}; leave it out")
     rows, unlabelled, made_up = 0, 0, False
-    numbers = () if predictor.transform is None else predictor.transform.spec.holding("number")
-    with _writer(out, safe_csv) as write, progress(f"predicting {table.name}") as report:
-        for chunk in read_raw(table, predictor.schema, require_labels=False, numbers=numbers, dialect=dialect):
-            predictions = _predict_chunk(predictor, chunk)
-            write(predictions)
+    with (
+        _writer(out, safe_csv) as write,
+        progress(f"predicting {table.name}") as report,
+        closing(ahead(_read(predictor, table, dialect))) as chunks,
+        closing(predictor.predict_each((chunk, chunk.texts, chunk.frame) for chunk in chunks)) as predicted,
+    ):
+        for chunk, predictions in predicted:
+            write(_rows(predictor, chunk, predictions))
             rows += len(predictions)
             unlabelled += int(predictions["label"].isna().sum())
             made_up = made_up or predictor.made_up(chunk.frame)
@@ -72,8 +79,16 @@ def predict_table(
     return Predicted(rows, unlabelled, made_up)
 
 
-def _predict_chunk(predictor: Predictor, chunk: RawRows) -> pd.DataFrame:
-    predicted = predictor.predict(chunk.texts, chunk.frame)
+def _read(predictor: Predictor, table: Path, dialect: Dialect | None) -> Iterator[RawRows]:
+    """The table's rows, with the columns that the model reads."""
+    spec = None if predictor.transform is None else predictor.transform.spec
+    numbers, derived = (spec.holding("number"), spec.columns) if spec else ((), ())
+    chunks = read_raw(table, predictor.schema, require_labels=False, numbers=numbers, derived=derived, dialect=dialect)
+    return (chunk for chunk in chunks if chunk.texts)  # a table of a header alone is one chunk without rows
+
+
+def _rows(predictor: Predictor, chunk: RawRows, predicted: pd.DataFrame) -> pd.DataFrame:
+    """What is written of a chunk."""
     written = dict(zip(predictor.schema.original_labels(), predictor.label_names, strict=True))
     predicted["label"] = predicted["label"].map(written)
     predicted.insert(0, "line", chunk.lines)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -19,11 +20,12 @@ from bertforge.data.loader import Examples
 from bertforge.data.prepared import PreparedData
 from bertforge.data.sample import is_made_up
 from bertforge.data.schema import STACK_OVERFLOW, Schema
+from bertforge.data.streaming import ahead
 from bertforge.data.tokens import Tokenizer, TokenStore
 from bertforge.engines.base import Engine
 from bertforge.engines.pytorch import PyTorchEngine
 from bertforge.engines.registry import TARGETS, open_engine
-from bertforge.engines.run import run
+from bertforge.engines.run import run, run_each
 from bertforge.errors import ArtifactError, DataError, MachineError, UsageError
 from bertforge.hardware import Hardware, choose_precision, detect
 from bertforge.inference.cascade import Recheck, margin_between
@@ -37,6 +39,9 @@ from bertforge.models import resolve, weights_file
 from bertforge.proof.golden import GoldenRows
 from bertforge.proof.tolerances import SAVED
 from bertforge.scales import Scales
+
+_FIRST_ROWS, _MOST_ROWS = 2048, 8192  # texts tokenized at once while the engine computes others
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -127,19 +132,22 @@ class Predictor:
         Labels are of the type they had in the table that the model learnt from: text, int or bool, and None for a row
         without text.
         """
-        chances = self.predict_proba(rows, columns)
-        values = chances.to_numpy()  # [rows, labels]
-        best = np.where(np.isnan(values).any(axis=1), -1, values.argmax(axis=1))
-        names = (*self.schema.original_labels(), None)
-        labels = pd.Series([names[index] for index in best], dtype=object)  # beside None, pandas would make 1 a 1.0
-        return pd.DataFrame(
-            {
-                "label": (labels if labels.hasnans else labels.infer_objects()).array,
-                "probability": values.max(axis=1),
-                **{f"p_{name}": values[:, column] for column, name in enumerate(self.label_names)},
-            },
-            index=chances.index,
-        )
+        given = read_inputs(rows, columns, self.schema, self.transform)
+        given.warn()
+        return self._labelled(self._chances(given.texts, self.logits(given.texts, given.columns)), given.index)
+
+    def predict_each(
+        self, lots: Iterable[tuple[K, list[str], pd.DataFrame | None]]
+    ) -> Generator[tuple[K, pd.DataFrame], None, None]:
+        """`predict` of each lot of texts and their columns, in turn, beside what the caller knows the lot by.
+
+        While the caller works on one lot, the engine computes the next and the one after it is tokenized. `lots`, each
+        of a row at least, are drawn in another thread; an exception of theirs is raised here.
+        """
+        known = (((key, texts), texts, columns) for key, texts, columns in lots)
+        with closing(self._each(known)) as found:
+            for (key, texts), logits in found:
+                yield key, self._labelled(self._chances(texts, logits), pd.RangeIndex(len(texts)))
 
     def predict_proba(self, rows: Given, columns: pd.DataFrame | None = None) -> pd.DataFrame:
         """`[rows, labels]` float32: a column of probability for each label, under the label's name.
@@ -152,12 +160,7 @@ class Predictor:
         """
         given = read_inputs(rows, columns, self.schema, self.transform)
         given.warn()
-        chances = np.full((len(given.texts), len(self.label_names)), np.nan, np.float32)
-        readable = np.array([bool(text.strip()) for text in given.texts], dtype=bool)  # [rows]
-        texts = [text for text, good in zip(given.texts, readable, strict=True) if good]
-        beside = None if given.columns is None else given.columns[readable]
-        logits = torch.from_numpy(self.logits(texts, beside)) / self.temperature
-        chances[readable] = logits.softmax(dim=1).numpy()
+        chances = self._chances(given.texts, self.logits(given.texts, given.columns))
         return pd.DataFrame(chances, index=given.index, columns=list(self.label_names))
 
     def logits(
@@ -169,8 +172,57 @@ class Predictor:
         """Logits `[rows, labels]` float32, in the order of `texts`."""
         if len(texts) == 0:
             return np.zeros((0, len(self.label_names)), np.float32)
-        store = TokenStore(*self.tokenizer.encode(list(texts)))
-        return self.token_logits(store, np.arange(len(texts)), self._arrays(columns), advance)
+        if len(texts) <= _FIRST_ROWS:
+            store = TokenStore(*self.tokenizer.encode(texts))
+            return self.token_logits(store, np.arange(len(texts)), self._arrays(columns), advance)
+        lots = [(None, texts[part], None if columns is None else columns.iloc[part]) for part in _parts(len(texts))]
+        with closing(self._each(lots, advance)) as found:
+            return np.concatenate([logits for _, logits in found])
+
+    def _each(
+        self,
+        lots: Iterable[tuple[K, Sequence[str], pd.DataFrame | None]],
+        advance: Callable[[int], None] = lambda rows: None,
+    ) -> Generator[tuple[K, np.ndarray], None, None]:
+        """Logits of each lot, in turn; the next one is tokenized in a thread."""
+
+        def read(
+            lot: tuple[K, Sequence[str], pd.DataFrame | None],
+        ) -> tuple[tuple[K, Examples], Examples, np.ndarray]:
+            key, texts, columns = lot
+            examples = self._examples(TokenStore(*self.tokenizer.encode(texts)), self._arrays(columns))
+            return (key, examples), examples, np.arange(len(texts))
+
+        with (
+            closing(ahead(map(read, lots))) as ready,
+            closing(run_each(self.engine, ready, advance=advance)) as found,
+        ):
+            for (key, examples), logits in found:
+                yield key, self._settled(logits, examples, np.arange(len(logits)))
+
+    def _chances(self, texts: list[str], logits: np.ndarray) -> np.ndarray:
+        """Probabilities `[rows, labels]` float32; NaN for a row without text."""
+        chances: np.ndarray = (torch.from_numpy(logits) / self.temperature).softmax(dim=1).numpy()
+        chances[[not text or text.isspace() for text in texts]] = np.nan
+        return chances
+
+    def _labelled(self, chances: np.ndarray, index: pd.Index) -> pd.DataFrame:
+        """The frame that `predict` returns."""
+        names = self.schema.original_labels()
+        blank = np.isnan(chances).any(axis=1)  # [rows]
+        labels: Any = np.array(names, dtype=object if isinstance(names[0], str) else None)[chances.argmax(axis=1)]
+        if blank.any():  # beside None, pandas would make 1 a 1.0
+            labels = labels.astype(object)
+            labels[blank] = None
+            labels = pd.Series(labels, dtype=object).array
+        return pd.DataFrame(
+            {
+                "label": labels,
+                "probability": chances.max(axis=1),
+                **{f"p_{name}": chances[:, column] for column, name in enumerate(self.label_names)},
+            },
+            index=index,
+        )
 
     def check_inputs(self, directory: Path) -> None:
         """Raises ArtifactError when the golden rows, as the table had them, are not read as they were when the model
@@ -229,15 +281,27 @@ class Predictor:
         advance: Callable[[int], None] = lambda rows: None,
     ) -> np.ndarray:
         """Logits `[rows, labels]` of tokenised rows."""
-        examples = Examples(store, np.full(len(store), -1), self.tokenizer.sep_id, self.max_length, tabular)
-        return self.example_logits(examples, rows, advance)
+        return self.example_logits(self._examples(store, tabular), rows, advance)
 
     def example_logits(
         self, examples: Examples, rows: np.ndarray, advance: Callable[[int], None] = lambda rows: None
     ) -> np.ndarray:
         """Logits `[rows, labels]` of some rows of `examples`, in their order; close ones are asked again."""
-        logits = run(self.engine, examples, rows, advance=advance)
+        return self._settled(run(self.engine, examples, rows, advance=advance), examples, rows)
+
+    def _settled(self, logits: np.ndarray, examples: Examples, rows: np.ndarray) -> np.ndarray:
         return logits if self.recheck is None else self.recheck.settle(logits, examples, rows)
+
+    def _examples(self, store: TokenStore, tabular: dict[str, np.ndarray] | None) -> Examples:
+        return Examples(store, np.full(len(store), -1), self.tokenizer.sep_id, self.max_length, tabular)
+
+
+def _parts(rows: int) -> Iterator[slice]:
+    """`rows` in parts that double up to _MOST_ROWS: the engine soon has work, and then packs of like length."""
+    start, most = 0, _FIRST_ROWS
+    while start < rows:
+        yield slice(start, start + most)
+        start, most = start + most, min(2 * most, _MOST_ROWS)
 
 
 def served(directory: Path) -> tuple[Path, dict[str, Any]]:
