@@ -23,7 +23,7 @@ def wait_for_inputs(OVERLAP: tl.constexpr):
 def fetch(first, stride, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Asks for `[rows, columns]` elements at `first`, ROWS at most: they will be in the L2 cache when they are read."""
     line: tl.constexpr = 1024 // first.dtype.element_ty.primitive_bitwidth  # elements of 128 bytes
-    lines: tl.constexpr = COLUMNS // line if COLUMNS > line else 1
+    lines: tl.constexpr = COLUMNS // line if line < COLUMNS else 1
     row = tl.arange(0, ROWS)
     for start in range(0, columns, lines * line):
         column = start + line * tl.arange(0, lines)
