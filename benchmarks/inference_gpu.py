@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import re
 import shutil
 import tempfile
 import time
@@ -55,7 +56,6 @@ from bertforge.model.config import BertConfig
 from bertforge.native.ladder import sizes
 from bertforge.peak_memory import PeakMemory
 from bertforge.quantize.ranges import find_ranges
-from fixed_packs import Compiled, FixedPacks, Recorded
 from record import record
 
 SEED = 42
@@ -65,6 +65,11 @@ LIBRARIES = ("transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "triton")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CEILINGS = ("fp32", "fp16", "bf16", "fp8", "int8")
 ONE, CALLS = 128, 1000
+FAMILIES = {  # name -> pattern of kernels' names
+    "products": "^_product|nvjet|gemm|cutlass|xmma",
+    "attention": "^_attention",
+    "LayerNorm, embeddings": "^_residual_norm|^_embed",
+}
 
 
 @dataclass(frozen=True)
@@ -211,16 +216,9 @@ def one() -> str:
 
 
 def packed_systems() -> Iterator[System]:
-    """Ways to run our PyTorch model on packs."""
-    autocast = partial(packed, tokens=16_384, weights="fp32")
-    yield System("bertforge", "pytorch, packed, autocast", "bf16", "16384 tokens", autocast)
+    """Our PyTorch model on packs."""
     for tokens in (16_384, 32_768, 65_536):
         yield System("bertforge", "pytorch, packed", "bf16", f"{tokens} tokens", partial(packed, tokens=tokens))
-    for tokens in (16_384, 65_536):
-        load = partial(packed, tokens=tokens, how=Recorded)
-        yield System("bertforge", "CUDA graph, packed", "bf16", f"{tokens} tokens", load)
-    load = partial(packed, tokens=32_768, how=Compiled)
-    yield System("bertforge", "torch.compile, packed", "bf16", "32768 tokens", load)
 
 
 def peer(job: Job, precision: str, attention: str, by_length: bool = False, compiled: bool = False) -> Ready:
@@ -239,8 +237,9 @@ def peer(job: Job, precision: str, attention: str, by_length: bool = False, comp
     shape = replace(job.padded, edges=()) if by_length else job.padded
     plan = group(job.examples.lengths(job.rows), shape)
     batches = []
-    for places in plan:  # the last one is filled up, for a compiled model has one shape
-        batch = batch_of(job.examples, job.rows[np.resize(places, BATCH)], False, shape)
+    for places in plan:  # the last one is filled up for a compiled model, which has one shape
+        rows = job.rows[np.resize(places, BATCH) if compiled else places]
+        batch = batch_of(job.examples, rows, False, shape)
         assert isinstance(batch, PaddedBatch)
         batches.append(batch.to(device))
 
@@ -265,15 +264,9 @@ def onnxruntime(job: Job, tokens: int | None, fused: bool) -> Ready:
     return ready(job, engine, replace(engine.shape, tokens=tokens) if tokens else job.padded)
 
 
-def packed(job: Job, tokens: int, weights: str = "bf16", how: type[FixedPacks] | None = None) -> Ready:
-    """Our model as it is served, or with float32 weights under autocast, or `how` on packs of one shape."""
-    engine: Any = PyTorchEngine(copy.deepcopy(job.model), job.hardware, weights)
-    engine.cast = "bf16" if weights == "fp32" else engine.cast
-    shape = BatchShape(tokens)
-    if how:
-        engine = how(engine.model, job.examples.max_length, tokens, job.hardware)
-        shape = BatchShape(tokens, rows=tokens // FixedPacks.SHORTEST)
-    return ready(job, engine, shape)
+def packed(job: Job, tokens: int) -> Ready:
+    """Our model as it is served."""
+    return ready(job, PyTorchEngine(copy.deepcopy(job.model), job.hardware, "bf16"), BatchShape(tokens))
 
 
 def native(job: Job, precision: str, tokens: int) -> Ready:
@@ -315,6 +308,7 @@ def measure(system: System, job: Job, repeats: int, ceilings: dict[str, float]) 
         loaded.work()
         rates.append(len(job.rows) / (time.perf_counter() - start))
     taken, waste = memory.taken_gb(), loaded.padding_waste
+    shares = {"time_shares": time_shares(loaded.work)} if system.framework == "native" else {}
     del loaded  # the next system finds its memory free
     median = float(np.median(rates))
     tflops = job.operations * median / len(job.rows) * 1e-12
@@ -329,8 +323,22 @@ def measure(system: System, job: Job, repeats: int, ceilings: dict[str, float]) 
         "share_of_ceiling": tflops / ceilings[system.precision],
         "peak_memory_gb": taken,
         "padding_waste": waste,
+        **shares,
         **quality(job, logits),
     }
+
+
+def time_shares(work: Callable[[], object]) -> dict[str, float]:
+    """Family of kernels -> its share of the time that all kernels take."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        work()
+    took = dict.fromkeys([*FAMILIES, "other"], 0.0)
+    for event in seen.key_averages():
+        family = next((name for name, pattern in FAMILIES.items() if re.search(pattern, event.key)), "other")
+        took[family] += event.self_device_time_total
+    return {family: time_us / sum(took.values()) for family, time_us in took.items()}
 
 
 def latency(system: System, job: Job, memory: PeakMemory) -> dict[str, Any]:

@@ -106,8 +106,9 @@ class Ladder:
             network(ids, positions, bounds, self._room)  # kernels are compiled and loaded, which no graph records
             self._stream.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=self._stream):
-                result = network(ids, positions, bounds, self._room)
+            graph.capture_begin(pool=pool)  # torch.cuda.graph would empty the allocator's cache each time
+            result = network(ids, positions, bounds, self._room)
+            graph.capture_end()
         return _Rung(size, graph, inputs, result)
 
     def __call__(self, batch: PackedBatch) -> np.ndarray:
