@@ -235,7 +235,7 @@ def peer(job: Job, precision: str, attention: str, by_length: bool = False, comp
     if compiled:
         model = torch.compile(model, dynamic=False)
     shape = replace(job.padded, edges=()) if by_length else job.padded
-    plan = group(job.examples.lengths(job.rows), shape)
+    plan = group(job.examples.lengths(job.rows), shape, False)
     batches = []
     for places in plan:  # the last one is filled up for a compiled model, which has one shape
         rows = job.rows[np.resize(places, BATCH) if compiled else places]
@@ -283,7 +283,7 @@ def native(job: Job, precision: str, tokens: int) -> Ready:
     finally:
         shutil.rmtree(folder)
     rows = next(size.sequences for size in sizes(native_engine.USUAL) if size.tokens == tokens)
-    return ready(job, engine, BatchShape(tokens, rows=rows))
+    return ready(job, engine, replace(engine.shape, tokens=tokens, rows=rows))
 
 
 def ready(job: Job, engine: Engine, shape: BatchShape) -> Ready:

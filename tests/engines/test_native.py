@@ -134,10 +134,11 @@ def test_the_receipt_tells_what_is_launched(tmp_path):
     run_once(Network(weights, watched), pack((32, 20)))
     found = describe(watched.products, "int8", 52)
     linear = [product for product in watched.products if not product.attention]
-    assert len(linear) == 4 + 4 + 5, "the last layer has queries apart"
+    assert len(linear) == 4 + 4 + 5 + 1, "the last layer has queries apart, and a pooler follows"
     up = 52 * 64 * 96
     whole = sum(product.multiply_adds for product in linear)
-    assert found["linear_shares"] == pytest.approx({"int8": 1 - up / whole, "bf16": up / whole})
+    wide = up + 2 * 64 * 64
+    assert found["linear_shares"] == pytest.approx({"int8": 1 - wide / whole, "bf16": wide / whole})
     assert found["attention_shares"] == {"bf16": 1}
     assert found["attention_fused"]
 

@@ -119,7 +119,7 @@ def test_what_is_left_after_an_error_is_not_computed(model, examples):
 def test_groups_hold_every_place_once_and_keep_to_the_shape():
     lengths = np.random.default_rng(0).integers(1, 100, size=200)
     for shape in (BatchShape(256), BatchShape(256, rows=3), BatchShape(256, multiple=16), BatchShape(1)):
-        groups = group(lengths, shape)
+        groups = group(lengths, shape, packed=False)
         assert sorted(np.concatenate(groups).tolist()) == list(range(200))
         for places in groups:
             width = -(-lengths[places].max() // shape.multiple) * shape.multiple
@@ -127,9 +127,23 @@ def test_groups_hold_every_place_once_and_keep_to_the_shape():
             assert len(places) <= (shape.rows or 200)
 
 
+def test_packed_groups_are_as_full_as_their_rows_allow():
+    lengths = np.random.default_rng(0).integers(1, 100, size=200)
+    for shape in (BatchShape(256), BatchShape(256, rows=3), BatchShape(1)):
+        groups = group(lengths, shape, packed=True)
+        assert sorted(np.concatenate(groups).tolist()) == list(range(200))
+        for places, after in zip(groups, [*groups[1:], None], strict=True):
+            tokens = lengths[places].sum()
+            assert len(places) == 1 or tokens <= shape.tokens
+            full = after is None or tokens + lengths[after[0]] > shape.tokens
+            assert full or len(places) == shape.rows
+
+
 def test_padding_waste_by_hand():
     lengths = np.array([3, 1, 2, 10])
     assert padding_waste(lengths, True, BatchShape(8)) == 0
+    # (10), (3, 2, 1) in packs of 8 tokens, filled up to 12 and 8
+    assert padding_waste(lengths, True, BatchShape(8, edges=(4, 8, 12))) == pytest.approx(20 / 16 - 1)
     assert padding_waste(lengths, False, BatchShape(1)) == 0
     # (10), (3, 2), (1) in batches of 8 tokens: 10 + 6 + 1 computed for 16
     assert padding_waste(lengths, False, BatchShape(8, rows=2)) == pytest.approx(17 / 16 - 1)

@@ -73,7 +73,7 @@ def test_the_product_alone(shape, dtype, tiling):
     assert ((out.double() - exact).abs() <= allowed).all()
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu", "tanh"])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_what_follows_a_product_is_in_it(shape, dtype, activation):
@@ -82,7 +82,7 @@ def test_what_follows_a_product_is_in_it(shape, dtype, activation):
         out = torch.full((shape[0], shape[2]), 77, device=DEVICE).to(dtype)
         linear_activation(x, weight, scale, bias, multiplier, out, activation, tiling)
         before = multiplied(x, weight) * scale.double() + bias.double()
-        exact = ACTIVATIONS[activation](before) * multiplier.double()
+        exact = {**ACTIVATIONS, "tanh": torch.tanh}[activation](before) * multiplier.double()
         wanted, off = nearest(exact, dtype)
         # GELU's fit, the hardware's tanh, and sums as above; rounding comes on top.
         summed = multiplied(x.double().abs(), weight.double().abs()) * scale.double() * 2**-10

@@ -8,7 +8,7 @@ from bertforge.native.choices import Choices
 from bertforge.native.network import Network
 from bertforge.native.plain import PlainOperations
 from bertforge.native.weights import NativeWeights
-from bertforge.proof.simulation import WORDS, layers_of, rounded, sixteen_bits
+from bertforge.proof.simulation import BESIDE, layers_of, rounded, sixteen_bits
 from bertforge.proof.tolerances import STRUCTURE
 from tests.native.models import LENGTHS, model, pack, ranges
 
@@ -33,7 +33,7 @@ def logits(weights, operations, batch):
 def stored(bert, form, scales, batch):
     """The model with the weights as they are stored, and activations cut."""
     short = [] if scales is None else layers_of(bert, scales)
-    others = [name for name in (*layers_of(bert), WORDS) if name not in short]
+    others = [name for name in (*layers_of(bert), *BESIDE) if name not in short]
     with (
         rounded(bert, form, short, scales, activations=False),
         rounded(bert, "bf16", others, activations=False),

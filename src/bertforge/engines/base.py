@@ -33,14 +33,14 @@ class BatchShape:
     tokens: int
     rows: int | None = None
     multiple: int = 1
-    """Lengths are padded up to a multiple of this many tokens."""
+    """Lengths, or packs, are padded up to a multiple of this many tokens."""
     edges: tuple[int, ...] = ()
-    """Where there are any, lengths are padded up to the next of these instead; ascending."""
+    """Where there are any, they are padded up to the next of these instead; ascending."""
     filled: bool = False
     """A batch, unless it is one row alone, is padded to as many rows as fit into `tokens`."""
 
     def padded(self, length: int) -> int:
-        """Tokens a row takes in a batch whose longest row has `length`."""
+        """Tokens that a row takes in a batch whose longest row has `length`, or a pack of `length` tokens."""
         return next((edge for edge in self.edges if edge >= length), -(-length // self.multiple) * self.multiple)
 
     def computed(self, rows: int, length: int) -> int:

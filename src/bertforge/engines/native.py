@@ -91,7 +91,8 @@ class NativeEngine:
         self.device, self.precision = hardware.name, precision
         self.network = Network(weights, TritonOperations.on(hardware.device, choices))
         rungs = sizes(settings["usual"])
-        self.shape = BatchShape(rungs[-1].tokens, rows=rungs[-1].sequences)
+        edges = tuple(size.tokens for size in rungs)
+        self.shape = BatchShape(edges[-1], rows=rungs[-1].sequences, edges=edges)
         self.head = _Head(weights)
         with torch.inference_mode():
             self.ladder = Ladder(self.network, rungs, self.streams)

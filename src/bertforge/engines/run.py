@@ -30,7 +30,7 @@ def run(
     `advance` is told the rows of each batch when it is done.
     """
     shape = shape or engine.shape
-    places, *more = group(examples.lengths(rows), shape)
+    places, *more = group(examples.lengths(rows), shape, engine.packed)
     if more:
         ((_, logits),) = run_each(engine, [(None, examples, rows)], shape=shape, advance=advance)
         return logits
@@ -62,7 +62,7 @@ def run_each(
     with ThreadPoolExecutor(engine.streams, thread_name_prefix=engine.name) as pool:
         try:
             for key, examples, rows in lots:
-                plan = group(examples.lengths(rows), shape)
+                plan = group(examples.lengths(rows), shape, engine.packed)
                 waiting.append((key, plan, [pool.submit(compute, examples, rows[places]) for places in plan]))
                 if len(waiting) > 1:
                     yield _collected(*waiting.popleft(), advance)
@@ -82,16 +82,23 @@ def _collected(
     return key, logits
 
 
-def group(lengths: np.ndarray, shape: BatchShape) -> list[np.ndarray]:
-    """Places in `lengths`, longest first, cut where another row would pass `shape`; a long row may stand alone."""
+def group(lengths: np.ndarray, shape: BatchShape, packed: bool) -> list[np.ndarray]:
+    """Places in `lengths`, longest first, cut where another row would pass `shape`; a long row may stand alone.
+
+    A row takes the tokens that it has where it is `packed`, and otherwise those of the longest beside it.
+    """
     order = np.argsort(-lengths, kind="stable")
-    return [order[start:stop] for start, stop in _cuts(lengths[order], shape)]
+    return [order[start:stop] for start, stop in _cuts(lengths[order], shape, packed)]
 
 
-def _cuts(lengths: np.ndarray, shape: BatchShape) -> Iterator[tuple[int, int]]:
-    start = 0
+def _cuts(lengths: np.ndarray, shape: BatchShape, packed: bool) -> Iterator[tuple[int, int]]:
+    start, ends = 0, np.cumsum(lengths)
     while start < len(lengths):
-        rows = max(1, shape.tokens // shape.padded(int(lengths[start])))
+        if packed:
+            before = int(ends[start] - lengths[start])
+            rows = max(1, int(np.searchsorted(ends, before + shape.tokens, side="right")) - start)
+        else:
+            rows = max(1, shape.tokens // shape.padded(int(lengths[start])))
         stop = min(len(lengths), start + min(rows, shape.rows or rows))
         yield start, stop
         start = stop
@@ -99,9 +106,11 @@ def _cuts(lengths: np.ndarray, shape: BatchShape) -> Iterator[tuple[int, int]]:
 
 def padding_waste(lengths: np.ndarray, packed: bool, shape: BatchShape) -> float:
     """Tokens computed for one real token, less one: 0 without padding."""
+    plan = group(lengths, shape, packed)
     if packed:
-        return 0.0
-    computed = sum(shape.computed(len(places), int(lengths[places].max())) for places in group(lengths, shape))
+        computed = sum(shape.padded(int(lengths[places].sum())) for places in plan)
+    else:
+        computed = sum(shape.computed(len(places), int(lengths[places].max())) for places in plan)
     return computed / int(lengths.sum()) - 1
 
 

@@ -23,6 +23,8 @@ from bertforge.kernels.rounding_triton import rounded_to
 def _activated(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
         return tl.maximum(x, 0.0)
+    if ACTIVATION == "tanh":
+        return tanh(x)
     half = 0.5 * x
     if ACTIVATION == "gelu":  # as `linear_gelu_triton._gelu`
         square = tl.minimum(x * x, 50.0)
@@ -85,7 +87,8 @@ def linear_activation(
 ) -> None:  # fmt: skip
     """Writes activation(x weight' * scale + bias) into `output` `[tokens, out]`, times `multiplier` where there is one.
 
-    `scale`, `bias` and `multiplier` are `[out]` float32, None for 1; `activation` is one of `BertConfig.hidden_act`.
+    `scale`, `bias` and `multiplier` are `[out]` float32, None for 1; `activation` is tanh or one of
+    `BertConfig.hidden_act`.
     """
     _launch(x, weight, (scale, bias, multiplier), output, activation, tiling)
 

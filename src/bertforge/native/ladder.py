@@ -2,8 +2,8 @@
 
 Launched one by one, the kernels of a single question wait for Python ten times as long as they run. A recorded graph is
 one launch, but of one shape: so a pack is filled up to the next rung's tokens, which belong to no sequence, and to its
-sequences, which are empty. Attention does nothing for either, so what filling costs is the products of some tokens: a
-tenth of a pack at worst from 4,096 tokens on, a third for a few.
+sequences, which are empty. Attention does nothing for either, so what filling costs is the products of some tokens,
+of a third of a rung at worst.
 
 All rungs write to one `Room` and run on one stream, one after another. What a pack needs is one copy of int32 numbers
 from pinned memory, one launch and one copy back. Two threads may call at a time: while the GPU works on one pack, the
@@ -26,8 +26,8 @@ from bertforge.errors import MachineError, UsageError
 from bertforge.native.network import Network
 
 TOKENS = (
-    *(32, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1280, 1536, 2048, 2560, 3072, 4096),
-    *(5120, 6144, 8192, 10_240, 12_288, 16_384, 20_480, 24_576, 32_768, 40_960, 49_152, 65_536),
+    *(32, 64, 96, 128, 160, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096),
+    *(6144, 8192, 12_288, 16_384, 24_576, 32_768, 49_152, 65_536),
 )
 USUAL = 64  # tokens of a text, where nothing is known of the texts
 _LEAST = 256  # sequences a rung has room for, if it has 4 tokens for each

@@ -80,8 +80,8 @@ class Room:
         config, size = network.weights.config, network.operations.types("bf16").itemsize  # no form takes more
         hidden, wide = config.hidden_size, config.intermediate_size
         bytes_ = {
-            "hidden": tokens * hidden,
-            "short": tokens * hidden,
+            "hidden": (tokens + 1) * hidden,
+            "short": (tokens + 1) * hidden,
             "first": sequences * hidden,
             "first_short": sequences * hidden,
             "products": tokens * 3 * hidden,  # of query, key and value, or of what ends a branch
@@ -111,7 +111,6 @@ class Network:
         self.wide = operations.types("bf16")
         """The type of the residual, and of products' results."""
         self._affine = [_affine(layer, *self.heads) for layer in weights.layers]
-        self._pooler = [weights.head[f"bert.pooler.dense.{part}"].to(self.wide) for part in ("weight", "bias")]
 
     def __call__(self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, room: Room) -> Tensor:
         """Logits `[sequences, labels]` float32, or of a model that reads columns, pooled vectors `[sequences, hidden]`.
@@ -140,10 +139,10 @@ class Network:
         layer, (tokens, hidden), starts = self.weights.layers[-1], written.hidden.shape, bounds.keys
         sequences = len(starts) - 1
         first = self._written(room, "first", sequences, layer.qkv)
-        places = starts[:-1].clamp_max(tokens - 1)  # an empty sequence at the end would start one past the last token
-        for whole, some in ((written.hidden, first.hidden), (written.short, first.short)):
-            if whole is not None and some is not None:
-                torch.index_select(whole.view(torch.uint8), 0, places, out=some.view(torch.uint8))
+        whole = self._written(room, "hidden", tokens + 1, layer.qkv)  # empty ones start one past the last token
+        for every, some in ((whole.hidden, first.hidden), (whole.short, first.short)):
+            if every is not None and some is not None:
+                torch.index_select(every.view(torch.uint8), 0, starts[:-1], out=some.view(torch.uint8))
         query = room("activated", sequences, hidden, self.wide)  # nothing is activated yet
         self.operations.product(first.read, layer.qkv.rows(slice(0, hidden)), query)
         joined = room("products", tokens, 2 * hidden, self.wide)
@@ -190,7 +189,9 @@ class Network:
         return Written(hidden, short, reader)
 
     def _head(self, first: Tensor) -> Tensor:
-        head, pooled = self.weights.head, F.linear(first, *self._pooler).float().tanh()
+        pooler, head = self.weights.pooler, self.weights.head
+        pooled = torch.empty(first.shape, dtype=torch.float32, device=first.device)
+        self.operations.activated(first, pooler, "tanh", pooler, pooled)
         if self.weights.config.tabular:
             return pooled
         return F.linear(pooled, head["classifier.weight"], head["classifier.bias"])

@@ -17,6 +17,7 @@ from bertforge.model.encoder import ACTIVATIONS
 from bertforge.native.network import Written
 from bertforge.native.weights import TYPES, Linear, NativeWeights, Norm
 
+_ACTIVATIONS = {**ACTIVATIONS, "tanh": torch.tanh}
 _RANGES = {"int8": (-128.0, 127.0), "fp8": (-448.0, 448.0)}
 
 
@@ -37,7 +38,7 @@ class PlainOperations:
         out.copy_(_multiplied(x, linear))
 
     def activated(self, x: Tensor, linear: Linear, activation: str, after: Linear, out: Tensor) -> None:
-        _write(ACTIVATIONS[activation](_finished(_multiplied(x, linear), linear)), after, out)
+        _write(_ACTIVATIONS[activation](_finished(_multiplied(x, linear), linear)), after, out)
 
     def attend(
         self, projections: tuple[Tensor, Tensor, Tensor], affine: Tensor, bounds: Bounds, after: Linear, out: Tensor

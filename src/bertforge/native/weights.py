@@ -9,7 +9,7 @@ It is a copy for speed, and there is no way back from it:
 - what a product reads in 8 bits is multiplied by `multiplier` where it is written: SmoothQuant's factor over the step
   of the activation. What comes out is multiplied by `scale`, the steps of activation and weight, where it is read.
 
-The pooler, the classifier and the columns' branch stay as they are, in float32: they read one token of a sequence.
+The classifier and the columns' branch stay as they are, in float32.
 """
 
 from __future__ import annotations
@@ -99,21 +99,23 @@ class NativeWeights:
     """[positions, hidden] float32, with the token type's embedding: few enough to stay in the cache."""
     embedding_norm: Norm
     layers: tuple[Layer, ...]
+    pooler: Linear
+    """[hidden, hidden]."""
     head: dict[str, Tensor]
-    """The pooler's, the classifier's and those of the columns' branch, under the model's own names, in float32."""
+    """The classifier's and those of the columns' branch, under the model's own names, in float32."""
 
     @classmethod
     def of(cls, model: BertForSequenceClassification, scales: Scales | None) -> Self:
         """The copy of a plain model; where `scales` has a range for a linear layer, it is in 8 bits."""
         table, joined = model.bert.embeddings, [_layer(layer, number, scales) for number, layer in _layers(model)]
-        encoder = ("bert.embeddings.", "bert.encoder.")
-        head = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(encoder)}
+        head = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("bert.")}
         return cls(
             model.config,
             table.word_embeddings.weight.detach().to(torch.bfloat16),
             (table.position_embeddings.weight + table.token_type_embeddings.weight[0]).detach().float(),
             _norm(table.LayerNorm),
             tuple(joined),
+            _linear([model.bert.pooler.dense], ["bert.pooler.dense"], None),
             {name: tensor.detach().clone() for name, tensor in head.items()},
         )
 
@@ -132,7 +134,8 @@ class NativeWeights:
             part = _Part(found)
             layers = tuple(_read_layer(part.of(f"layers.{i}")) for i in range(config.num_hidden_layers))
             head = {name.removeprefix("head."): found[name] for name in found if name.startswith("head.")}
-            return cls(config, part["words"], part["places"], part.norm("embedding_norm"), layers, head)
+            norm, pooler = part.norm("embedding_norm"), part.linear("pooler")
+            return cls(config, part["words"], part["places"], norm, layers, pooler, head)
         except (SafetensorError, OSError, KeyError) as error:
             raise ArtifactError(
                 f"{path} is missing, damaged or not whole ({str(error)[:120]}); compile it again: bertforge compile"

@@ -35,7 +35,7 @@ from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.proof import structure
 from bertforge.proof.golden import GoldenRows
 from bertforge.proof.margin import Margin
-from bertforge.proof.simulation import WORDS, layers_of, rounded, row_shifts, sixteen_bits
+from bertforge.proof.simulation import BESIDE, layers_of, rounded, row_shifts, sixteen_bits
 from bertforge.proof.tolerances import (
     ACCURACY_LOSS,
     ACCURACY_Z,
@@ -87,7 +87,7 @@ class Reference:
 
     def stored(self, examples: Examples, rows: np.ndarray) -> np.ndarray:
         """With the weights that the engine stores, activations clamped to its ranges, nothing else rounded."""
-        others = [name for name in (*layers_of(self.model), WORDS) if name not in self.layers]
+        others = [name for name in (*layers_of(self.model), *BESIDE) if name not in self.layers]
         with (
             rounded(self.model, self.precision, self.layers, self.scales, activations=False),
             rounded(self.model, self.stores, others, activations=False),

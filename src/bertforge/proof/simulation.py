@@ -26,7 +26,8 @@ from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.points import Unit, linears, units
 from bertforge.scales import FORMATS, Scales
 
-WORDS = "bert.embeddings.word_embeddings"
+BESIDE = ("bert.embeddings.word_embeddings", "bert.pooler.dense")
+"""Weights that engines store in 16 bits, beside those of the encoder."""
 _TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
