@@ -18,7 +18,7 @@ def seed_everything(seed: int) -> None:
     # cuBLAS reads this once, when its first handle is made:
     # https://docs.nvidia.com/cuda/cublas/index.html#results-reproducibility
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")
     # That mode also fills every fresh tensor with NaN, to expose reads of what was never written: a debugging aid that
     # costs a pass over all activations.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # made at run time

@@ -13,7 +13,7 @@ from bertforge.data.prepare import PrepareOptions
 from bertforge.data.prepared import PreparedData
 from bertforge.errors import ArtifactError
 from bertforge.evaluation import baselines as module
-from bertforge.evaluation.baselines import COLUMNS, MAJORITY, TEXT, baselines
+from bertforge.evaluation.baselines import COLUMNS, MAJORITY, TEXT, baselines, fitted_beside
 from bertforge.evaluation.standing import Standing, standing
 
 WORDS = {"ham": ["meeting", "lunch", "report"], "spam": ["prize", "winner", "cash"], "news": ["vote", "storm", "goal"]}
@@ -93,6 +93,19 @@ def test_what_was_fitted_is_kept_with_the_data(copied, monkeypatch):
         np.testing.assert_array_equal(one.probabilities, other.probabilities)
     kept = {baseline.name for baseline in baselines(copied, "random", TabularSpec.of(numeric=("amount",)))}
     assert COLUMNS not in kept, "other columns are another baseline"
+
+
+def test_they_are_fitted_beside_other_work(copied, monkeypatch):
+    with fitted_beside(copied, "random", SPEC):
+        pass
+    monkeypatch.setattr(module, "installed", lambda: False)  # so nothing more is fitted
+    assert [baseline.name for baseline in baselines(copied, "random", SPEC)] == [MAJORITY, TEXT, COLUMNS]
+
+
+def test_work_that_fails_ends_the_fitting_beside_it(copied):
+    with pytest.raises(KeyError), fitted_beside(copied, "random", SPEC):
+        raise KeyError
+    assert not (copied.directory / "baselines").exists()
 
 
 def test_a_damaged_file_is_named_with_the_way_out(copied):

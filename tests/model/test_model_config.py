@@ -8,7 +8,7 @@ from bertforge.columns.encoder import TabularConfig
 from bertforge.errors import ArtifactError
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.config import BertConfig
-from tests.model.tiny import tiny_config
+from tests.model.tiny import tiny_bert, tiny_config
 
 CHANGED = {
     "hidden_act": "gelu_new",
@@ -161,3 +161,9 @@ def test_a_config_of_more_numbers_than_the_weights_is_refused_before_it_takes_me
     (tmp_path / "config.json").write_text(json.dumps(values | {"vocab_size": 1 << 24, "hidden_size": 1 << 16}))
     with pytest.raises(ArtifactError, match=r"config\.json describes a model of 1,\d\d\d,.* but its weights have"):
         BertForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_numbers_are_those_of_the_encoder_and_its_embeddings():
+    bert = tiny_bert(hidden_size=32, intermediate_size=48, num_hidden_layers=3).bert
+    parts = [*bert.embeddings.parameters(), *bert.encoder.parameters()]
+    assert bert.config.numbers == sum(part.numel() for part in parts)

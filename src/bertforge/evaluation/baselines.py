@@ -19,10 +19,13 @@ import contextlib
 import hashlib
 import io
 import json
+import subprocess
+import sys
 import time
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import util
@@ -141,6 +144,23 @@ def baselines(data: PreparedData, split: str, columns: TabularSpec | None) -> li
     return found
 
 
+@contextmanager
+def fitted_beside(data: PreparedData, split: str, columns: TabularSpec | None) -> Iterator[None]:
+    """Fits `baselines` in a process of its own while the block runs, and is done with them when the block ends.
+
+    For work on a GPU, which leaves the CPU's cores alone; in a thread, the two would wait for the interpreter's lock.
+    What goes wrong there is left to whoever asks for `baselines` next. Where the block fails, the process is ended.
+    """
+    task = json.dumps([str(data.directory), split, columns and columns.to_dict()])
+    null = subprocess.DEVNULL
+    with subprocess.Popen([sys.executable, "-m", __name__, task], stdin=null, stdout=null, stderr=null) as fitting:
+        try:
+            yield
+        except BaseException:
+            fitting.kill()
+            raise
+
+
 def _at_most(rows: np.ndarray, count: int) -> np.ndarray:
     """`rows`, or `count` of them drawn at random, the same ones each time; ascending."""
     if len(rows) <= count:
@@ -197,3 +217,10 @@ def _columns(data: PreparedData, labels: np.ndarray, rows: _Rows, columns: Tabul
     encoded, categories = encode_columns(frame, columns, labels, rows.train, rows.asked)
     trees = boosted_trees(len(data.label_names), categories, seed=0).fit(encoded.loc[rows.train], labels[rows.train])
     return np.asarray(trees.predict_proba(encoded.loc[rows.asked]))
+
+
+if __name__ == "__main__":  # see `fitted_beside`
+    from bertforge.columns.transform import TabularSpec
+
+    directory, split, settings = json.loads(sys.argv[1])
+    baselines(PreparedData.open(Path(directory)), split, TabularSpec.of(**settings) if settings else None)

@@ -112,10 +112,10 @@ def check_size(config: BertConfig, directory: Path, *files: Path) -> None:
 
     Heads that a checkpoint may lack do not count.
     """
-    with torch.device("meta"):  # shapes without memory
-        outline = BertForSequenceClassification(config).state_dict()
-    heads = ("bert.pooler.", "classifier.")
-    numbers = sum(tensor.numel() for name, tensor in outline.items() if not name.startswith(heads))
+    numbers = config.numbers
+    if config.tabular:
+        with torch.device("meta"):  # shapes without memory
+            numbers += sum(tensor.numel() for tensor in TabularEncoder(config.tabular).state_dict().values())
     size = sum(file.stat().st_size for file in files if file.is_file())
     if numbers > max(size, _LARGE):
         raise ArtifactError(

@@ -93,6 +93,13 @@ class BertConfig:
         """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def numbers(self) -> int:
+        """Parameters of embeddings and encoder."""
+        hidden, wide = self.hidden_size, self.intermediate_size
+        embeddings = hidden * (self.vocab_size + self.max_position_embeddings + self.type_vocab_size + 2)
+        return embeddings + self.num_hidden_layers * (4 * hidden**2 + 2 * hidden * wide + 9 * hidden + wide)
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """From a parsed `config.json`; raises ArtifactError for a model that is not a plain BERT encoder.

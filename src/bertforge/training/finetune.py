@@ -13,7 +13,7 @@ import json
 import logging
 import platform
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -32,6 +32,7 @@ from bertforge.data.tokens import Tokenizer
 from bertforge.determinism import branch, seed_everything
 from bertforge.digests import read_sealed, write_sealed
 from bertforge.errors import ArtifactError, DataError, UsageError, removal
+from bertforge.evaluation.baselines import fitted_beside, installed
 from bertforge.evaluation.standing import standing
 from bertforge.evaluation.temperature import fit_temperature
 from bertforge.hardware import Hardware, choose_training_precision, detect
@@ -135,7 +136,9 @@ def finetune(
         run, trainer, plan = start.run, start.trainer, start.plan
         if world.first:
             started(plan)
-        progress = trainer.fit(show if world.first else lambda progress, sequences, loss: None)
+        beside = world.first and plan.hardware.device.type == "cuda" and installed()
+        with fitted_beside(start.prepared, recipe.split, recipe.tabular) if beside else nullcontext():
+            progress = trainer.fit(show if world.first else lambda progress, sequences, loss: None)
         with world.together():  # after it, nobody reads what goes
             if world.first:
                 _save(run, recipe, out)
