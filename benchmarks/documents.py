@@ -315,6 +315,118 @@ def inference_gpu_h200() -> str:
     return _inference_gpu("inference_gpu_h200")
 
 
+@table
+def inference_gpu_minilm() -> str:
+    """Our engine with a small model that is fine-tuned."""
+    found = _record("inference_gpu_minilm")
+    rows = [
+        [
+            row["precision"],
+            row["batch"],
+            f"{row['questions_per_s']:,.0f}",
+            f"{row['share_of_ceiling']:.0%}",
+            f"{row['peak_memory_gb']:.1f} GB",
+            f"{row['changed_labels']:,} of {row['rows']:,}",
+            _percent(row["accuracy"]),
+        ]
+        for row in found["rows"]
+        if "questions_per_s" in row
+    ]
+    header = ["precision", "packs", "questions/s", "of the ceiling", "memory", "labels changed", "accuracy"]
+    return _markdown(header, rows) + _source("inference_gpu_minilm", found)
+
+
+@table
+def one_question_gpu() -> str:
+    """Milliseconds of one question of 128 tokens, from ids on the host to logits on the host."""
+    records = {name: _record(name) for name in ("inference_gpu_h200", "inference_gpu_minilm")}
+    named = ("model", "system", "framework", "precision")
+    rows = [
+        [
+            row["model"],
+            row["system"],
+            row["framework"],
+            row["precision"],
+            *(f"{row[f'p{p}_ms']:.2f}" for p in (50, 95, 99)),
+        ]
+        for found in records.values()
+        for row in found["rows"]
+        if "p50_ms" in row
+    ]
+    return _markdown([*named, "p50 ms", "p95 ms", "p99 ms"], rows) + "".join(
+        _source(name, found) for name, found in records.items()
+    )
+
+
+@table
+def kernel_time_gpu() -> str:
+    """Where our engine's time goes."""
+    found = _record("inference_gpu_h200")
+    shared = [row for row in found["rows"] if "time_shares" in row]
+    families = list(shared[0]["time_shares"])
+    rows = [
+        [
+            row["precision"],
+            row["batch"],
+            *(f"{row['time_shares'][family]:.0%}" for family in families),
+            f"{row['tflops']:.0f}",
+        ]
+        for row in shared
+    ]
+    return _markdown(["precision", "packs", *families, "TFLOP/s of the whole"], rows) + _source(
+        "inference_gpu_h200", found
+    )
+
+
+@table
+def text_gpu() -> str:
+    """From raw text to labels."""
+    found, rows = _record("text_gpu"), []
+    for (model, precision), runs in _grouped(found["rows"], "model", "precision").items():
+        every, one = (next(run for run in runs if run["batch"] == name) for name in ("all texts", "one question"))
+        most = max((run for run in runs if run["batch"] == "predict"), key=lambda run: run["rows"])
+        rows.append(
+            [
+                model,
+                precision,
+                f"{every['questions_per_s_first']:,.0f}",
+                f"{every['end_to_end_questions_per_s']:,.0f}",
+                f"{most['rows_per_s']:,.0f} ({most['rows']:,} rows)",
+                f"{one['p50_ms']:.2f} / {one['p99_ms']:.2f}",
+                f"{one['tokenizer_p50_ms']:.2f}",
+                f"{every['first_answer_s']:.1f} s",
+            ]
+        )
+    measured = [
+        "texts/s, first pass",
+        "texts/s",
+        "`predict`, rows/s",
+        "one question, p50 / p99 ms",
+        "tokenizer",
+        "first answer",
+    ]
+    return _markdown(["model", "precision", *measured], rows) + _source("text_gpu", found)
+
+
+@table
+def cascade_gpu() -> str:
+    """8 bits first, close questions again."""
+    found = _record("cascade")
+    rows = [
+        [
+            row["system"],
+            f"{row['questions_per_s']:,.0f}",
+            "-" if row["asked_again"] is None else f"{row['asked_again']:.1%}",
+            f"{row['changed_labels']:,} of {row['rows']:,}",
+            _percent(row["accuracy"]),
+        ]
+        for row in found["rows"]
+    ]
+    return _markdown(["system", "questions/s", "asked again", "labels changed", "accuracy"], rows) + _source(
+        "cascade", found
+    )
+
+
 def _inference_gpu(name: str) -> str:
     found = _record(name)
     rows = [
@@ -495,6 +607,13 @@ def _by(rows: Iterable[dict[str, Any]], key: str) -> dict[str, list[dict[str, An
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row[key], []).append(row)
+    return groups
+
+
+def _grouped(rows: Iterable[dict[str, Any]], *keys: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     return groups
 
 

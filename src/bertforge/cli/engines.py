@@ -25,7 +25,7 @@ def compile_(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Folder that the model was trained on: train rows calibrate int8, validation rows check the engine."
+            help="Folder that the model was trained on: train rows calibrate 8 bits, validation rows check the engine."
         ),
     ] = None,
     out: Annotated[
@@ -57,9 +57,11 @@ def compile_(
 
     `bertforge predict ENGINE TABLE` runs the engine.
 
-    tensorrt builds on the GPU it will run on. tensorrt-rtx builds anywhere
-    and runs on GPUs of compute capability 8.0, 8.6, 8.9 and 12.x; an engine
-    that was built without a GPU can be used after --verify on one.
+    native, our own engine, runs on NVIDIA GPUs from Ampere on, in fp8 from
+    Ada on. tensorrt builds on the GPU it will run on. tensorrt-rtx runs on
+    GPUs of compute capability 8.0, 8.6, 8.9 and 12.x. native and
+    tensorrt-rtx build anywhere; what was built without a GPU can be used
+    after --verify on one.
 
     Example:
 
