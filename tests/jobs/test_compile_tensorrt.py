@@ -174,7 +174,7 @@ def test_eight_bits_come_from_a_quantized_model(copied, runs, tmp_path):
 
 def test_tensorrt_builds_only_where_it_runs(copied, tmp_path, monkeypatch):
     monkeypatch.setattr("bertforge.engines.base.util.find_spec", lambda name: True)
-    with pytest.raises(MachineError, match="no NVIDIA GPU; run this command there, or take --target tensorrt-rtx"):
+    with pytest.raises(MachineError, match="no NVIDIA GPU; run this command there, or take --target native"):
         compile_model(copied, "tensorrt", "fp16", None, tmp_path / "engine")
     assert not (tmp_path / "engine").exists()
 
