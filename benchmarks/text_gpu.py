@@ -57,7 +57,7 @@ def main() -> None:
             texts = [text for chunk in read_raw(frame, predictor.schema, require_labels=False) for text in chunk.texts]
             found.append(about | {"batch": "all texts", **rate(predictor, texts, args.repeats)})
             found.append(about | {"batch": "one question", **latency(predictor, texts)})
-            predictor.engine.close()
+            predictor.close()
             for rows, table in tables.items():
                 start = time.perf_counter()
                 command = ["predict", str(engine), str(table), "--out", str(Path(scratch, "out.parquet"))]

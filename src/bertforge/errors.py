@@ -10,11 +10,25 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+# In the RuntimeErrors of torch on a CPU, of cuBLAS and of Triton.
+_NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "[CUDA]: out of memory")
+
 
 def reason(error: Exception) -> str:
     """One line: what an error of ours says, or the kind of another and the first line of what it says."""
     first = str(error).strip().partition("\n")[0]
     return first if isinstance(error, BertforgeError) else f"{type(error).__name__}: {first}"
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether a lack of memory is what went wrong at first; while a graph is recorded, another error follows it."""
+    while error is not None:
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, not imported here
+            return True
+        if any(said in str(error) for said in _NO_MEMORY):
+            return True
+        error = error.__context__
+    return False
 
 
 def removal(path: Path) -> str:

@@ -84,6 +84,15 @@ def test_added_tokens_with_line_ends_are_not_made_up(added: str) -> None:
     assert encoded(Tokenizer(backend), texts) == expected(backend, texts)
 
 
+@pytest.mark.parametrize("added", ["foo bar", "trail ", " lead", "Sort"], ids=ascii)
+def test_added_tokens_that_are_looked_for_in_normalized_text(added: str) -> None:
+    """There a tab and a line end are blanks, so they may stand within such a token."""
+    backend = tokenizers.Tokenizer.from_file(str(resolve("minilm") / "tokenizer.json"))
+    backend.add_tokens([added])
+    texts = ["foo\nbar", "foo\tbar, foo bar", "trail, x", "a trail of", "x\nlead", "mislead, lead", "sort SORT resort"]
+    assert encoded(Tokenizer(backend), texts) == expected(backend, texts)
+
+
 def test_memory_is_bounded(backend: tokenizers.Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_KNOWN", 100)
     tokenizer = Tokenizer(backend)

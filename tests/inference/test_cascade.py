@@ -103,10 +103,11 @@ def test_predict_and_evaluate_say_how_many_were_asked_again(engines, runs, data,
 
 
 def test_who_may_not_be_asked_again_is_told_in_one_line(engines, runs, tmp_path):
-    with pytest.raises(UsageError, match=r"is a model, not an engine: .* leave recheck out"):
-        Predictor.load(runs["full"], recheck=engines / "fp32")
-    with pytest.raises(UsageError, match="int8 answers in 8 bits itself; recheck by a model"):
-        Predictor.load(engines / "fp32", recheck=engines / "int8")
+    for first in (runs["full"], engines / "fp32"):
+        with pytest.raises(UsageError, match=r"does not answer in 8 bits: .* leave recheck out"):
+            Predictor.load(first, recheck=engines / "fp32")
+    with pytest.raises(UsageError, match="int8 answers in 8 bits itself; recheck by its model"):
+        Predictor.load(engines / "int8", recheck=engines / "int8")
     with pytest.raises(ArtifactError, match=r"columns does not hold the weights that .*int8 was compiled from"):
         Predictor.load(engines / "int8", recheck=runs["columns"])
     with pytest.raises(ArtifactError, match="lora does not hold the weights"):

@@ -231,16 +231,3 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(data, base, monkeypatch
     monkeypatch.setattr(EagerStep, "__call__", fail)
     with pytest.raises(RuntimeError, match="nobody knows"):
         rows_of(data, quick_recipe(base))
-
-
-def test_an_error_while_memory_is_handled_is_a_lack_of_memory():
-    """As when the end of a graph's recording fails because memory ran out within it."""
-    try:
-        try:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        except torch.OutOfMemoryError:
-            raise RuntimeError("capture failed")  # noqa: B904  # as __exit__ does
-    except RuntimeError as error:
-        following = error
-    assert module._is_out_of_memory(following)
-    assert not module._is_out_of_memory(RuntimeError("capture failed"))

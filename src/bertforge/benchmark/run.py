@@ -167,7 +167,7 @@ def _measured(bench: _Bench, folder: Path, framework: str, precision: str) -> di
             found = {**_speed(predictor, work, bench.repeats, report), "bytes": _bytes(folder)}
         found["product_rate"] = product_rate(bench.hardware, precision)
     finally:
-        predictor.engine.close()
+        predictor.close()
     if framework not in _OURS:
         found["products"] = predictor.manifest["products"]
     found |= _accuracy(baseline, logits, work.labels)

@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from bertforge import __version__, threads
 from bertforge.cli import check, cross_validate, data, demo, doctor, engines, fit, infer, quantize, sample, train
-from bertforge.errors import ArtifactError, BertforgeError, MachineError
+from bertforge.errors import ArtifactError, BertforgeError, MachineError, is_out_of_memory
 from bertforge.terminal import Terminal, VisibleFormatter, visible
 
 # What to do where a disk is full; what writes files names them (`naming` in artifact.py).
@@ -49,10 +49,10 @@ class _Commands(TyperGroup):
             stderr.fail("error:", f"{path}: {reason}" if path else reason)
             raise typer.Exit(ArtifactError.exit_code) from None
         except Exception as error:
-            if not debug and type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for its name
+            if not debug and is_out_of_memory(error):
                 stderr.fail(
                     "error:",
-                    "the GPU's memory is full; end what else uses it, or train with a lower tokens_per_step: "
+                    "the memory is full; end what else uses it, or where you train, lower tokens_per_step: "
                     "--set tokens_per_step=2048",
                 )
                 raise typer.Exit(MachineError.exit_code) from None

@@ -42,6 +42,9 @@ class Breaks:
             return None
         if any(token.single_word for token in added):  # looks at the characters beside it
             return None
+        # Looked for in the normalized text, where every white space is a blank.
+        if any(token.normalized and any(map(str.isspace, token.content)) for token in added):
+            return None
         # What this version of `tokenizers` splits at: its tables of Unicode are not Python's.
         marks = [mark for mark in _marks() if _splits(normalizer, splitter, mark)]
         inner = {mark for token in added for mark in token.content[1:]}

@@ -38,8 +38,8 @@ def ahead(items: Iterable[T]) -> Generator[T, None, None]:
 def in_order(work: Callable[[S], T], items: Iterable[S], threads: int) -> Generator[T, None, None]:
     """`work(item)` for each of `items`, in their order, so many at once while the caller works on the last.
 
-    At most `threads` results are made before they are asked for. An exception of `work` is raised here, and `close()`
-    waits for what is under way.
+    At most `threads` results and one more are made before they are asked for. An exception of `work` is raised here,
+    and `close()` waits for what is under way.
     """
     waiting: deque[Future[T]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="in order") as pool:

@@ -36,12 +36,16 @@ class BatchShape:
     """Lengths, or packs, are padded up to a multiple of this many tokens."""
     edges: tuple[int, ...] = ()
     """Where there are any, they are padded up to the next of these instead; ascending."""
+    edge_rows: tuple[int, ...] = ()
+    """How many rows fit into a pack of each of `edges`; any number, where it is empty."""
     filled: bool = False
     """A batch, unless it is one row alone, is padded to as many rows as fit into `tokens`."""
 
-    def padded(self, length: int) -> int:
-        """Tokens that a row takes in a batch whose longest row has `length`, or a pack of `length` tokens."""
-        return next((edge for edge in self.edges if edge >= length), -(-length // self.multiple) * self.multiple)
+    def padded(self, length: int, rows: int = 1) -> int:
+        """Tokens that a row takes in a batch whose longest has `length`, or a pack of `rows` with `length` tokens."""
+        most = self.edge_rows or (rows,) * len(self.edges)
+        fitting = (edge for edge, fit in zip(self.edges, most, strict=True) if edge >= length and fit >= rows)
+        return next(fitting, -(-length // self.multiple) * self.multiple)
 
     def computed(self, rows: int, length: int) -> int:
         """Tokens that a batch of `rows` takes, padding included, when its longest row has `length`."""

@@ -16,10 +16,10 @@ from typing import Any
 from bertforge.engines.registry import TARGETS
 from bertforge.errors import MachineError, UsageError, reason
 from bertforge.hardware import Hardware
-from bertforge.scales import SCALES, Scales
+from bertforge.scales import FORMATS, SCALES, Scales
 
 AUTO = "auto"
-_INT8_TAKES = 1.5  # times what an exact engine takes to build and prove: ranges are found first
+_RANGES_TAKE = 1.5  # times what an exact engine takes to build and prove: ranges are found first
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,14 @@ def candidates(model: Path, target: str, precision: str, hardware: Hardware, dat
         found += [Candidate(name, each) for each in wanted]
     if not found:
         raise UsageError(f"none of {', '.join(names)} has precision {precision!r} on {hardware.name}")
-    return found if data else found[:1]
+    timed = data and not (target != AUTO and TARGETS[target].unfit(hardware))
+    return found if timed else found[:1]
 
 
 def _exact(there: tuple[str, ...], hardware: Hardware) -> str:
     """The type the device is fastest in, 8 bits apart, of those that a target has `there`."""
-    fast = {"bf16": hardware.bf16, "fp16": hardware.device.type == "cuda"}
-    return next((name for name, is_fast in fast.items() if is_fast and name in there), "fp32")
+    fast = {"bf16": hardware.bf16, "fp16": hardware.device.type == "cuda", "fp32": True}
+    return next((name for name, is_fast in fast.items() if is_fast and name in there), (*there, "fp32")[0])
 
 
 def fastest(
@@ -108,7 +109,7 @@ def fastest(
     end, usual = time.monotonic() + seconds, 0.0  # seconds that an engine takes without calibration
     tried: list[Candidate] = []
     for candidate in wanted:
-        began, times = time.monotonic(), _INT8_TAKES if candidate.precision == "int8" else 1.0
+        began, times = time.monotonic(), _RANGES_TAKE if candidate.precision in FORMATS else 1.0
         if tried and began + usual * times > end:
             late = MachineError(f"passed over: it takes some {usual * times:.0f} s, which are not left")
             tried.append(replace(candidate, error=late))

@@ -11,7 +11,10 @@ whose arrays have any width, are read behind the graph.
 from __future__ import annotations
 
 import json
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +30,7 @@ from bertforge.batch import PackedBatch, PaddedBatch
 from bertforge.columns.encoder import TabularEncoder
 from bertforge.engines.base import BatchShape, Order, Target
 from bertforge.engines.receipt import Product
-from bertforge.errors import ArtifactError, UsageError
+from bertforge.errors import ArtifactError, MachineError, UsageError, is_out_of_memory
 from bertforge.hardware import Hardware
 from bertforge.kernels.attention import TRITON_HEAD_DIMS, Bounds
 from bertforge.model.config import BertConfig
@@ -37,6 +40,7 @@ from bertforge.native.network import Network, Operations
 from bertforge.native.plain import PlainOperations
 from bertforge.native.weights import TYPES, Linear, NativeWeights
 
+log = logging.getLogger(__name__)
 _SETTINGS = "engine.json"
 _NAMES = {dtype: name for name, dtype in TYPES.items()}
 _SHORT = 0.1  # share of the texts that are shorter than what counts as usual
@@ -53,25 +57,18 @@ def build(folder: Path, order: Order, hardware: Hardware) -> dict[str, Any]:
     weights = NativeWeights.of(order.model, order.scales)
     weights.save(folder)
     usual = USUAL if order.lengths is None else max(1, int(np.quantile(order.lengths, _SHORT)))
-    choices, measured = None, False
-    if hardware.device.type == "cuda":
-        choices = Choices.known(hardware.name)
-        if choices is None or not choices.covers(weights):
-            order.say(f"{hardware.name} is new: measuring how its products are computed fastest, some minutes, once")
-            choices, measured = _measured(weights, hardware), True
+    choices = Choices.known(hardware.name)
+    if hardware.device.type == "cuda" and (missing := choices.unmeasured(weights)):
+        from bertforge.native.operations_triton import seconds
+
+        order.say(f"{hardware.name} is new: measuring how products are computed fastest, half a minute, once")
+        choices = choices.with_measured(missing, partial(seconds, device=hardware.device))
+        try:
             choices.keep()
-    write_json(
-        folder / _SETTINGS,
-        {"usual": usual, "device": hardware.name if choices else None, "choices": choices and choices.to_dict()},
-    )
-    return {"choices_measured": measured, "longest_pack": sizes(usual)[-1].tokens}
-
-
-def _measured(weights: NativeWeights, hardware: Hardware) -> Choices:
-    from bertforge.native.choices import measure
-    from bertforge.native.operations_triton import seconds
-
-    return measure(weights, hardware.name, partial(seconds, device=hardware.device))
+        except OSError as error:
+            order.say(f"what was measured stays in this engine alone, for it cannot be kept for others: {error}")
+    write_json(folder / _SETTINGS, {"usual": usual, "device": choices.device, "choices": choices.found})
+    return {}
 
 
 class NativeEngine:
@@ -85,36 +82,63 @@ class NativeEngine:
         """Loads and records. Raises ArtifactError for a damaged folder, MachineError for a lack of memory."""
         from bertforge.native.operations_triton import TritonOperations
 
-        settings, weights = _settings(folder), NativeWeights.load(folder, hardware.device)
+        settings = _settings(folder)
         here = settings["device"] == hardware.name
-        choices = Choices.from_dict(hardware.name, settings["choices"]) if here else Choices.best_known(hardware.name)
+        choices = Choices.from_dict(hardware.name, settings["choices"]) if here else Choices.known(hardware.name)
         self.device, self.precision = hardware.name, precision
-        self.network = Network(weights, TritonOperations.on(hardware.device, choices))
         rungs = sizes(settings["usual"])
-        edges = tuple(size.tokens for size in rungs)
-        self.shape = BatchShape(edges[-1], rows=rungs[-1].sequences, edges=edges)
-        self.head = _Head(weights)
-        with torch.inference_mode():
+        edges, rows = zip(*((size.tokens, size.sequences) for size in rungs), strict=True)
+        self.shape = BatchShape(edges[-1], rows=rows[-1], edges=edges, edge_rows=rows)
+        self.network: Network | None
+        self.ladder: Ladder | None
+        with torch.inference_mode(), _enough_memory(hardware):
+            weights = NativeWeights.load(folder, hardware.device)
+            self.network = Network(weights, TritonOperations.on(hardware.device, choices))
             self.ladder = Ladder(self.network, rungs, self.streams)
+        self.head = _Head(weights)
+        if choices.unmeasured(weights):
+            log.warning(
+                "%s was compiled elsewhere, and how %s computes it fastest was not measured; compile it again here",
+                folder,
+                hardware.name,
+            )
 
     @torch.inference_mode()
     def logits(self, batch: PaddedBatch | PackedBatch) -> np.ndarray:
         """See `base.Engine`."""
         assert isinstance(batch, PackedBatch)
+        if self.ladder is None:
+            raise UsageError("this engine was closed; load it again: Predictor.load(ENGINE)")
         return self.head(self.ladder(batch), batch)
 
     @torch.inference_mode()
     def products(self, batch: PaddedBatch | PackedBatch) -> list[Product]:
         """See `base.Engine`: what is launched for `batch`, by the types of both operands."""
         assert isinstance(batch, PackedBatch)
+        assert self.network is not None, "the engine is open"
         watched = _Watched(self.network.operations)
         run_once(Network(self.network.weights, watched), batch)
         return watched.products
 
     def close(self) -> None:
         """Drops the graphs and the memory that they write to."""
-        del self.ladder, self.network
+        self.ladder = self.network = None
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def _enough_memory(hardware: Hardware) -> Iterator[None]:
+    """Turns every way in which a GPU says that its memory is full into one MachineError."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        free, _ = torch.cuda.mem_get_info(hardware.device)
+        raise MachineError(
+            f"the engine does not fit into the memory of {hardware.name}, of which {free / 1e9:.1f} GB are free; "
+            "end what else runs there (nvidia-smi lists it)"
+        ) from error
 
 
 class ExactEngine:

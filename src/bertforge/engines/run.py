@@ -108,7 +108,7 @@ def padding_waste(lengths: np.ndarray, packed: bool, shape: BatchShape) -> float
     """Tokens computed for one real token, less one: 0 without padding."""
     plan = group(lengths, shape, packed)
     if packed:
-        computed = sum(shape.padded(int(lengths[places].sum())) for places in plan)
+        computed = sum(shape.padded(int(lengths[places].sum()), len(places)) for places in plan)
     else:
         computed = sum(shape.computed(len(places), int(lengths[places].max())) for places in plan)
     return computed / int(lengths.sum()) - 1

@@ -4,8 +4,8 @@
 are few. `compile` chose on validation rows how close is too close (`proof/margin.py`); here the rows within that margin
 are asked again, of the model or of another engine made of it, and the second answer counts.
 
-Rows are gathered before they are asked again, over a whole call rather than batch by batch, so that the second fills
-its batches too.
+Close rows are gathered before they are asked again, over all rows that the first was given at a time, so that the
+second fills its batches too.
 """
 
 from __future__ import annotations
@@ -62,16 +62,24 @@ def margin_between(engine: Path, first: dict[str, Any], other: Path, second: dic
     Raises UsageError where there is nothing to ask again or nobody better to ask, ArtifactError for an engine without a
     margin and for a folder that was made of another model.
     """
-    if first["kind"] != "engine":
-        raise UsageError(f"{engine} is a model, not an engine: no row of it has to be asked again; leave recheck out")
+    if first["kind"] != "engine" or first["precision"] not in FORMATS:
+        raise UsageError(
+            f"{engine} does not answer in 8 bits: none of its rows has to be asked again; leave recheck out"
+        )
     if second["kind"] == "quantized" or second.get("precision") in FORMATS:
-        raise UsageError(f"{other} answers in 8 bits itself; recheck by a model, or an engine in 16 or 32 bits")
+        raise UsageError(
+            f"{other} answers in 8 bits itself; recheck by a model or an engine in 16 or 32 bits, "
+            f"such as bertforge compile {other} --precision fp32 makes"
+            if second["kind"] == "quantized"
+            else f"{other} answers in 8 bits itself; recheck by its model, or by an engine of that in 16 or 32 bits"
+        )
     if "margin" not in first:
         raise ArtifactError(
             f"{engine} has no margin: no validation rows proved it, or an older version did; "
             f"{remake(engine, 'engine', first)}"
         )
-    if (first.get("weights"), first["labels"]) != (weights_of(second), second["labels"]):
+    weights = first.get("weights")
+    if weights is None or (weights, first["labels"]) != (weights_of(second), second["labels"]):
         raise ArtifactError(
             f"{other} does not hold the weights that {engine} was compiled from; recheck by the folder that it was "
             "compiled from, or by an engine that was compiled from the same"

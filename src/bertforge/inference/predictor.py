@@ -122,6 +122,11 @@ class Predictor:
         """Tokens a text is cut to."""
         return int(self.manifest["recipe"]["max_length"])
 
+    def close(self) -> None:
+        """Gives the engine's memory and threads back, and those of the one that answers close rows again."""
+        for engine in (self.engine, *([self.recheck.engine] if self.recheck else [])):
+            engine.close()
+
     def made_up(self, frame: pd.DataFrame) -> bool:
         """Whether rows of `frame`, or those the model learnt from, come from `bertforge sample-data`."""
         return bool(self.manifest["data"]["made_up"]) or (self.schema.kind == STACK_OVERFLOW and is_made_up(frame))

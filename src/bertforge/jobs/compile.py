@@ -317,7 +317,8 @@ def _verify(model: Path, engine: Path, data: Path | None, say: Say) -> dict[str,
     except ArtifactError as error:
         amend_manifest(engine, kept | {"verified": False, "not_verified": str(error)})
         raise
-    verified = kept | {"verified": True, "device": hardware.name, **proof}
+    of = {"weights": weights_of(source.predictor.manifest)}  # which an older version did not tell
+    verified = kept | {"verified": True, "device": hardware.name, **of, **proof}
     amend_manifest(engine, verified)
     return verified
 

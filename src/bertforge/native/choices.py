@@ -3,7 +3,7 @@
 That depends on the GPU, on the type, on the product's shape and on how many tokens there are; by how much is 10 to 40%.
 It is measured once. For GPUs that we have measured it stands in `choices.json`; on another `bertforge compile` measures
 it, and keeps it in the user's cache for the next engine. An engine has a copy in its folder, so that nothing is ever
-measured while somebody waits for an answer.
+measured while somebody waits for an answer. Where nothing was measured, there are choices that run on every GPU.
 
 A product is named after what it does, its type and its shape, `activated fp8 3072x768`; without the shape it stands for
 shapes that were not measured.
@@ -12,9 +12,11 @@ shapes that were not measured.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Self
@@ -31,12 +33,12 @@ MEASURED = (128, 2048, 16_384)
 """Tokens at which they are measured."""
 _FILE = "choices.json"
 _ANY = "any"
-_CANDIDATES: dict[str, tuple[tuple[int, ...], ...]] = {
-    "few": ((64, 64, 128, 8, 4, 4, 1), (64, 32, 256, 8, 4, 3, 1), (64, 32, 128, 8, 4, 4, 2), (64, 64, 64, 8, 4, 4, 2)),
+_NARROW = ((64, 64, 128, 8, 4, 4, 1), (64, 32, 256, 8, 4, 3, 1), (64, 32, 128, 8, 4, 4, 2), (64, 64, 64, 8, 4, 4, 2))
+_WIDE = {
     "bf16": ((128, 256, 64, 8, 8, 3, 1), (128, 128, 64, 8, 4, 4, 2), (128, 128, 32, 8, 4, 4, 2)),
     "8 bits": ((128, 256, 128, 8, 8, 3, 1), (128, 128, 128, 8, 4, 3, 2), (128, 128, 64, 8, 4, 4, 2)),
 }
-"""From a few dozen that were tried on an H200; the last of each fits into the shared memory of smaller GPUs."""
+"""What is tried, from a few dozen that were on an H200; the last of each fits into smaller GPUs' shared memory."""
 
 
 @dataclass(frozen=True)
@@ -45,83 +47,76 @@ class Choices:
 
     device: str
     """Its product name."""
-    found: dict[str, tuple[Choice, Choice, Choice]]
+    found: dict[str, list[Choice]]
     """Name of a product -> the choice for a small, a middling and a large pack."""
 
-    def of(self, kind: str, linear: Linear, tokens: int) -> Choice:
-        """For a product or activated product, by `network.Operations`' names."""
-        name = f"{kind} {linear.form}"
-        choices = self.found.get(f"{name} {_shape(linear)}") or self.found[name]
-        return choices[sum(tokens > size for size in SIZES)]
-
-    def covers(self, weights: NativeWeights) -> bool:
-        """Whether there is a choice for every product of a model."""
-        return all(f"{kind} {linear.form}" in self.found for kind, linear in products(weights))
-
     @classmethod
-    def known(cls, device: str) -> Self | None:
-        """Those that came with bertforge or were measured by this user."""
-        shipped, own = _shipped(), _cache(device)
-        if found := shipped.get(device):
-            return cls.from_dict(device, shipped[found] if isinstance(found, str) else found)
-        return cls.from_dict(device, json.loads(own.read_text())) if own.is_file() else None
-
-    @classmethod
-    def best_known(cls, device: str) -> Self:
-        """`known`, or for a GPU that was never measured what runs on every one."""
-        return cls.known(device) or cls.from_dict(device, _shipped()[_ANY])
+    def known(cls, device: str) -> Self:
+        """Those that came with bertforge, or else were measured by this user, if any were."""
+        shipped = _shipped().get(device)
+        if isinstance(shipped, str):  # another GPU with the same processor
+            shipped = _shipped()[shipped]
+        return cls.from_dict(device, _cached(device) if shipped is None else shipped)
 
     @classmethod
     def from_dict(cls, device: str, found: dict[str, Any]) -> Self:
-        """The inverse of `to_dict`."""
-        made = {name: tuple(choice and tuple(choice) for choice in three) for name, three in found.items()}
-        return cls(device, made)  # type: ignore[arg-type]  # three of them
+        """From JSON, as `found` is written."""
+        return cls(device, {name: [each and tuple(each) for each in three] for name, three in found.items()})
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {name: [choice and list(choice) for choice in three] for name, three in self.found.items()}
+    def of(self, kind: str, linear: Linear, tokens: int) -> Choice:
+        """Of what `products` names so, for a pack of so many tokens."""
+        name = f"{kind} {linear.form}"
+        three = self.found.get(f"{name} {_shape(linear)}") or self.found.get(name)
+        if three is None:
+            three = self.from_dict("", _shipped()[_ANY]).found[name]
+        return three[sum(tokens > size for size in SIZES)]
+
+    def unmeasured(self, weights: NativeWeights) -> list[tuple[str, Linear]]:
+        """The products of a model for which what runs everywhere would be taken."""
+        return [(kind, linear) for kind, linear in products(weights) if f"{kind} {linear.form}" not in self.found]
+
+    def with_measured(
+        self, wanted: list[tuple[str, Linear]], seconds: Callable[[str, Linear, int, Choice], float]
+    ) -> Self:
+        """With the fastest choices for `wanted`, by the `seconds` of a product, infinite where it cannot run.
+
+        Raises MachineError where a product runs in no way at all.
+        """
+        found = dict(self.found)
+        for kind, linear in wanted:
+            name, shape = f"{kind} {linear.form}", _shape(linear)
+            if f"{name} {shape}" in found:
+                continue
+            best = []
+            for tokens in MEASURED:
+                took = {way: seconds(kind, linear, tokens, way) for way in _ways(kind, linear.form)}
+                best.append(min(took, key=lambda way: took[way]))
+                if took[best[-1]] == math.inf:
+                    raise MachineError(f"{self.device} computes no {name} of {shape}; take another --precision")
+            found[f"{name} {shape}"] = best
+            found.setdefault(name, best)
+        return type(self)(self.device, found)
 
     def keep(self) -> None:
-        """Writes them into the user's cache."""
+        """Writes them into the user's cache; raises OSError where that cannot be written."""
         _cache(self.device).parent.mkdir(parents=True, exist_ok=True)
-        write_json(_cache(self.device), self.to_dict())
+        write_json(_cache(self.device), self.found)
 
 
 def products(weights: NativeWeights) -> Iterator[tuple[str, Linear]]:
-    """What is computed for each product of a model, and its weights."""
+    """What is computed for each product of a model: the product alone, activated, or pooled; and its weights."""
     for layer in weights.layers:
-        yield from (
-            ("product", layer.qkv),
-            ("product", layer.attended),
-            ("activated", layer.up),
-            ("product", layer.down),
-        )
+        yield from (("product", layer.qkv), ("product", layer.attended), ("activated", layer.up))
+        yield "product", layer.down
+    yield "pooled", weights.pooler
 
 
-def measure(weights: NativeWeights, device: str, seconds: Callable[[str, Linear, int, Choice], float]) -> Choices:
-    """The fastest choice for each shape and size, by `seconds` of a product, infinite where it cannot run.
-
-    Raises MachineError where a product runs in no way at all.
-    """
-    found: dict[str, tuple[Choice, ...]] = {}
-    for kind, linear in products(weights):
-        name = f"{kind} {linear.form}"
-        if f"{name} {_shape(linear)}" in found:
-            continue
-        ways: list[Choice] = [*_CANDIDATES["few"], *_CANDIDATES["bf16" if linear.form == "bf16" else "8 bits"]]
-        if kind == "product" and linear.form != "int8":
-            ways.insert(0, None)
-        best = []
-        for tokens in MEASURED:
-            took = {way: seconds(kind, linear, tokens, way) for way in ways}
-            best.append(min(took, key=lambda way: took[way]))
-            if took[best[-1]] == float("inf"):
-                raise MachineError(f"{device} computes no {name} of {_shape(linear)}; take another --precision")
-        found[f"{name} {_shape(linear)}"] = tuple(best)
-        found.setdefault(name, tuple(best))
-    return Choices(device, found)  # type: ignore[arg-type]  # three of them
+def _ways(kind: str, form: str) -> list[Choice]:
+    ways: list[Choice] = [*_NARROW, *_WIDE["bf16" if form == "bf16" else "8 bits"]]
+    return [None, *ways] if kind == "product" and form != "int8" else ways
 
 
+@cache
 def _shipped() -> dict[str, Any]:
     """Name of a GPU -> its choices, or the name of one with the same processor."""
     found: dict[str, Any] = json.loads(resources.files("bertforge.native").joinpath(_FILE).read_text())
@@ -131,6 +126,18 @@ def _shipped() -> dict[str, Any]:
 def _shape(linear: Linear) -> str:
     out, width = linear.weight.shape
     return f"{out}x{width}"
+
+
+def _cached(device: str) -> dict[str, Any]:
+    """What this user has measured; nothing where it cannot be read, or an older version wrote it."""
+    try:
+        found: dict[str, Any] = json.loads(_cache(device).read_text())
+        sound = all(
+            len(three) == 3 and all(each is None or len(each) == 7 for each in three) for three in found.values()
+        )
+        return found if sound else {}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 def _cache(device: str) -> Path:

@@ -2,8 +2,9 @@
 
 Launched one by one, the kernels of a single question wait for Python ten times as long as they run. A recorded graph is
 one launch, but of one shape: so a pack is filled up to the next rung's tokens, which belong to no sequence, and to its
-sequences, which are empty. Attention does nothing for either, so what filling costs is the products of some tokens,
-of a third of a rung at worst.
+sequences, which are empty. Attention does nothing for either, so what filling costs is the products of some tokens:
+of a third of a rung at worst, or half of the smallest, for texts as long as usual. Many that are much shorter need a
+rung with room for as many, so a rung's room for sequences follows from the texts of the train rows.
 
 All rungs write to one `Room` and run on one stream, one after another. What a pack needs is one copy of int32 numbers
 from pinned memory, one launch and one copy back. Two threads may call at a time: while the GPU works on one pack, the
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bertforge.batch import PackedBatch
-from bertforge.errors import MachineError, UsageError
+from bertforge.errors import UsageError
 from bertforge.native.network import Network
 
 TOKENS = (
@@ -30,7 +31,7 @@ TOKENS = (
     *(6144, 8192, 12_288, 16_384, 24_576, 32_768, 49_152, 65_536),
 )
 USUAL = 64  # tokens of a text, where nothing is known of the texts
-_LEAST = 256  # sequences a rung has room for, if it has 4 tokens for each
+_LEAST = 512  # sequences a rung has room for, if it has 4 tokens for each
 _MULTIPLE = 16  # of sequences: Triton compiles a kernel anew for numbers that 16 does not divide
 
 
@@ -76,23 +77,16 @@ class Ladder:
     """Recorded graphs of a network."""
 
     def __init__(self, network: Network, sizes: list[Size], calls: int) -> None:
-        """Records every rung; `calls` may be under way at once. Raises MachineError where memory does not suffice."""
+        """Records every rung; `calls` may be under way at once."""
         self.sizes, self._lock, self._slots = sizes, Lock(), SimpleQueue[_Slot]()
         self._positions = network.weights.config.max_position_embeddings
         self._stream: torch.cuda.Stream = torch.cuda.Stream(network.weights.words.device)  # type: ignore[no-untyped-call]
         self._rungs: list[_Rung] = []
         largest = sizes[-1]
-        try:
-            # Graphs keep no memory alive but what they allocate themselves: the room lives as long as they do.
-            self._room, pool = network.room(largest.tokens, largest.sequences), torch.cuda.graph_pool_handle()
-            for size in reversed(sizes):  # the largest first: what others allocate beside the room fits into its memory
-                self._rungs.insert(0, self._record(network, size, pool))
-        except torch.OutOfMemoryError as error:
-            free, _ = torch.cuda.mem_get_info(network.weights.words.device)
-            raise MachineError(
-                f"packs of {largest.tokens:,} tokens do not fit into the GPU's memory, of which {free / 1e9:.1f} GB "
-                "are free; end what else runs there (nvidia-smi lists it)"
-            ) from error
+        # Graphs keep no memory alive but what they allocate themselves: the room lives as long as they do.
+        self._room, pool = network.room(largest.tokens, largest.sequences), torch.cuda.graph_pool_handle()
+        for size in reversed(sizes):  # the largest first: what others allocate beside the room fits into its memory
+            self._rungs.insert(0, self._record(network, size, pool))
         for _ in range(calls):
             inputs, result = (_pinned(part) for part in (self._rungs[-1].inputs, self._rungs[-1].result))
             self._slots.put(_Slot(inputs, result, torch.cuda.Event()))  # type: ignore[no-untyped-call]
@@ -106,9 +100,12 @@ class Ladder:
             network(ids, positions, bounds, self._room)  # kernels are compiled and loaded, which no graph records
             self._stream.synchronize()
             graph = torch.cuda.CUDAGraph()
-            graph.capture_begin(pool=pool)  # torch.cuda.graph would empty the allocator's cache each time
-            result = network(ids, positions, bounds, self._room)
-            graph.capture_end()
+            # torch.cuda.graph would empty the allocator's cache each time. Other threads may go on with their work.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                result = network(ids, positions, bounds, self._room)
+            finally:
+                graph.capture_end()
         return _Rung(size, graph, inputs, result)
 
     def __call__(self, batch: PackedBatch) -> np.ndarray:

@@ -22,6 +22,9 @@ from torch import Tensor
 from bertforge.kernels.attention import Bounds
 from bertforge.native.weights import Layer, Linear, NativeWeights, Norm
 
+POOLING = "tanh"
+"""The pooler's activation."""
+
 
 class Operations(Protocol):
     """What the pass is made of; each writes into the tensors given last."""
@@ -86,7 +89,7 @@ class Room:
             "first_short": sequences * hidden,
             "products": tokens * 3 * hidden,  # of query, key and value, or of what ends a branch
             "attended": tokens * hidden,
-            "activated": tokens * wide,
+            "activated": max(tokens * wide, sequences * hidden),  # and the last layer's queries
         }
         device = network.weights.words.device
         self._each = torch.arange(sequences + 1, dtype=torch.int32, device=device)
@@ -191,7 +194,7 @@ class Network:
     def _head(self, first: Tensor) -> Tensor:
         pooler, head = self.weights.pooler, self.weights.head
         pooled = torch.empty(first.shape, dtype=torch.float32, device=first.device)
-        self.operations.activated(first, pooler, "tanh", pooler, pooled)
+        self.operations.activated(first, pooler, POOLING, pooler, pooled)
         if self.weights.config.tabular:
             return pooled
         return F.linear(pooled, head["classifier.weight"], head["classifier.bias"])

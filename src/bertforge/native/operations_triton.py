@@ -14,7 +14,7 @@ from bertforge.kernels import attention_triton, inference_norm_triton, product_t
 from bertforge.kernels.attention import Bounds
 from bertforge.kernels.linear_gelu_triton import Tiling
 from bertforge.native.choices import Choice, Choices
-from bertforge.native.network import Written
+from bertforge.native.network import POOLING, Written
 from bertforge.native.weights import TYPES, Linear, NativeWeights, Norm
 
 
@@ -48,7 +48,9 @@ class TritonOperations:
             torch.mm(x, linear.weight.T, out=out)
 
     def activated(self, x: Tensor, linear: Linear, activation: str, after: Linear, out: Tensor) -> None:
-        tiling = Tiling(*(self.choices.of("activated", linear, len(x)) or ()))
+        chosen = self.choices.of("pooled" if activation == POOLING else "activated", linear, len(x))
+        assert chosen, "cuBLAS has no activation"
+        tiling = Tiling(*chosen)
         product_triton.linear_activation(
             x, linear.weight, linear.scale, linear.bias, after.multiplier, out, activation, tiling
         )
@@ -73,8 +75,9 @@ def seconds(kind: str, linear: Linear, tokens: int, choice: Choice, device: torc
     own = {name: part.to(device) for name, part in vars(linear).items() if part is not None}
     linear, (out, width) = replace(linear, **own), linear.weight.shape
     x = torch.randn(tokens, width, device=device).mul(20).clamp(-100, 100).to(linear.weight.dtype)
-    result = torch.empty(tokens, out, dtype=torch.bfloat16 if kind == "product" else linear.weight.dtype, device=device)
-    operations = TritonOperations.on(device, Choices("", {f"{kind} {linear.form}": (choice,) * 3}))
+    types = {"product": torch.bfloat16, "activated": linear.weight.dtype, "pooled": torch.float32}
+    result = torch.empty(tokens, out, dtype=types[kind], device=device)
+    operations = TritonOperations.on(device, Choices("", {f"{kind} {linear.form}": [choice] * 3}))
     after = Linear(
         linear.weight, linear.bias, multiplier=None if linear.scale is None else torch.ones_like(linear.bias)
     )
@@ -83,10 +86,10 @@ def seconds(kind: str, linear: Linear, tokens: int, choice: Choice, device: torc
         if kind == "product":
             operations.product(x, linear, result)
         else:
-            operations.activated(x, linear, "gelu", after, result)
+            operations.activated(x, linear, POOLING if kind == "pooled" else "gelu", after, result)
 
     try:
         found = triton.testing.do_bench(work, warmup=5, rep=20, return_mode="median")
-    except (RuntimeError, triton.CompilationError, triton.runtime.errors.OutOfResources):
+    except (triton.CompilationError, triton.runtime.errors.OutOfResources):
         return math.inf
     return float(found) * 1e-3

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from bertforge.kernels.attention import Bounds, varlen_attention
 from bertforge.model.encoder import ACTIVATIONS
-from bertforge.native.network import Written
+from bertforge.native.network import POOLING, Written
 from bertforge.native.weights import TYPES, Linear, NativeWeights, Norm
 
-_ACTIVATIONS = {**ACTIVATIONS, "tanh": torch.tanh}
+_ACTIVATIONS = {**ACTIVATIONS, POOLING: torch.tanh}
 _RANGES = {"int8": (-128.0, 127.0), "fp8": (-448.0, 448.0)}
 
 

@@ -211,14 +211,14 @@ def _linear(linears: list[nn.Linear], names: list[str], scales: Scales | None) -
     """Layers that read the same values, joined; in 8 bits where `scales` has their ranges, those `names`."""
     bias = torch.cat([linear.bias.detach().float() for linear in linears])
     weights = [linear.weight.detach().float() for linear in linears]
-    if scales is None or not scales.activations.keys() >= set(names):
+    if scales is None or not scales.activations.keys() & set(names):
         return Linear(torch.cat(weights).to(torch.bfloat16), bias)
     largest, smooth, device = scales.largest, scales.smooth.get(names[0]), bias.device
     factor = bias.new_ones(weights[0].shape[1]) if smooth is None else torch.from_numpy(smooth).to(device)  # [in]
-    ranges = {scales.activations[name] for name in names}
-    if len(ranges) > 1:
-        raise ArtifactError(f"{', '.join(names)} read one tensor in several ranges; quantize again: bertforge quantize")
-    step = max(*ranges, _LEAST) / largest
+    given = {(scales.activations.get(name), _bytes(scales.smooth.get(name))) for name in names}
+    if len(given) > 1:
+        raise ArtifactError(f"{', '.join(names)} read one tensor in several ways; quantize again: bertforge quantize")
+    step = max(scales.activations[names[0]], _LEAST) / largest
     amax = [
         torch.from_numpy(np.asarray(scales.weights[name])).to(device)
         if name in scales.weights
@@ -229,3 +229,7 @@ def _linear(linears: list[nn.Linear], names: list[str], scales: Scales | None) -
     stored = (torch.cat(weights) / factor / steps[:, None]).clamp(-largest, largest)
     stored = stored.round() if scales.format == "int8" else stored
     return Linear(stored.to(TYPES[scales.format]), bias, steps * step, factor / step)
+
+
+def _bytes(array: np.ndarray | None) -> bytes | None:
+    return None if array is None else array.tobytes()

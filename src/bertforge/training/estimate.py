@@ -31,6 +31,7 @@ from bertforge.data.loader import spread
 from bertforge.data.prepared import PreparedData
 from bertforge.data.tokens import Tokenizer
 from bertforge.determinism import seed_everything
+from bertforge.errors import is_out_of_memory
 from bertforge.evaluation.logits import TOKENS_PER_PACK, predict_logits
 from bertforge.hardware import choose_training_precision, detect
 from bertforge.model.config import BertConfig
@@ -48,8 +49,6 @@ _VALIDATION_SHARE = 0.2  # of a variant's seconds
 _LR = 1e-9
 _BUSY_WAITED, _BUSY_SPREAD = 0.2, 1.5  # more than this much waiting, or between two rounds: a busy machine
 _SCHEDULED = Path("/proc/thread-self/schedstat")  # Linux: nanoseconds on a core, nanoseconds waiting for one, slices
-# In the RuntimeErrors of torch on a CPU and of cuBLAS.
-_NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def estimate(
             found = rehearsal.measure(variant, time.monotonic() + left / (len(todo) - place))
             rows.append(row | _figures(found, price_per_hour))
         except Exception as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             rows.append(row | {"missing": OUT_OF_MEMORY})
     return {
@@ -304,12 +303,3 @@ def _figures(found: Estimate, price_per_hour: float | None) -> dict[str, Any]:
     if price_per_hour is not None:
         cost = {name.replace("device_hours", "cost"): price_per_hour * value for name, value in hours.items()}
     return {**asdict(found), "busy": found.busy, "seconds_per_epoch": found.seconds(1), **hours, **cost}
-
-
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether a lack of memory is what went wrong at first; while a graph is recorded, another error follows it."""
-    while error is not None:
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(said in str(error) for said in _NO_MEMORY):
-            return True
-        error = error.__context__
-    return False
