@@ -143,7 +143,9 @@ def test_what_no_gpu_here_runs_is_not_even_built(model, data):
 
 
 def test_a_fresh_process_is_unknown_when_it_fails_and_libraries_may_print(model, data, tmp_path, monkeypatch):
-    assert fresh_process(tmp_path / "nowhere", "pytorch", "fp32", data, "validation", 32) == UNREAD
+    failed = fresh_process(tmp_path / "nowhere", "pytorch", "fp32", data, "validation", 32)
+    assert "nowhere does not exist" in failed.pop("fresh_missing")
+    assert failed == UNREAD
     (tmp_path / "usercustomize.py").write_text("print('hello from a library')")
     (tmp_path / "sitecustomize.py").write_text("print('hello from a library')")
     source = Path(bertforge.__file__).parents[1]

@@ -63,8 +63,8 @@ def test_a_residual_branch_ends(tokens, width, dtype, monkeypatch):
         (width,), norm[0].double(), norm[1].double(), norm[2],
     )  # fmt: skip
     multiplier, short = shorts(tokens, width, dtype)
-    for few in (inference_norm_triton.FEW, 0):  # as for small packs, and as for large ones
-        monkeypatch.setattr(inference_norm_triton, "FEW", few)
+    for few in (inference_norm_triton.SPREAD_UP_TO, 0):  # as for small packs, and as for large ones
+        monkeypatch.setattr(inference_norm_triton, "SPREAD_UP_TO", few)
         output = torch.full((tokens, width), torch.nan, dtype=torch.bfloat16, device=DEVICE)
         residual_norm(x, scale, shift, residual, norm, output, multiplier, short)
         check(output, short, exact, multiplier)

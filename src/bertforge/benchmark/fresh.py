@@ -20,20 +20,21 @@ from bertforge.engines.run import run
 from bertforge.hardware import detect
 from bertforge.peak_memory import PeakMemory
 
-Figures = dict[str, float | None]
+Figures = dict[str, float | str | None]
 
 
 def fresh_process(folder: Path, framework: str, precision: str, data: Path, split: str, rows: int) -> Figures:
     """`first_answer_s` from the start of the process to the label of a text, `first_call_ms` of which the engine was
     loaded already, and `peak_memory_gb` (10^9 bytes) once it has answered the timed rows too.
 
-    None where memory cannot be read, and all of them when the process fails.
+    None where memory cannot be read, and all of them when the process fails: `fresh_missing` has its last line then.
     """
     arguments = [folder, framework, precision, data, split, rows, time.time()]
     command = [sys.executable, "-m", "bertforge.benchmark.fresh", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        return {"first_answer_s": None, "first_call_ms": None, "peak_memory_gb": None}
+        why = (done.stderr.rstrip() or f"exit code {done.returncode}").rpartition("\n")[2]
+        return {"first_answer_s": None, "first_call_ms": None, "peak_memory_gb": None, "fresh_missing": why}
     found: Figures = json.loads(done.stdout.rstrip().rpartition("\n")[2])  # libraries may print before it
     return found
 

@@ -14,7 +14,7 @@ from bertforge.kernels.layer_norm_triton import normalize
 from bertforge.kernels.overlap_triton import overlaps, wait_for_inputs
 from bertforge.kernels.rounding_triton import rounded_to
 
-FEW = 4096  # tokens up to which a row is spread over many threads, for there are more than enough
+SPREAD_UP_TO = 4096  # tokens up to which a row is spread over many threads, for there are more than enough
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def _launch(
     (tokens, width), (weight, bias, eps) = output.shape, norm
     overlap = overlaps(output.device, tokens)
     # 65,536 rows of 768, H200: one row a warp 77 us, four rows in four warps 86; with 8 bits beside it 150 and 106.
-    rows, warps = (1, 8) if tokens <= FEW else (1, 1) if short is None else (4, 4)
+    rows, warps = (1, 8) if tokens <= SPREAD_UP_TO else (1, 1) if short is None else (4, 4)
     with torch.cuda.device_of(output):
         kernel[(triton.cdiv(tokens, rows),)](
             *inputs, weight, bias, multiplier, output, short, tokens, eps,
