@@ -8,13 +8,14 @@ import signal
 import threading
 import time
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 
 from bertforge import locks
 from bertforge.artifact import fresh_directory, write_atomic
 from bertforge.digests import write_sealed
-from bertforge.errors import ArtifactError
+from bertforge.errors import ArtifactError, UsageError
 from bertforge.locks import BusyError, locked
 from bertforge.manifest import MANIFEST, WHILE_TRAINING, put_right, read_manifest
 from tests import crashes
@@ -286,3 +287,12 @@ def test_in_a_folder_mounted_from_elsewhere_the_lock_lies_within(tmp_path, monke
         assert names(out) == [".lock"]
         assert names(tmp_path) == ["out"]
     assert names(out) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder in which no file can be made: /proc")
+def test_a_folder_that_takes_no_files_is_named():
+    with (
+        pytest.raises(UsageError, match="no file can be made in /proc; name another place"),
+        locked(Path("/proc/x.csv")),
+    ):
+        pass

@@ -38,13 +38,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
-from bertforge.errors import ArtifactError, removal
+from bertforge.errors import ArtifactError, UsageError, removal
 
 log = logging.getLogger(__name__)
 PATIENCE = 0.5  # seconds that a reader waits: a command that is ending, or another that tidies, holds a lock so long
 LOCK = ".lock"  # within a folder whose parent is not to be written
 OLD = "bertforge-old"  # nobody's own folder is called so
 _LOOK = 0.02  # seconds between two tries
+_MOST_GONE = 1000  # times that a folder may go before its lock is made
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what a file system without locks answers
 _COMMAND = 200  # characters of a command that are told
 
@@ -183,11 +184,15 @@ def _create(partial: Path) -> int:
 
 def _take(lock: Path) -> tuple[int, bool] | None:
     """A descriptor of `lock`, and whether it holds it: not on a file system without locks. None while another does."""
+    gone = 0
     while True:
         lock.parent.mkdir(parents=True, exist_ok=True)
         try:
             fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        except FileNotFoundError:  # the folder went with its last lock
+        except FileNotFoundError as error:  # the folder went with its last lock
+            gone += 1
+            if gone > _MOST_GONE:
+                raise UsageError(f"no file can be made in {lock.parent}; name another place") from error
             continue
         except OSError as error:
             if error.errno in (errno.EISDIR, errno.ELOOP):

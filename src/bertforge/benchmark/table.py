@@ -88,6 +88,12 @@ def summary(found: dict[str, Any]) -> Group:
             table.add_row(_name(row), *_cells(found, row, columns))
         tables.append(table)
     notes = [f"{_name(row)}: {row['missing']}" for row in found["rows"] if "missing" in row]
+    if measured:
+        notes += [
+            "One question, ms: p50 / p95 / p99 / cold, after half a second of pause.",
+            "Engine: token ids to logits. Text to label: with the tokenizer.",
+            "First answer: of a new process.",
+        ]
     if any(row["share_of_ceiling"] is None and row["product_rate"] for row in measured):
         notes.append(
             "no ceiling for an engine that was faster than the matrix product measured beside it: other work held the "

@@ -20,9 +20,7 @@ RunFolder = Annotated[
 
 Recheck = Annotated[
     Path | None,
-    typer.Option(
-        help="Beside an engine in 8 bits: its model, or another engine of that, which answers close rows again."
-    ),
+    typer.Option(help="For an engine in 8 bits: its model, or another engine of that, which answers close rows again."),
 ]
 
 

@@ -112,6 +112,10 @@ class OpenVinoEngine:
         self.names = {name for value in many.inputs for name in value.get_names()}
         self.requests, self.alone = _requests(many, self.streams), _requests(self.single, 1)
         self.running, self.lock = 0, Lock()
+        # OpenVINO's binding looks NumPy up when a tensor's data is first asked for, and two threads that do so at once
+        # may wait for each other for ever (2026.4): one for the interpreter, one for the lookup. So it is asked here.
+        with self._request(1) as request:
+            assert request.get_input_tensor(0).data is not None
 
     def logits(self, batch: PaddedBatch | PackedBatch) -> np.ndarray:
         """See `base.Engine`."""

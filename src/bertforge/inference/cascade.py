@@ -20,7 +20,7 @@ from bertforge.data.loader import Examples
 from bertforge.engines.base import Engine
 from bertforge.engines.run import run
 from bertforge.errors import ArtifactError, UsageError
-from bertforge.manifest import remake, weights_of
+from bertforge.manifest import compile_command, weights_of
 from bertforge.proof.margin import Margin, gaps
 from bertforge.scales import FORMATS
 
@@ -75,8 +75,8 @@ def margin_between(engine: Path, first: dict[str, Any], other: Path, second: dic
         )
     if "margin" not in first:
         raise ArtifactError(
-            f"{engine} has no margin: no validation rows proved it, or an older version did; "
-            f"{remake(engine, 'engine', first)}"
+            f"{engine} has no margin, for no validation rows proved it the last time; prove it on some: "
+            f"{compile_command(engine, first['target'], first['precision'])} --data DATA --verify"
         )
     weights = first.get("weights")
     if weights is None or (weights, first["labels"]) != (weights_of(second), second["labels"]):

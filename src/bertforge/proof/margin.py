@@ -73,8 +73,8 @@ class Margin:
 
     def __str__(self) -> str:
         return (
-            f"{self.asked:.1%} of {self.rows:,} validation rows have two labels within {self.value:.2g}, and so has "
-            f"each of the {self.changed:,} that changed; --recheck MODEL asks them again"
+            f"{self.value:.2g} logits: --recheck MODEL would ask {self.asked:.1%} of {self.rows:,} validation rows "
+            f"again, all {self.changed:,} whose labels changed among them"
         )
 
 
