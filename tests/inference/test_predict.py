@@ -264,7 +264,7 @@ def test_what_fails_on_the_way_leaves_no_file_an_older_one_alone_and_no_thread(t
             predict_table(predictor, table, tmp_path / name)
         assert [path.read_text() for path in tmp_path.iterdir()] == older
         assert stage != "writer" or raised.value.filename == str(tmp_path / name)
-        assert {thread.name for thread in threading.enumerate()} == before
+        assert {thread.name for thread in threading.enumerate()} <= before
 
 
 def test_a_run_without_columns_needs_the_texts_alone(tmp_path, runs):
