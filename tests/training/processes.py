@@ -62,6 +62,8 @@ class Forked:
 
     def __init__(self, folder, *arguments, target=main, hold=None):
         self.out, self.err = _files(folder)
+        for path in (self.out, self.err):
+            path.touch()  # it may be read before a process has opened it
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # outlives them, as torchrun's
         given = (self.store.port, self.out, self.err, target, hold, [str(argument) for argument in arguments])
         self.processes = [_FORKED.Process(target=_work, args=(rank, *given)) for rank in range(2)]
