@@ -196,9 +196,8 @@ def systems() -> Iterator[System]:
             yield System("bertforge", name, "fp16", batch, partial(onnxruntime, tokens=tokens, fused=fused))
     yield from packed_systems()
     yield from native_systems()
-    for name, load in (("transformers", sdpa), ("bertforge", partial(packed, tokens=65_536))):
-        precision = "fp16" if name == "transformers" else "bf16"
-        yield System(name, "pytorch, sdpa" if name == "transformers" else "pytorch, packed", precision, one(), load)
+    yield System("transformers", "pytorch, sdpa", "fp16", one(), sdpa)
+    yield System("bertforge", "pytorch, packed", "bf16", one(), partial(packed, tokens=65_536))
 
 
 def native_systems() -> Iterator[System]:
