@@ -1,0 +1,1 @@
+"""`bertforge serve`: fronts that speak HTTP, and one engine process that computes for all of them."""
