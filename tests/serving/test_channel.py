@@ -16,6 +16,7 @@ from bertforge.serving.channel import (
     Connection,
     EngineClient,
     Frames,
+    Load,
     Refusal,
     RefusedError,
     Served,
@@ -39,6 +40,7 @@ MESSAGES = (
     Refusal(3, "failed", "it broke"),
     State(4, (Served("closed", "xxh3:ab", "/models/closed", "int8", "openvino", "a CPU", "base"),)),
     State(5),
+    Load("closed", 1000, 20_000.5, 3, 40, 5000, 0.25),
 )
 
 
@@ -48,7 +50,7 @@ def written_out(value):
         return value.dtype.str, value.shape, [repr(each) for each in value.ravel().tolist()]
     if isinstance(value, dict):
         return {name: written_out(each) for name, each in value.items()}
-    if isinstance(value, tuple(type(message) for message in MESSAGES)) and not isinstance(value, State):
+    if isinstance(value, tuple(type(message) for message in MESSAGES)) and not isinstance(value, State | Load):
         return type(value), [written_out(getattr(value, name)) for name in type(value).__slots__]
     return value
 

@@ -124,8 +124,27 @@ class State:
     models: tuple[Served, ...] = ()
 
 
-Message = Ask | Cancel | Adopted | Answer | Refusal | State
-_KINDS = {kind: number for number, kind in enumerate((Ask, Cancel, Adopted, Answer, Refusal, State))}
+@dataclass(frozen=True)
+class Load:
+    """What an engine has to do and has done; sent once a second, for each engine, to every front alike."""
+
+    engine: str
+    """The name of the model that it was loaded for; adapters share the engine of theirs."""
+    waiting: int
+    """Tokens in the queue."""
+    rate: float
+    """Tokens a second that it computes when it is busy, as measured."""
+    batches: int
+    """Since it was loaded, as are the others."""
+    rows: int
+    tokens: int
+    """Padding included."""
+    seconds: float
+    """That calls of the engine took."""
+
+
+Message = Ask | Cancel | Adopted | Answer | Refusal | State | Load
+_KINDS = {kind: number for number, kind in enumerate((Ask, Cancel, Adopted, Answer, Refusal, State, Load))}
 
 
 def frame(message: Message) -> bytes:
@@ -221,6 +240,7 @@ _READERS: tuple[Callable[[bytes, int, int], Message], ...] = (
     _read_answer,
     lambda data, start, stop: Refusal(*json.loads(data[start:stop])),
     _read_state,
+    lambda data, start, stop: Load(**json.loads(data[start:stop])),
 )
 
 
@@ -292,6 +312,8 @@ class EngineClient:
         makes itself ready for its models, and calls `adopted` then.
         """
         self.path, self.changed = path, changed
+        self.loads: dict[str, Load] = {}
+        """The last load of each engine."""
         self.connection: Connection | None = None
         """None while there is none."""
         self._asks: dict[int, asyncio.Future[Answer]] = {}
@@ -378,6 +400,8 @@ class EngineClient:
     def _receive(self, connection: Connection, message: Message) -> None:
         if isinstance(message, State):
             self.changed(message)
+        elif isinstance(message, Load):
+            self.loads[message.engine] = message
         elif isinstance(message, Answer):
             answer = self._asks.pop(message.number, None)  # None where nobody waits any more
             if answer is not None and not answer.done():
