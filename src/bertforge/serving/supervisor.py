@@ -30,7 +30,7 @@ from contextlib import suppress
 from tempfile import TemporaryDirectory
 
 from bertforge.errors import UsageError
-from bertforge.serving.settings import FrontOrder, Service
+from bertforge.serving.settings import EngineOrder, FrontOrder, Service
 
 _BACKLOG = 2048  # connections that wait to be accepted
 _PAUSES = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)  # seconds before a process is started again, the first to the sixth time
@@ -94,13 +94,9 @@ class Supervisor:
         return self._code
 
     def _engine_command(self, folder: str) -> list[str]:
-        from bertforge.serving.batcher import Limits as EngineLimits
-        from bertforge.serving.process import EngineOrder
-
         service = self._service
         models = {name: str(path) for name, path in service.models.items()}
-        limits = EngineLimits(service.latency, service.queue)
-        return EngineOrder(f"{folder}/engine", models, service.precision, limits).command()
+        return EngineOrder(f"{folder}/engine", models, service.precision, service.pace).command()
 
     def _front_command(self, folder: str) -> list[str]:
         keys = self._service.api_keys
