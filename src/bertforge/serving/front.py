@@ -21,7 +21,7 @@ from starlette.responses import Response
 
 from bertforge import __version__
 from bertforge.errors import BertforgeError
-from bertforge.serving import classify, metrics
+from bertforge.serving import classify, metrics, open_inference, tei
 from bertforge.serving.connection import Connection
 from bertforge.serving.door import Door, call_of
 from bertforge.serving.keys import Keys
@@ -29,6 +29,7 @@ from bertforge.serving.models import Models
 from bertforge.serving.requests import RequestError
 from bertforge.serving.settings import FrontOrder
 
+_FORMS = {"/v2": open_inference.form, "/predict": tei.form, "/info": tei.form, "/": tei.form}
 _LAST = 0.5  # seconds from the word to end to the end of idle connections: what was on its way is answered
 
 
@@ -41,7 +42,7 @@ def make_app(models: Models) -> FastAPI:
         docs_url=None,  # pages that load from other servers
         redoc_url=None,
     )
-    for router in (classify.router(models),):
+    for router in (classify.router(models), open_inference.router(models), tei.router(models)):
         app.include_router(router)
 
     @app.get("/healthz", tags=["operation"])
@@ -62,7 +63,7 @@ def make_app(models: Models) -> FastAPI:
 
     @app.exception_handler(RequestError)
     async def refuse(request: Request, error: RequestError) -> Response:
-        return error.response(call_of(request).id)
+        return call_of(request).refuse(error)
 
     @app.exception_handler(HTTPException)
     async def refuse_http(request: Request, error: HTTPException) -> Response:
@@ -70,9 +71,8 @@ def make_app(models: Models) -> FastAPI:
             404: "there is no such address; GET /openapi.json lists all",
             405: "this address takes another method",
         }
-        response = RequestError(error.status_code, message.get(error.status_code, error.detail)).response(
-            call_of(request).id
-        )
+        refusal = RequestError(error.status_code, message.get(error.status_code, error.detail))
+        response = call_of(request).refuse(refusal)
         response.headers.update(error.headers or {})
         return response
 
@@ -80,11 +80,11 @@ def make_app(models: Models) -> FastAPI:
     async def refuse_field(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"][1:]))
-        return RequestError(422, f"{where}: {first['msg']}", where).response(call_of(request).id)
+        return call_of(request).refuse(RequestError(422, f"{where}: {first['msg']}", where))
 
     @app.exception_handler(Exception)
     async def fail(request: Request, error: Exception) -> Response:  # the door logs it
-        return RequestError(500, "the service failed over this request").response(call_of(request).id)
+        return call_of(request).refuse(RequestError(500, "the service failed over this request"))
 
     return app
 
@@ -93,7 +93,7 @@ async def serve(order: FrontOrder) -> None:
     """Runs until it is told to end."""
     models = Models(Path(order.engine), order.limits, lambda line: print(line, file=sys.stderr, flush=True))
     keys = None if order.api_keys is None else Keys.read(Path(order.api_keys))
-    door = Door(make_app(models), order.limits, keys)
+    door = Door(make_app(models), order.limits, keys, _FORMS)
     config = uvicorn.Config(
         door, loop="uvloop", http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
         server_header=False, proxy_headers=False,
