@@ -35,6 +35,8 @@ class Service:
 
     models: Mapping[str, Path]
     """Folders by the names that clients use; the first answers where a request names none."""
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    """LoRA runs on the base of one of `models`, by the names that clients use."""
     fronts: int = 1
     limits: Limits = field(default_factory=Limits)
     latency: float = 0.05

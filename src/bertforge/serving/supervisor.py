@@ -100,7 +100,8 @@ class Supervisor:
         service = self._service
         models = {name: str(path) for name, path in service.models.items()}
         limits = EngineLimits(service.latency, service.queue)
-        return EngineOrder(f"{folder}/engine", models, service.precision, limits).command()
+        adapters = {name: str(path) for name, path in service.adapters.items()}
+        return EngineOrder(f"{folder}/engine", models, adapters, service.precision, limits).command()
 
     def _front_command(self, folder: str) -> list[str]:
         keys = self._service.api_keys
