@@ -17,9 +17,9 @@ from bertforge.engines.pytorch import PyTorchEngine
 from bertforge.errors import ArtifactError
 from bertforge.inference.predictor import Predictor
 from bertforge.manifest import MANIFEST
-from bertforge.serving.batcher import Limits
 from bertforge.serving.channel import EngineClient, RefusedError
-from bertforge.serving.process import FAILED, EngineOrder, EngineProcess, main
+from bertforge.serving.process import FAILED, EngineProcess, main
+from bertforge.serving.settings import EngineOrder, Pace
 from tests.runs import made_up, reseal
 
 CLOSE = 1e-4  # float32, summed in other orders
@@ -291,7 +291,7 @@ def test_loads_are_told(runs, socket, monkeypatch):
 
 def test_the_process_itself_begins_swaps_and_ends(model, socket):
     process = subprocess.Popen(
-        EngineOrder(str(socket), {"a": str(model)}, precision="fp32", limits=Limits(latency=0.01)).command(),
+        EngineOrder(str(socket), {"a": str(model)}, precision="fp32", pace=Pace(latency=0.01)).command(),
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
