@@ -28,12 +28,12 @@ from bertforge.engines.run import run, run_each
 from bertforge.errors import ArtifactError, DataError, MachineError, UsageError
 from bertforge.hardware import Hardware, choose_precision, detect
 from bertforge.inference.cascade import Recheck, margin_between
-from bertforge.inference.codec import Codec, served
+from bertforge.inference.codec import Codec
 from bertforge.inference.inputs import Given
 from bertforge.lora.adapter_io import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
 from bertforge.lora.inject import merge
 from bertforge.lora.layer import LoraLinear
-from bertforge.manifest import compile_command, remake
+from bertforge.manifest import compile_command, remake, served
 from bertforge.model import weights
 from bertforge.model.classifier import BertForSequenceClassification, check_size
 from bertforge.model.config import BertConfig
@@ -83,7 +83,7 @@ class Predictor:
             _check_verified(directory, manifest, hardware)
             engine = open_engine(directory, manifest["target"], manifest["precision"], hardware)
         else:
-            model = _plain(verified_model(directory, manifest, hardware))
+            model = plain(verified_model(directory, manifest, hardware))
             if manifest["kind"] == "quantized":
                 if precision not in ("auto", "fp32"):
                     raise UsageError(
@@ -321,7 +321,7 @@ def verified_model(directory: Path, manifest: dict[str, Any], hardware: Hardware
     return model
 
 
-def _plain(model: BertForSequenceClassification) -> BertForSequenceClassification:
+def plain(model: BertForSequenceClassification) -> BertForSequenceClassification:
     """Without adapters: they are added to the weights once, and not at each batch."""
     if not any(isinstance(module, LoraLinear) for module in model.modules()):
         return model

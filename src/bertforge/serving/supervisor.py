@@ -113,7 +113,8 @@ class Supervisor:
     def _engine_command(self, folder: str) -> list[str]:
         service = self._service
         models = {name: str(path) for name, path in service.models.items()}
-        return EngineOrder(f"{folder}/engine", models, service.precision, service.pace).command()
+        adapters = {name: str(path) for name, path in service.adapters.items()}
+        return EngineOrder(f"{folder}/engine", models, adapters, service.precision, service.pace).command()
 
     def _front_command(self, folder: str) -> list[str]:
         keys = self._service.api_keys
