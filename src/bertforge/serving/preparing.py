@@ -86,12 +86,12 @@ class Preparation:
             if stop < len(job.rows):
                 again.append(job)
         self._waiting.extend(again)
-        self._called = bool(self._waiting)
-        if self._called:
-            asyncio.get_running_loop().call_soon(self._turn)
         for lot in lots.values():
             if lot:
                 self._prepare(lot)
+        self._called = bool(self._waiting)
+        if self._called:  # after those who have their rows by now went on
+            asyncio.get_running_loop().call_soon(self._turn)
 
     def _prepare(self, lot: list[tuple[_Job, Sequence[Row]]]) -> None:
         try:
