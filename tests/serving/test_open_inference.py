@@ -5,14 +5,13 @@ import re
 
 import numpy as np
 import pytest
+import tritonclient.http as http
 
 from bertforge.data.schema import QUESTIONS
 from bertforge.inference.predictor import Predictor
 from bertforge.serving.open_inference import Description, InferResponse, Refused
 from tests.runs import made_up
 from tests.serving.service import PATIENCE
-
-http = pytest.importorskip("tritonclient.http")
 
 CLOSE = 2e-6  # float32, summed beside other rows
 TEXTS = ["How do I sort a list?", "Größe und Maße 🙂", " ", "word " * 100]
