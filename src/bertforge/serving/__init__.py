@@ -1,0 +1,1 @@
+"""Serving: text in, decision out, over HTTP."""

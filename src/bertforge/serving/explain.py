@@ -1,0 +1,176 @@
+"""Why the model answered so: the question is asked again without each of its words, and without each of its columns.
+
+A word's push is the probability of the label less what that probability is without the word: positive where the word
+speaks for the label. This is leave-one-out by the model that serves, temperature and all, so it holds for engines in
+8 bits too. Integrated gradients were the other way: they need gradients, which no engine but PyTorch has, and their
+pushes belong to pieces of words, on a scale that is no probability.
+
+A text of 500 words would cost 500 passes, so they are bounded. A text of more words than MOST_PASSES is first taken
+apart into passages of neighbouring words, and the passes that are left go to the words of the passages that push the
+most. The other passages stay whole, and the answer says so. What the model does not read, for the text was cut, is not
+asked.
+
+Questions are asked _AT_ONCE at a time, each lot after the answer to the last: they never fill the queue, so a slow
+model does not refuse them, and others are served between. Equal questions get equal pushes: ties go by place.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, islice, takewhile
+from typing import Any
+
+import numpy as np
+
+MOST_PASSES = 128
+"""Of the model for the words of a question, and as many for its columns."""
+_PASSAGES = 64  # that a longer text is taken apart into at first
+_AT_ONCE = 16
+_DIGITS = 6  # of a push; what another batch rounds differently lies behind them
+# White space separates words, and an ideograph is a word by itself, as it is to BERT.
+_IDEOGRAPH = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f"
+_WORD = re.compile(f"[{_IDEOGRAPH}]|[^\\s{_IDEOGRAPH}]+")
+
+Question = str | Mapping[str, Any]
+"""A text, or a row with the columns of the training table."""
+Score = Callable[[list[Question]], Awaitable[np.ndarray]]
+"""Questions -> their calibrated probabilities `[questions, labels]`."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A word, or neighbouring words of one field, and how they push."""
+
+    field: str | None
+    """The text column; None where the question is a text alone."""
+    start: int
+    """Characters (Unicode code points) of the field's text before it."""
+    end: int
+    words: int = 1
+    push: float = 0.0
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What pushed the model to its answer."""
+
+    label: int
+    """The place of the likeliest one."""
+    probability: float
+    passages: list[Passage]
+    """In the order of the text; none where the text is one word, without which there is no question."""
+    columns: dict[str, float]
+    """Column -> its push: what the label's probability loses when the column is missing."""
+    note: str
+    """What was left together or left out to stay within MOST_PASSES; "" for nothing."""
+
+
+async def explain(
+    question: Question,
+    text_columns: Sequence[str],
+    columns: Sequence[str],
+    is_full: Callable[[str], bool],
+    score: Score,
+) -> Explanation:
+    """The pushes of the words and of the `columns` of a question that has a text.
+
+    `is_full` tells whether the model reads nothing of what follows such a text.
+    """
+    (whole,) = await score([question])
+    label = int(np.argmax(whole))
+
+    async def pushes(changed: list[Question]) -> list[float]:
+        lots = [changed[start : start + _AT_ONCE] for start in range(0, len(changed), _AT_ONCE)]
+        chances = [chance for lot in lots for chance in (await score(lot))[:, label].tolist()]
+        return [round(float(whole[label]) - chance, _DIGITS) for chance in chances]
+
+    async def pushed(passages: list[Passage]) -> list[Passage]:
+        found = await pushes([_without(question, passage) for passage in passages])
+        return [replace(passage, push=push) for passage, push in zip(passages, found, strict=True)]
+
+    words = _read_words(question, text_columns, is_full)
+    groups = _groups(words)
+    passages = await pushed([replace(group[0], end=group[-1].end, words=len(group)) for group in groups])
+    if len(groups) < len(words):
+        split = _strongest(passages, MOST_PASSES - len(groups))
+        single = iter(await pushed([word for place in split for word in groups[place]]))
+        parts = (
+            list(islice(single, passage.words)) if place in split else [passage]
+            for place, passage in enumerate(passages)
+        )
+        passages = [passage for part in parts for passage in part]
+    row: Mapping[str, Any] = {} if isinstance(question, str) else question
+    given = [name for name in columns if row.get(name) not in (None, "")]
+    asked = given[:MOST_PASSES]
+    found = await pushes([{**row, name: None} for name in asked])
+    return Explanation(
+        label=label,
+        probability=float(whole[label]),
+        passages=passages,
+        columns=dict(zip(asked, found, strict=True)),
+        note=_note(len(words), passages, len(given) - len(asked)),
+    )
+
+
+def _fields(question: Question, text_columns: Sequence[str]) -> dict[str | None, str]:
+    """The texts of a question, in the order in which the model reads them."""
+    if isinstance(question, str):
+        return {None: question}
+    return {name: question.get(name) or "" for name in text_columns}
+
+
+def _read_words(question: Question, text_columns: Sequence[str], is_full: Callable[[str], bool]) -> list[Passage]:
+    """The words that the model reads, the last perhaps in part; none where there is one alone."""
+    fields = _fields(question, text_columns)
+    words = [
+        Passage(name, found.start(), found.end()) for name, text in fields.items() for found in _WORD.finditer(text)
+    ]
+
+    def is_unread(word: Passage) -> bool:
+        before = [fields[name] for name in takewhile(lambda name: name != word.field, fields)]
+        return is_full(" ".join([*before, fields[word.field][: word.start]]))
+
+    return words[: bisect_left(words, True, key=is_unread)] if len(words) > 1 else []
+
+
+def _groups(words: list[Passage]) -> list[list[Passage]]:
+    """Words that are asked together at first: each alone where there are few, and never of two fields."""
+    size = 1 if len(words) <= MOST_PASSES else -(-len(words) // _PASSAGES)
+    runs = [list(run) for _, run in groupby(words, key=lambda word: word.field)]
+    return [run[start : start + size] for run in runs for start in range(0, len(run), size)]
+
+
+def _strongest(passages: list[Passage], words: int) -> list[int]:
+    """Places, ascending, of the passages that push the most and have no more than so many `words` together."""
+    places = []
+    for place in sorted(range(len(passages)), key=lambda place: (-abs(passages[place].push), place)):
+        words -= passages[place].words
+        if words < 0:
+            break
+        places.append(place)
+    return sorted(places)
+
+
+def _without(question: Question, passage: Passage) -> Question:
+    """White space stands where the passage stood, so that its neighbours stay two words."""
+    if isinstance(question, str):
+        return f"{question[: passage.start]} {question[passage.end :]}"
+    assert passage.field is not None, "a row's words stand in its columns"
+    text = question[passage.field]
+    return {**question, passage.field: f"{text[: passage.start]} {text[passage.end :]}"}
+
+
+def _note(words: int, passages: list[Passage], unasked: int) -> str:
+    kept = sum(passage.words > 1 for passage in passages)
+    notes = []
+    if kept:
+        notes.append(
+            f"the text has {words} words: {kept} passages of several words were left out as a whole, "
+            "and the strongest passages word by word"
+        )
+    if unasked:
+        notes.append(f"{unasked} more columns were not tried")
+    return "; ".join(notes)
