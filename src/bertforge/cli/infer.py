@@ -46,8 +46,10 @@ def evaluate(
 ) -> None:
     """Measure a run: loss, accuracy, precision, recall, F1, ROC-AUC, calibration, each with a 95% interval.
 
-    Writes a self-contained HTML report. Choose settings by the validation
-    rows; read the test rows once, for the final figures.
+    Writes a self-contained HTML report, and beside it a file with the
+    mistakes that the model was surest of, texts included, which `bertforge
+    serve` shows beside similar texts. Choose settings by the validation rows;
+    read the test rows once, for the final figures.
 
     Example:
 
@@ -55,6 +57,7 @@ def evaluate(
     """
     from bertforge.artifact import output_files, write_json
     from bertforge.errors import MachineError
+    from bertforge.evaluation.mistakes import mistakes_beside
     from bertforge.evaluation.report import metrics_markdown
     from bertforge.inference.evaluate import evaluate_run
     from bertforge.manifest import MANIFEST
@@ -62,7 +65,8 @@ def evaluate(
     console = Terminal()
     scored = split or "test" if (data / MANIFEST).is_file() else f"table-{data.stem}"
     written = report or run / f"report-{scored}.html"
-    with output_files(written if run.is_dir() else report, json_file):
+    mistakes = mistakes_beside(written)
+    with output_files(*((written, mistakes) if run.is_dir() else (report,)), json_file):
         found = evaluate_run(run, data, split, against, dialect(encoding, separator), recheck=recheck)
         console.print(f"{run} on {found.scored.source}: {len(found.scored.labels):,} rows")
         if found.scored.made_up:
@@ -79,6 +83,7 @@ def evaluate(
             console.print(found.comparison.verdict)
         if json_file:
             console.print(f"wrote {write_json(json_file, found.to_dict())}")
+        console.print(f"wrote {found.write_mistakes(written)}")
         try:
             console.print(f"wrote {found.write_report(written)}")
         except MachineError as error:

@@ -17,6 +17,7 @@ from bertforge.evaluation.compare import Comparison, compare
 from bertforge.evaluation.curves import reliability, roc_curves
 from bertforge.evaluation.groups import by_length, by_month, confident_mistakes
 from bertforge.evaluation.metrics import Metrics, calibration_error, classification_metrics
+from bertforge.evaluation.mistakes import CHARACTERS, KEPT, write_mistakes
 from bertforge.evaluation.report import Report, write_report
 from bertforge.evaluation.standing import Standing, standing
 from bertforge.hardware import detect
@@ -116,6 +117,19 @@ class Evaluation:
             quantization=self.manifest.get("quantization"),
         )
         return write_report(path, report)
+
+    def write_mistakes(self, report: Path) -> Path:
+        """The mistakes that the model was surest of, in a file beside `report`: what `serve` shows of them."""
+        found = confident_mistakes(
+            self.scored.logits,
+            self.scored.labels,
+            self.metrics.label_names,
+            texts=self.scored.texts,
+            row_ids=self.scored.lines.tolist(),
+            top=KEPT,
+            characters=CHARACTERS,
+        )
+        return write_mistakes(report, self.scored.source, found)
 
 
 def evaluate_run(
