@@ -168,8 +168,8 @@ def _note(words: int, passages: list[Passage], unasked: int) -> str:
     notes = []
     if kept:
         notes.append(
-            f"the text has {words} words: {kept} passages of several words were left out as a whole, "
-            "and the strongest passages word by word"
+            f"of the {words} words that the model reads, those of the strongest passages were left out one by one, "
+            f"and {kept} other passages as a whole"
         )
     if unasked:
         notes.append(f"{unasked} more columns were not tried")
