@@ -23,7 +23,13 @@ function show(id, text) {
   byId(id).hidden = !text;
 }
 
-const percent = (share) => `${(100 * share).toFixed(share < 0.1 || share > 0.99 ? 1 : 0)}%`;
+/** A probability for people; nothing is certain. */
+function percent(share) {
+  if (share > 0.999) return "over 99.9%";
+  if (share < 0.001) return "under 0.1%";
+  return `${(100 * share).toFixed(share < 0.1 || share > 0.99 ? 1 : 0)}%`;
+}
+
 const points = (push) => `${push < 0 ? "−" : "+"}${Math.abs(100 * push).toFixed(Math.abs(push) < 0.095 ? 1 : 0)} points`;
 const model = () => models[Math.max(0, byId("model").selectedIndex)];
 
@@ -115,6 +121,11 @@ function complain(problem) {
 }
 
 async function submit() {
+  if (!models.length) { // the key was missing
+    await start();
+    inputs()[0]?.focus();
+    return;
+  }
   running.abort();
   running = new AbortController();
   const { signal } = running;
@@ -164,7 +175,7 @@ function drawVerdict({ id, model: served, results: [result] }) {
   byId("labels").replaceChildren(
     ...ranked.slice(0, SHOWN_LABELS).map(([name, share]) => {
       const bar = make("i", { "aria-hidden": "true" });
-      bar.style.setProperty("--share", percent(share));
+      bar.style.setProperty("--share", `${100 * share}%`);
       return make("li", {}, make("span", {}, name), bar, make("b", {}, percent(share)));
     }),
   );
