@@ -1,1 +1,1 @@
-"""Serving: text in, decision out, over HTTP."""
+"""`bertforge serve`: fronts that speak HTTP, and one engine process that computes for all of them."""
