@@ -1,176 +1,171 @@
-"""Why the model answered so: the question is asked again without each of its words, and without each of its columns.
+"""`POST /v1/explain`: the words and columns that pushed the model to its answer, and mistakes it made on similar texts.
 
-A word's push is the probability of the label less what that probability is without the word: positive where the word
-speaks for the label. This is leave-one-out by the model that serves, temperature and all, so it holds for engines in
-8 bits too. Integrated gradients were the other way: they need gradients, which no engine but PyTorch has, and their
-pushes belong to pieces of words, on a scale that is no probability.
-
-A text of 500 words would cost 500 passes, so they are bounded. A text of more words than MOST_PASSES is first taken
-apart into passages of neighbouring words, and the passes that are left go to the words of the passages that push the
-most. The other passages stay whole, and the answer says so. What the model does not read, for the text was cut, is not
-asked.
-
-Questions are asked _AT_ONCE at a time, each lot after the answer to the last: they never fill the queue, so a slow
-model does not refuse them, and others are served between. Equal questions get equal pushes: ties go by place.
+The model is asked some hundred times over (leave_one_out.py), by way of the same queue as everybody. These rows are of
+a client of their own in it, so that who has something explained keeps nobody waiting, himself least of all.
 """
 
 from __future__ import annotations
 
-import re
-from bisect import bisect_left
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby, islice, takewhile
+import json
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
-import numpy as np
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
 
-MOST_PASSES = 128
-"""Of the model for the words of a question, and as many for its columns."""
-_PASSAGES = 64  # that a longer text is taken apart into at first
-_AT_ONCE = 16
-_DIGITS = 6  # of a push; what another batch rounds differently lies behind them
-# White space separates words, and an ideograph is a word by itself, as it is to BERT.
-_IDEOGRAPH = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f"
-_WORD = re.compile(f"[{_IDEOGRAPH}]|[^\\s{_IDEOGRAPH}]+")
-
-Question = str | Mapping[str, Any]
-"""A text, or a row with the columns of the training table."""
-Score = Callable[[list[Question]], Awaitable[np.ndarray]]
-"""Questions -> their calibrated probabilities `[questions, labels]`."""
+from bertforge.errors import ArtifactError
+from bertforge.evaluation.groups import excerpt
+from bertforge.evaluation.mistakes import Mistakes
+from bertforge.inference.codec import is_blank
+from bertforge.serving.classify import Input, ModelTold, Told, json_body, refused
+from bertforge.serving.door import call_of
+from bertforge.serving.inputs import Row, read_inputs
+from bertforge.serving.leave_one_out import Pushes, leave_one_out
+from bertforge.serving.models import Model, Models
+from bertforge.serving.requests import RequestError, check_fields, read_json, seconds_of, text_of
 
 
-@dataclass(frozen=True)
-class Passage:
-    """A word, or neighbouring words of one field, and how they push."""
+class Subject(Told):
+    """What to explain."""
 
-    field: str | None
-    """The text column; None where the question is a text alone."""
-    start: int
-    """Characters (Unicode code points) of the field's text before it."""
+    inputs: Input = Field(description="One text, or one object with the columns of the training table.")
+    model: str | None = Field(None, description="One of /v1/models; the first where it is left out.")
+    timeout_ms: int | None = Field(None, ge=1, le=600_000, description="After so long without an answer: 504.")
+
+
+class Word(Told):
+    """A word, or neighbouring words of a long text that were left out together."""
+
+    field: str | None = Field(description="The text column that it stands in; null where the input is a text.")
+    start: int = Field(description="Characters (Unicode code points) of the field before it.")
     end: int
-    words: int = 1
-    push: float = 0.0
+    text: str
+    push: float = Field(description="The label's probability less what it is without the word.")
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """What pushed the model to its answer."""
+class Column(Told):
+    """A column that had a value."""
 
-    label: int
-    """The place of the likeliest one."""
+    name: str
+    value: str
+    push: float = Field(description="The label's probability less what it is when the column is missing.")
+
+
+class SimilarMistake(Told):
+    """A text that the model gave the same label, wrongly, when it was evaluated."""
+
+    text: str = Field(description="Its start.")
+    true: str
+    predicted: str
     probability: float
-    passages: list[Passage]
-    """In the order of the text; none where the text is one word, without which there is no question."""
-    columns: dict[str, float]
-    """Column -> its push: what the label's probability loses when the column is missing."""
-    note: str
-    """What was left together or left out to stay within MOST_PASSES; "" for nothing."""
 
 
-async def explain(
-    question: Question,
-    text_columns: Sequence[str],
-    columns: Sequence[str],
-    is_full: Callable[[str], bool],
-    score: Score,
-) -> Explanation:
-    """The pushes of the words and of the `columns` of a question that has a text.
+class Explained(Told):
+    """The answer."""
 
-    `is_full` tells whether the model reads nothing of what follows such a text.
-    """
-    (whole,) = await score([question])
-    label = int(np.argmax(whole))
+    id: str
+    model: ModelTold
+    label: str | int | bool | None = Field(description="Null for a text that is blank.")
+    probability: float | None
+    words: list[Word] = Field(description="In the order of the text, as far as the model read it.")
+    columns: list[Column]
+    mistakes: list[SimilarMistake] = Field(description="The most similar first; none where the model has no report.")
+    note: str = Field(description="What was left together or left out, for a text is asked about in bounded time.")
 
-    async def pushes(changed: list[Question]) -> list[float]:
-        lots = [changed[start : start + _AT_ONCE] for start in range(0, len(changed), _AT_ONCE)]
-        chances = [chance for lot in lots for chance in (await score(lot))[:, label].tolist()]
-        return [round(float(whole[label]) - chance, _DIGITS) for chance in chances]
 
-    async def pushed(passages: list[Passage]) -> list[Passage]:
-        found = await pushes([_without(question, passage) for passage in passages])
-        return [replace(passage, push=push) for passage, push in zip(passages, found, strict=True)]
+def router(models: Models) -> APIRouter:
+    """The route."""
+    found = APIRouter(prefix="/v1", tags=["explain"])
 
-    words = _read_words(question, text_columns, is_full)
-    groups = _groups(words)
-    passages = await pushed([replace(group[0], end=group[-1].end, words=len(group)) for group in groups])
-    if len(groups) < len(words):
-        split = _strongest(passages, MOST_PASSES - len(groups))
-        single = iter(await pushed([word for place in split for word in groups[place]]))
-        parts = (
-            list(islice(single, passage.words)) if place in split else [passage]
-            for place, passage in enumerate(passages)
-        )
-        passages = [passage for part in parts for passage in part]
-    row: Mapping[str, Any] = {} if isinstance(question, str) else question
-    given = [name for name in columns if row.get(name) not in (None, "")]
-    asked = given[:MOST_PASSES]
-    found = await pushes([{**row, name: None} for name in asked])
-    return Explanation(
-        label=label,
-        probability=float(whole[label]),
-        passages=passages,
-        columns=dict(zip(asked, found, strict=True)),
-        note=_note(len(words), passages, len(given) - len(asked)),
+    @found.post(
+        "/explain",
+        response_model=Explained,
+        responses=refused(400, 404, 422, 429, 503, 504),
+        openapi_extra=json_body(Subject),
     )
+    async def explain(request: Request) -> Response:
+        """Tell which words and columns of one input speak for the label, and which against it."""
+        call = call_of(request)
+        given = await read_json(request, models.limits)
+        check_fields(given, "inputs", "model", "timeout_ms")
+        deadline, model = call.arrived + seconds_of(given, "timeout_ms"), models.get(text_of(given, "model"))
+        row = _only(read_inputs(given.get("inputs"), model.columns, models.limits))
+        asking = replace(call, client=f"{call.client} (explain)")
+
+        async def probabilities(rows: list[Row]) -> list[list[float]]:
+            answers = await models.answer(asking, rows, model.served.name, deadline=deadline)
+            if answers.model is not model:
+                raise RequestError(503, "the model was replaced meanwhile; ask again", retry_after=0)
+            chances: list[list[float]] = answers.probabilities.tolist()
+            return chances
+
+        text = row if isinstance(row, str) else " ".join(row[name] for name in model.columns.texts)
+        told: dict[str, Any] = {"id": call.id, "model": model.told}
+        if is_blank(text):
+            told |= {"label": None, "probability": None, "words": [], "columns": [], "mistakes": [], "note": ""}
+        else:
+            (whole,) = await probabilities([row])
+            best = max(range(len(whole)), key=whole.__getitem__)
+
+            async def of_label(rows: list[Row]) -> list[float]:
+                return [chances[best] for chances in await probabilities(rows)]
+
+            def is_full(before: str) -> bool:
+                return len(model.codec.tokenizer.encode([before])[0]) >= model.codec.max_length
+
+            columns = model.columns
+            pushes = await leave_one_out(row, whole[best], columns.texts, columns.needed, is_full, of_label)
+            told |= _told(model, row, best, whole[best], pushes, text)
+        call.rows = asking.rows
+        return Response(json.dumps(told), media_type="application/json")
+
+    return found
 
 
-def _fields(question: Question, text_columns: Sequence[str]) -> dict[str | None, str]:
-    """The texts of a question, in the order in which the model reads them."""
-    if isinstance(question, str):
-        return {None: question}
-    return {name: question.get(name) or "" for name in text_columns}
+def _only(rows: list[Row]) -> Row:
+    if len(rows) > 1:
+        raise RequestError(422, f"inputs has {len(rows):,} entries; send one, for each takes long", "inputs")
+    return rows[0]
 
 
-def _read_words(question: Question, text_columns: Sequence[str], is_full: Callable[[str], bool]) -> list[Passage]:
-    """The words that the model reads, the last perhaps in part; none where there is one alone."""
-    fields = _fields(question, text_columns)
-    words = [
-        Passage(name, found.start(), found.end()) for name, text in fields.items() for found in _WORD.finditer(text)
-    ]
-
-    def is_unread(word: Passage) -> bool:
-        before = [fields[name] for name in takewhile(lambda name: name != word.field, fields)]
-        return is_full(" ".join([*before, fields[word.field][: word.start]]))
-
-    return words[: bisect_left(words, True, key=is_unread)] if len(words) > 1 else []
-
-
-def _groups(words: list[Passage]) -> list[list[Passage]]:
-    """Words that are asked together at first: each alone where there are few, and never of two fields."""
-    size = 1 if len(words) <= MOST_PASSES else -(-len(words) // _PASSAGES)
-    runs = [list(run) for _, run in groupby(words, key=lambda word: word.field)]
-    return [run[start : start + size] for run in runs for start in range(0, len(run), size)]
-
-
-def _strongest(passages: list[Passage], words: int) -> list[int]:
-    """Places, ascending, of the passages that push the most and have no more than so many `words` together."""
-    places = []
-    for place in sorted(range(len(passages)), key=lambda place: (-abs(passages[place].push), place)):
-        words -= passages[place].words
-        if words < 0:
-            break
-        places.append(place)
-    return sorted(places)
+def _told(model: Model, row: Row, best: int, probability: float, pushes: Pushes, text: str) -> dict[str, Any]:
+    """All but the request's id and the model, JSON-ready."""
+    cells: dict[str | None, str] = {None: row} if isinstance(row, str) else {**row}
+    similar, note = _similar(model, text, best)
+    return {
+        "label": model.codec.schema.original_labels()[best],
+        "probability": probability,
+        "words": [
+            {
+                "field": part.field,
+                "start": part.start,
+                "end": part.end,
+                "text": cells[part.field][part.start : part.end],
+                "push": part.push,
+            }
+            for part in pushes.passages
+        ],
+        "columns": [{"name": name, "value": cells[name], "push": push} for name, push in pushes.columns.items()],
+        "mistakes": similar,
+        "note": "; ".join(filter(None, (pushes.note, note))),
+    }
 
 
-def _without(question: Question, passage: Passage) -> Question:
-    """White space stands where the passage stood, so that its neighbours stay two words."""
-    if isinstance(question, str):
-        return f"{question[: passage.start]} {question[passage.end :]}"
-    assert passage.field is not None, "a row's words stand in its columns"
-    text = question[passage.field]
-    return {**question, passage.field: f"{text[: passage.start]} {text[passage.end :]}"}
+def _similar(model: Model, text: str, best: int) -> tuple[list[dict[str, Any]], str]:
+    """Mistakes on similar texts, and what there is to say of their file."""
+    try:
+        found = _mistakes(model.served.folder, model.served.generation).like(text, model.codec.label_names[best])
+    except ArtifactError:
+        return [], "no similar mistakes are shown, for their file is damaged: bertforge evaluate writes it again"
+    return [
+        {"text": excerpt(one.text), "true": one.true, "predicted": one.predicted, "probability": one.probability}
+        for one in found
+    ], ""
 
 
-def _note(words: int, passages: list[Passage], unasked: int) -> str:
-    kept = sum(passage.words > 1 for passage in passages)
-    notes = []
-    if kept:
-        notes.append(
-            f"of the {words} words that the model reads, those of the strongest passages were left out one by one, "
-            f"and {kept} other passages as a whole"
-        )
-    if unasked:
-        notes.append(f"{unasked} more columns were not tried")
-    return "; ".join(notes)
+@lru_cache(maxsize=16)
+def _mistakes(folder: str, generation: str) -> Mistakes:
+    """Of a folder, read once while its model is the same."""
+    return Mistakes.find(Path(folder))

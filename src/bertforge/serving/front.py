@@ -26,10 +26,11 @@ from starlette.responses import Response
 
 from bertforge import __version__
 from bertforge.errors import BertforgeError
-from bertforge.serving import classify, metrics
+from bertforge.serving import classify, explain, metrics
 from bertforge.serving.door import Door, call_of
 from bertforge.serving.keys import Keys
 from bertforge.serving.models import Models
+from bertforge.serving.page import page_routes
 from bertforge.serving.requests import Limits, RequestError
 
 _LAST = 0.5  # seconds from the word to end to the end of idle connections: what was on its way is answered
@@ -67,8 +68,9 @@ def make_app(models: Models) -> FastAPI:
         docs_url=None,  # pages that load from other servers
         redoc_url=None,
     )
-    for router in (classify.router(models),):
+    for router in (classify.router(models), explain.router(models)):
         app.include_router(router)
+    app.router.routes += page_routes()
 
     @app.get("/healthz", tags=["operation"])
     async def healthz() -> dict[str, str]:
