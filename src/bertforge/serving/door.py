@@ -27,7 +27,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bertforge.serving import metrics, page
 from bertforge.serving.keys import Keys
-from bertforge.serving.requests import Limits, RequestError
+from bertforge.serving.requests import RequestError
+from bertforge.serving.settings import Limits
 
 _ID = re.compile(r"[!-~]{1,128}")
 _OPEN = ("/healthz", "/readyz", "/openapi.json", *page.PATHS)  # without a key

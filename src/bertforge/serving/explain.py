@@ -7,6 +7,7 @@ a client of their own in it, so that who has something explained keeps nobody wa
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -132,7 +133,7 @@ def _only(rows: list[Row]) -> Row:
 
 def _told(model: Model, row: Row, best: int, probability: float, pushes: Pushes, text: str) -> dict[str, Any]:
     """All but the request's id and the model, JSON-ready."""
-    cells: dict[str | None, str] = {None: row} if isinstance(row, str) else {**row}
+    cells: Mapping[Any, str] = {None: row} if isinstance(row, str) else row
     similar, note = _similar(model, text, best)
     return {
         "label": model.codec.schema.original_labels()[best],

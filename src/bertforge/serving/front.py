@@ -1,4 +1,4 @@
-"""A front: one process that speaks HTTP. `python -m bertforge.serving.front SETTINGS`, started by the supervisor.
+"""A front: one process that speaks HTTP. `python -m bertforge.serving.front ORDER`, started by the supervisor.
 
 It accepts from a socket that all fronts share, does everything but the model's work, and asks the engine process for
 that. It says `ready` on its standard output once it can answer, and ends when it is told to, or when its standard input
@@ -8,15 +8,10 @@ does, for then the supervisor is gone.
 from __future__ import annotations
 
 import asyncio
-import json
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -31,32 +26,10 @@ from bertforge.serving.door import Door, call_of
 from bertforge.serving.keys import Keys
 from bertforge.serving.models import Models
 from bertforge.serving.page import page_routes
-from bertforge.serving.requests import Limits, RequestError
+from bertforge.serving.requests import RequestError
+from bertforge.serving.settings import FrontOrder
 
 _LAST = 0.5  # seconds from the word to end to the end of idle connections: what was on its way is answered
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the supervisor tells a front."""
-
-    socket: int
-    """File descriptor that connections come from."""
-    engine: str
-    """Path of the engine's socket."""
-    limits: Limits = field(default_factory=Limits)
-    api_keys: str | None = None
-    """File of keys; None lets everybody in."""
-
-    def to_json(self) -> str:
-        """As the argument of the process."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """The inverse of `to_json`."""
-        values: dict[str, Any] = json.loads(text)
-        return cls(**{**values, "limits": Limits(**values["limits"])})
 
 
 def make_app(models: Models) -> FastAPI:
@@ -114,11 +87,11 @@ def make_app(models: Models) -> FastAPI:
     return app
 
 
-async def serve(settings: Settings) -> None:
+async def serve(order: FrontOrder) -> None:
     """Runs until it is told to end."""
-    models = Models(Path(settings.engine), settings.limits, lambda line: print(line, file=sys.stderr, flush=True))
-    keys = None if settings.api_keys is None else Keys.read(Path(settings.api_keys))
-    door = Door(make_app(models), settings.limits, keys)
+    models = Models(Path(order.engine), order.limits, lambda line: print(line, file=sys.stderr, flush=True))
+    keys = None if order.api_keys is None else Keys.read(Path(order.api_keys))
+    door = Door(make_app(models), order.limits, keys)
     config = uvicorn.Config(
         door, loop="uvloop", http="httptools", ws="none", lifespan="off", log_config=None, access_log=False,
         server_header=False, proxy_headers=False,
@@ -133,12 +106,12 @@ async def serve(settings: Settings) -> None:
 
     def read_keys() -> None:
         try:
-            door.keys = None if settings.api_keys is None else Keys.read(Path(settings.api_keys))
+            door.keys = None if order.api_keys is None else Keys.read(Path(order.api_keys))
         except BertforgeError as error:
             print(f"the keys stay as they were: {error}", file=sys.stderr, flush=True)
 
     models.start()
-    listening = socket.socket(fileno=settings.socket)
+    listening = socket.socket(fileno=order.listening)
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)
@@ -155,10 +128,10 @@ async def serve(settings: Settings) -> None:
 
 def main() -> None:
     """The process."""
-    settings = Settings.from_json(sys.argv[1])
+    order = FrontOrder.from_json(sys.argv[1])
     import uvloop
 
-    uvloop.run(serve(settings))
+    uvloop.run(serve(order))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from bertforge.data.chunks import cell_text
 from bertforge.data.features import FEATURES
 from bertforge.data.schema import STACK_OVERFLOW
 from bertforge.inference.codec import Codec
-from bertforge.serving.requests import Limits, RequestError, kind_of
+from bertforge.serving.requests import RequestError, kind_of
+from bertforge.serving.settings import Limits
 
 Row = str | dict[str, str]
 """A text, or its cells by their columns."""

@@ -25,7 +25,8 @@ from bertforge.serving.channel import EngineClient, RefusedError, Served, State
 from bertforge.serving.door import Call
 from bertforge.serving.inputs import Columns, read_inputs
 from bertforge.serving.preparing import Preparation, Prepared
-from bertforge.serving.requests import Limits, RequestError
+from bertforge.serving.requests import RequestError
+from bertforge.serving.settings import Limits
 
 _STATUS = {"full": 429, "deadline": 504, "failed": 503, "unknown model": 503, "away": 503}
 _SOON = 2.0  # seconds after which an engine that is away may be back

@@ -16,13 +16,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
 import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
+
+from bertforge.serving.settings import Limits
 
 CODES = {
     400: "bad_request",
@@ -42,25 +43,6 @@ CODES = {
 _STEPS = np.zeros(256, np.int8)
 _STEPS[[ord("["), ord("{")]], _STEPS[[ord("]"), ord("}")]] = 1, -1
 _PLAIN = bytes(sorted(set(range(256)) - set(b'"[]{}')))
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of one request; each is an option of `bertforge serve`."""
-
-    max_body_mb: float = 8.0
-    """MiB of its body."""
-    max_texts: int = 1024
-    """Texts, or rows of columns."""
-    max_characters: int = 100_000
-    """Of each text or cell."""
-    max_depth: int = 16
-    """Of arrays and objects in each other."""
-
-    @property
-    def body(self) -> int:
-        """Bytes."""
-        return int(self.max_body_mb * (1 << 20))
 
 
 class RequestError(Exception):
