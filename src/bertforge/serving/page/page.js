@@ -132,9 +132,9 @@ async function submit() {
   byId("answer").hidden = true;
   complain(null);
   const row = Object.fromEntries(inputs().map((input) => [input.dataset.column, input.value]));
-  const first = model().text_columns[0];
+  const noText = new Refusal("There is no text yet. Type or paste one.", `.${model().text_columns[0]}`);
   if (model().text_columns.every((name) => !row[name].trim())) {
-    complain(new Refusal("There is no text yet. Type or paste one.", `.${first}`));
+    complain(noText);
     return;
   }
   const progress = byId("progress");
@@ -142,6 +142,7 @@ async function submit() {
   try {
     progress.textContent = "Asking the model …";
     const found = await ask("v1/classify", { ...question, inputs: [row] });
+    if (found.results[0].label === null) throw noText; // what is white space, the server knows best
     drawVerdict(found);
     const isCut = found.results[0].tokens_cut > 0;
     progress.textContent = "Leaving out each word to see what it does …";
@@ -258,9 +259,31 @@ function* marked(characters, words, most, isCut) {
 
 // What comes in
 
+const share = (counted) => `${Math.round(100 * counted)}%`;
+const CHANGES = { none: "as in training", some: "somewhat different", much: "very different" };
+
 async function drawMonitor() {
   const found = await ask("v1/monitor").catch(() => null); // the page does without
-  byId("monitor").hidden = !found;
+  const { rows = 0, missing, quantities = {} } = found?.models?.[model().name] ?? {};
+  const measures = Object.entries(quantities);
+  const changed = measures.filter(([, { drift }]) => drift !== "none").map(([name]) => name);
+  byId("monitor-state").textContent =
+    missing ? `There is nothing to compare with: ${missing}.`
+    : rows === 0 ? "This model has not been asked yet."
+    : changed.length ? `The last ${rows} texts differ from those of training in: ${changed.join(", ")}. Is the model still right?`
+    : `The last ${rows} texts are like those of training.`;
+  byId("monitor-rows").replaceChildren(
+    ...(rows ? measures : []).map(([name, { drift, bins, training, served }]) => {
+      const gaps = bins.map((_, place) => Math.abs(served[place] - training[place]));
+      const widest = gaps.indexOf(Math.max(...gaps));
+      return make(
+        "tr", {}, make("th", { scope: "row" }, name), make("td", {}, CHANGES[drift]), make("td", {}, bins[widest]),
+        make("td", {}, share(training[widest])), make("td", {}, share(served[widest])),
+      );
+    }),
+  );
+  byId("monitor-table").hidden = rows === 0;
+  byId("monitor").hidden = !(missing || measures.length);
 }
 
 // The start
