@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -107,9 +107,15 @@ def serve(
         )
     cores = usable_cores()
     service = Service(
-        models, fronts or (1 if cores <= 4 else cores // 4), Limits(max_body_mb, max_texts, max_characters),
-        latency_ms / 1000, queue_seconds, drain_seconds, api_keys, precision,
-    )  # fmt: skip
+        models=models,
+        fronts=fronts or (1 if cores <= 4 else cores // 4),
+        limits=Limits(max_body_mb, max_texts, max_characters),
+        latency=latency_ms / 1000,
+        queue=queue_seconds,
+        drain=drain_seconds,
+        api_keys=api_keys,
+        precision=precision,
+    )
     console = Terminal()
 
     def ready() -> None:
@@ -118,9 +124,7 @@ def serve(
         console.print(f"serving {', '.join(models)} at http://{shown}:{taken}; try it:")
         key = "" if api_keys is None else ' -H "Authorization: Bearer $KEY"'
         body = shlex.quote(json.dumps({"inputs": _example(manifests[0])}))
-        console.print(
-            f"curl http://{shown}:{taken}/v1/classify{key} -H 'Content-Type: application/json' -d {body}"
-        )
+        console.print(f"curl http://{shown}:{taken}/v1/classify{key} -H 'Content-Type: application/json' -d {body}")
 
     code = asyncio.run(Supervisor(service, listening, Terminal(stderr=True).print).run(ready))
     if code:
@@ -140,11 +144,9 @@ def _named(artifact: str) -> tuple[str, Path]:
     return name, Path(folder)
 
 
-def _example(manifest: dict[str, object]) -> object:
+def _example(manifest: dict[str, Any]) -> object:
     """An input that the model reads."""
-    from bertforge.inference.codec import columns_read
-
-    texts, columns = columns_read(manifest)
-    if manifest["tabular"] is None:
-        return "How do I sort a list?"
-    return {**dict.fromkeys(texts, "How do I sort a list?"), **dict.fromkeys(columns)}
+    text, texts = "How do I sort a list?", manifest["schema"]["text_columns"]
+    return (
+        text if manifest["tabular"] is None else {name: text if name in texts else None for name in manifest["inputs"]}
+    )

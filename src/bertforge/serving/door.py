@@ -1,8 +1,8 @@
 """What every request passes before it reaches a route, and its response on the way out.
 
 A plain ASGI callable around the app, for all routes alike: it knows the client by its key, gives the request an id,
-reads the body within its limit, and afterwards counts and logs the request. A line of the log is a JSON object; it names
-the route, never the address as it was asked for, and holds nothing that the client wrote but its request id.
+reads the body within its limit, and afterwards counts and logs the request. A line of the log is a JSON object; it
+names the route, never the address as it was asked for, and holds nothing that the client wrote but its request id.
 
 A client that hangs up ends the work on its request wherever that is: the task is cancelled, and with it the question to
 the engine, whose rows leave the queue.
@@ -104,7 +104,9 @@ class Door:
             where = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
             self._log(event="defect", error=type(error).__name__, where=where[-6:], id=call.id)
             if not call.status:
-                await RequestError(500, "the service failed over this request").response(call.id)(scope, receive, answer)
+                await RequestError(500, "the service failed over this request").response(call.id)(
+                    scope, receive, answer
+                )
         self._account(call, scope)
 
     def _client(self, path: str, headers: Headers) -> str | None:
@@ -117,7 +119,9 @@ class Door:
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
         """All of it; raises RequestError for one that is too large, compressed or too slow."""
         most = self.limits.body
-        too_large = RequestError(413, f"the body is larger than {self.limits.max_body_mb:g} MiB; send fewer texts at a time")
+        too_large = RequestError(
+            413, f"the body is larger than {self.limits.max_body_mb:g} MiB; send fewer texts at a time"
+        )
         if headers.get("content-encoding", "identity") != "identity":
             raise RequestError(415, "the body is compressed; send it as it is, without Content-Encoding")
         declared = headers.get("content-length", "0")
@@ -137,17 +141,16 @@ class Door:
             raise RequestError(408, f"the body was not there after {_BODY_SECONDS:g} s") from error
         return b"".join(parts)
 
-    async def _while_connected(
-        self, call: Call, scope: Scope, body: bytes, receive: Receive, answer: Send
-    ) -> None:
+    async def _while_connected(self, call: Call, scope: Scope, body: bytes, receive: Receive, answer: Send) -> None:
         """Runs the app, and cancels it when the client hangs up."""
         task, unread = asyncio.current_task(), [body]
+        never: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         assert task is not None
 
         async def read() -> Message:
             if unread:
                 return {"type": "http.request", "body": unread.pop(), "more_body": False}
-            return await asyncio.get_running_loop().create_future()  # a route need not ask who is gone
+            return await never
 
         async def watch() -> None:
             await receive()

@@ -67,7 +67,10 @@ def make_app(models: Models) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def refuse_http(request: Request, error: HTTPException) -> Response:
-        message = {404: "there is no such address; GET /openapi.json lists all", 405: "this address takes another method"}
+        message = {
+            404: "there is no such address; GET /openapi.json lists all",
+            405: "this address takes another method",
+        }
         response = RequestError(error.status_code, message.get(error.status_code, error.detail)).response(
             call_of(request).id
         )
@@ -110,6 +113,10 @@ async def serve(order: FrontOrder) -> None:
         except BertforgeError as error:
             print(f"the keys stay as they were: {error}", file=sys.stderr, flush=True)
 
+    def hung_up() -> None:
+        loop.remove_reader(0)
+        drain()
+
     models.start()
     listening = socket.socket(fileno=order.listening)
     serving = asyncio.create_task(server.serve(sockets=[listening]))
@@ -118,7 +125,7 @@ async def serve(order: FrontOrder) -> None:
     # In the place of uvicorn's, which end idle connections at once.
     for number, act in ((signal.SIGTERM, drain), (signal.SIGINT, lambda: None), (signal.SIGHUP, read_keys)):
         loop.add_signal_handler(number, act)
-    loop.add_reader(sys.stdin, lambda: (loop.remove_reader(sys.stdin), drain()))
+    loop.add_reader(0, hung_up)
     while not models.ready and not serving.done():
         await asyncio.sleep(0.02)
     print("ready", flush=True)

@@ -2,7 +2,8 @@
 
 What `Predictor.predict` takes of a frame, an object may say: the text columns and the columns from which the model's
 own are made. Numbers become the strings that a CSV would hold, so that a row means the same whatever rows it is
-prepared beside. A column that the model's table does not have is refused, for it is a name misspelt more often than not.
+prepared beside. A column that the model's table does not have is refused, for most such names
+are misspelt.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
-
 
 from bertforge.data.chunks import cell_text
 from bertforge.data.features import FEATURES
@@ -40,14 +40,14 @@ class Columns:
     @classmethod
     def of(cls, codec: Codec) -> Columns:
         """What a model reads of its training table."""
-        schema, needed = codec.schema, list[str]()
-        if codec.transform is not None:
-            for name in codec.transform.spec.columns:
-                needed += FEATURES[name].sources if schema.kind == STACK_OVERFLOW else [name]
-        needed = [name for name in dict.fromkeys(needed) if name not in schema.text_columns]
+        schema = codec.schema
+        read = () if codec.transform is None else codec.transform.spec.columns
+        sources = (FEATURES[name].sources if schema.kind == STACK_OVERFLOW else (name,) for name in read)
+        named = dict.fromkeys(source for several in sources for source in several)
+        needed = tuple(name for name in named if name not in schema.text_columns)
         known = {*schema.text_columns, *needed}
         others = tuple(name for name in schema.required_columns if name not in known)
-        return cls(schema.text_columns, tuple(needed), others, codec.transform is not None)
+        return cls(schema.text_columns, needed, others, codec.transform is not None)
 
     @cached_property
     def known(self) -> frozenset[str]:

@@ -1,8 +1,8 @@
 """API keys: a file with a line for each client, `NAME KEY`.
 
 The name stands in logs and metrics and has its own turn in the queue; the key stands nowhere else. What is kept of keys
-is their SHA-256, and each is compared with all of them in constant time, so that no answer tells how much of a guess was
-right or where in the file it was.
+is their SHA-256, and each is compared with all of them in constant time, so that no answer tells how much of a guess
+was right or where in the file it was.
 """
 
 from __future__ import annotations

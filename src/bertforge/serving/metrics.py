@@ -2,7 +2,8 @@
 
 Each process counts in files of its own in the folder that PROMETHEUS_MULTIPROC_DIR names (prometheus-client's
 multiprocess mode), and any front adds them up when it is asked. So counts outlive the process that made them, and no
-message goes from one to another. The variable is read when the first metric is made, that is when this file is imported.
+message goes from one to another. The variable is read when this file is
+imported, for then the first metric is made.
 
 Labels have few values: routes as they are declared, never addresses as they were asked for.
 """

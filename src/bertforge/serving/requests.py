@@ -1,8 +1,8 @@
 """What comes in over HTTP, as far as no model is asked: the limits, JSON that is read strictly, and refusals.
 
 Python's `json` is lenient where two readers of one text may understand it differently: it takes NaN, the last of two
-equal keys, half of a surrogate pair, and any depth. Each is refused here, and the message names what is wrong. The depth
-is counted before anything is parsed, on the brackets alone.
+equal keys, half of a surrogate pair, and any depth. Each is refused here, and the message names what is wrong. The
+depth is counted before anything is parsed, on the brackets alone.
 
 Every error of the service has one shape, whoever found it:
 
@@ -66,7 +66,7 @@ class RequestError(Exception):
         if self.status == HTTPStatus.UNAUTHORIZED:
             headers["www-authenticate"] = "Bearer"
         told = {"code": self.code, "message": self.message, "field": self.field}
-        content = json.dumps({"error": told, "id": request_id})  # ASCII: a name that is quoted may hold half a character
+        content = json.dumps({"error": told, "id": request_id})  # ASCII: a name may hold half a character
         return Response(content, self.status, headers, media_type="application/json")
 
 

@@ -35,9 +35,6 @@ class Service:
 
     models: Mapping[str, Path]
     """Folders by the names that clients use; the first answers where a request names none."""
-    host: str = "127.0.0.1"
-    port: int = 8080
-    """0 takes a free one."""
     fronts: int = 1
     limits: Limits = field(default_factory=Limits)
     latency: float = 0.05

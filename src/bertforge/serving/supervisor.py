@@ -5,9 +5,9 @@
                          +--- front ---+
 
 The supervisor itself computes nothing and reads no request. It makes the socket that all fronts accept from, so that a
-front that died leaves no connection behind that nobody would accept. What dies is started again: at once the first time,
-then after a pause that grows, for what dies at its start would otherwise do nothing else. A process that cannot start
-at all ends the service, with its own message and exit code.
+front that died leaves no connection behind that nobody would accept. What dies is started again: at once the first
+time, then after a pause that grows, for what dies at its start would otherwise do nothing else. A process that cannot
+start at all ends the service, with its own message and exit code.
 
 SIGTERM and Ctrl-C end it in order: the socket takes no new connections, the fronts answer what they have, and then the
 engine process ends. A second signal, or the time limit, ends it at once. SIGHUP has the engine process load the folders
@@ -19,6 +19,7 @@ Every process ends with its standard input, so none outlives a supervisor that w
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import os
 import signal
 import socket
@@ -51,6 +52,11 @@ def listen(host: str, port: int) -> socket.socket:
         reason = getattr(error, "strerror", None) or str(error)
         raise UsageError(f"--host {host} --port {port}: {reason.lower()}; name another") from error
     return listening
+
+
+def is_local(listening: socket.socket) -> bool:
+    """Whether only this machine reaches it."""
+    return ipaddress.ip_address(listening.getsockname()[0]).is_loopback
 
 
 class Supervisor:
