@@ -1,0 +1,81 @@
+"""POST /v1/explain of a running service: its pushes are those of /v1/classify, asked by hand."""
+
+import json
+import urllib.error
+
+import pytest
+
+ROW = {
+    "Title": "Which laptop is the best?",
+    "BodyMarkdown": "I want to buy one.\nThanks!",
+    "Tag1": "hardware",
+    "ReputationAtPostCreation": 3,
+    **dict.fromkeys(("Tag2", "Tag3", "Tag4", "Tag5", "OwnerCreationDate", "PostCreationDate")),
+    "OwnerUndeletedAnswerCountAtPostTime": None,
+}
+
+
+def chances(server, *rows, **more):
+    return [row["probabilities"] for row in server.post("/v1/classify", inputs=list(rows), **more)["results"]]
+
+
+def test_a_push_is_what_the_probability_loses_without_the_word_or_column(server):
+    found = server.post("/v1/explain", inputs=ROW)
+    (whole,) = chances(server, ROW)
+    assert found["probability"] == pytest.approx(whole[found["label"]], abs=1e-5) == max(whole.values())
+    assert [word["text"] for word in found["words"]] == f"{ROW['Title']} {ROW['BodyMarkdown']}".split()
+    assert {column["name"]: column["value"] for column in found["columns"]} == {
+        "Tag1": "hardware",
+        "ReputationAtPostCreation": "3",
+    }
+    without = [
+        {**ROW, word["field"]: ROW[word["field"]][: word["start"]] + " " + ROW[word["field"]][word["end"] :]}
+        for word in found["words"]
+    ] + [{**ROW, column["name"]: None} for column in found["columns"]]
+    pushes = [part["push"] for part in (*found["words"], *found["columns"])]
+    expected = [whole[found["label"]] - chance[found["label"]] for chance in chances(server, *without)]
+    # Rows of other lengths stand beside them, and add up in another order: a logit differs by some 1e-6, which the temperature of 0.15 makes larger.
+    assert pushes == pytest.approx(expected, abs=2e-5)
+    assert max(map(abs, pushes)) > 1e-3
+    assert server.post("/v1/explain", inputs=ROW)["words"] == found["words"]
+
+
+def test_a_text_alone_has_no_fields_and_is_explained_as_far_as_it_is_read(server):
+    text = "How do I 𝒳 sort a list? " * 20
+    found = server.post("/v1/explain", inputs=text, model="plain")
+    answer = server.post("/v1/classify", inputs=text, model="plain")["results"][0]
+    assert answer["tokens_cut"] > 0
+    assert all(word["field"] is None and word["text"] == text[word["start"] : word["end"]] for word in found["words"])
+    assert answer["tokens"] - 2 >= len(found["words"]) > 30
+    assert found["mistakes"] == []  # nobody evaluated this model
+
+
+def test_similar_mistakes_were_given_the_same_label(server):
+    found = server.post("/v1/explain", inputs=ROW)
+    assert 0 < len(found["mistakes"]) <= 3
+    for mistake in found["mistakes"]:
+        assert mistake["predicted"] == found["label"] != mistake["true"]
+
+
+def test_a_blank_text_has_no_label_and_one_word_has_no_push(server):
+    blank = server.post("/v1/explain", inputs=" \n", model="plain")
+    assert (blank["label"], blank["probability"], blank["words"]) == (None, None, [])
+    assert server.post("/v1/explain", inputs="laptop", model="plain")["words"] == []
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "field"),
+    [
+        ({"inputs": ["one", "two"], "model": "plain"}, 422, "inputs"),
+        ({"inputs": 3, "model": "plain"}, 422, "inputs"),
+        ({"model": "plain"}, 422, "inputs"),
+        ({"inputs": "one", "model": "nobody"}, 404, "model"),
+        ({"inputs": "one", "model": "plain", "timeout_ms": 0}, 422, "timeout_ms"),
+        ({"inputs": "one two", "model": "plain", "timeout_ms": 1}, 504, None),
+    ],
+)
+def test_what_cannot_be_explained_is_refused_and_named(server, body, status, field):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        server.post("/v1/explain", **body)
+    assert refused.value.code == status
+    assert json.load(refused.value)["error"]["field"] == field
