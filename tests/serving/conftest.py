@@ -37,19 +37,11 @@ def server(runs, data, tmp_path_factory):
     reseal(sure, temperature=0.15)  # so that words count: the model has seen few
     evaluate_run(sure, data, "train").write_mistakes(sure / "report-train.html")
     (folder / "keys.txt").write_text(f"page {KEY}\n")
-    command = [
-        "-m",
-        "bertforge",
-        "serve",
-        sure,
-        f"plain={runs['full']}",
-        "--port",
-        0,
-        "--api-keys",
-        folder / "keys.txt",
-    ]
+    models = [sure, f"plain={runs['full']}"]
+    options = ["--port", 0, "--precision", "fp32", "--api-keys", folder / "keys.txt"]
+    command = [sys.executable, "-m", "bertforge", "serve", *models, *options]
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=log, text=True)
+        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=log, text=True)
     said = process.stdout.readline()
     found = re.search(r"http://[\d.:]+", said)
     assert found, said + (folder / "log").read_text()

@@ -34,7 +34,7 @@ def test_a_push_is_what_the_probability_loses_without_the_word_or_column(server)
     ] + [{**ROW, column["name"]: None} for column in found["columns"]]
     pushes = [part["push"] for part in (*found["words"], *found["columns"])]
     expected = [whole[found["label"]] - chance[found["label"]] for chance in chances(server, *without)]
-    # Rows of other lengths stand beside them, and add up in another order: a logit differs by some 1e-6, which the temperature of 0.15 makes larger.
+    # Beside other rows a logit differs by some 1e-6, and the temperature makes seven times that of it.
     assert pushes == pytest.approx(expected, abs=2e-5)
     assert max(map(abs, pushes)) > 1e-3
     assert server.post("/v1/explain", inputs=ROW)["words"] == found["words"]

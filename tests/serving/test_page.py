@@ -99,7 +99,7 @@ def test_it_works_by_keyboard_alone_and_focus_goes_to_what_is_new(opened, server
         page.keyboard.press("Enter")
         page.wait_for_selector("#why:visible")
         assert focused() == "verdict"
-        assert page.get_by_role("status").inner_text() == "The words that decided are shown below the answer."
+        assert page.get_by_role("status").inner_text() == "What pushed the answer is shown below it."
         page.keyboard.press("Tab")
         assert focused() == "read"  # it may scroll
         page.get_by_label("Title", exact=True).focus()

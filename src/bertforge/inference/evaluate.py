@@ -120,14 +120,15 @@ class Evaluation:
         return write_report(path, report)
 
     def write_mistakes(self, report: Path) -> Path:
-        """The mistakes that the model was surest of, in a file beside `report`: what `serve` shows of them."""
+        """The surer half of the mistakes, KEPT at most, in a file beside `report`: what `serve` shows of them."""
+        wrong = int((self.scored.logits.argmax(axis=1) != self.scored.labels).sum())
         found = confident_mistakes(
             self.scored.logits,
             self.scored.labels,
             self.metrics.label_names,
             texts=self.scored.texts,
             row_ids=self.scored.lines.tolist(),
-            top=KEPT,
+            top=min(KEPT, -(-wrong // 2)),
             characters=CHARACTERS,
         )
         return write_mistakes(report, self.scored.source, found)

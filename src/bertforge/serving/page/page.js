@@ -82,11 +82,13 @@ function inWords(response, error) {
 
 // The form
 
+/** A long name such as PostCreationDate, that may be broken where a word of it begins. */
+const breakable = (name) => name.split(/(?<=[a-z0-9])(?=[A-Z_.])/).flatMap((part) => [make("wbr"), part]);
+
 function field(name, input) {
   input.dataset.column = name;
   input.id = `field-${name}`;
-  const parts = name.split(/(?<=[a-z0-9])(?=[A-Z_.])/); // where a long name may be broken
-  return make("div", {}, make("label", { for: input.id }, ...parts.flatMap((part) => [make("wbr"), part])), input);
+  return make("div", {}, make("label", { for: input.id }, ...breakable(name)), input);
 }
 
 /** Fields for the columns that the chosen model reads; what was typed stays where the new model reads it too. */
@@ -147,7 +149,7 @@ async function submit() {
     const isCut = found.results[0].tokens_cut > 0;
     progress.textContent = "Leaving out each word to see what it does …";
     drawReasons(row, await ask("v1/explain", { ...question, inputs: row }), isCut);
-    progress.textContent = "The words that decided are shown below the answer.";
+    progress.textContent = "What pushed the answer is shown below it.";
     drawMonitor();
   } catch (problem) {
     if (!signal.aborted) complain(problem);
@@ -197,8 +199,8 @@ function drawReasons(row, found, isCut) {
   const { words, columns, label, probability } = found;
   const cut = (word) => [...row[word.field]].slice(word.start, word.end).join("");
   const pushes = [
-    ...words.map((word) => ({ name: `“${shorten(cut(word))}”`, push: word.push })),
-    ...columns.map(({ name, value, push }) => ({ name: `${name}: ${shorten(String(value))}`, push })),
+    ...words.map((word) => ({ name: [`“${shorten(cut(word))}”`], push: word.push })),
+    ...columns.map(({ name, value, push }) => ({ name: [...breakable(name), `: ${shorten(value)}`], push })),
   ].filter(({ push }) => Math.abs(push) >= LEAST);
   const most = Math.max(...pushes.map(({ push }) => Math.abs(push)), LEAST);
   byId("why-method").textContent =
@@ -235,7 +237,7 @@ const shorten = (text) => ([...text].length > 40 ? `${[...text].slice(0, 39).joi
 
 function list(title, pushes) {
   const rows = pushes.slice(0, SHOWN_PUSHES).map(({ name, push }) =>
-    make("li", {}, make("span", {}, name), make("b", {}, points(push))),
+    make("li", {}, make("span", {}, ...name), make("b", {}, points(push))),
   );
   const none = make("p", { class: "hint" }, "Nothing by itself.");
   return make("div", {}, make("h4", {}, title), rows.length ? make("ul", {}, ...rows) : none);
