@@ -1,50 +1,25 @@
-"""A service that runs while the tests of a file ask it."""
+"""The service that the tests of the page and of explanations ask."""
 
-import json
-import re
 import shutil
-import subprocess
-import sys
-import urllib.request
 
 import pytest
 
-KEY = "not-a-secret-0123456789"
-
-
-class Server:
-    """One that is started, and how to ask it."""
-
-    key = KEY
-
-    def __init__(self, url):
-        self.url = url
-
-    def post(self, path, **body):
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request) as response:
-            return json.load(response)
+from tests.runs import reseal
+from tests.serving.service import service
 
 
 @pytest.fixture(scope="session")
 def server(runs, data, tmp_path_factory):
+    """Two models behind a key: `sure` reads columns and has mistakes to show, `plain` reads the text alone."""
     from bertforge.inference.evaluate import evaluate_run
-    from tests.runs import reseal
 
-    folder = tmp_path_factory.mktemp("served")
+    folder, key = tmp_path_factory.mktemp("served"), "not-a-secret-0123456789"
     sure = shutil.copytree(runs["columns"], folder / "sure")
     reseal(sure, temperature=0.15)  # so that words count: the model has seen few
     evaluate_run(sure, data, "train").write_mistakes(sure / "report-train.html")
-    (folder / "keys.txt").write_text(f"page {KEY}\n")
-    models = [sure, f"plain={runs['full']}"]
-    options = ["--port", 0, "--precision", "fp32", "--api-keys", folder / "keys.txt"]
-    command = [sys.executable, "-m", "bertforge", "serve", *models, *options]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=log, text=True)
-    said = process.stdout.readline()
-    found = re.search(r"http://[\d.:]+", said)
-    assert found, said + (folder / "log").read_text()
-    yield Server(found[0])
-    process.terminate()
-    process.communicate()
+    (folder / "keys.txt").write_text(f"page {key}\n")
+    options = ("--precision", "fp32", "--api-keys", folder / "keys.txt")
+    with service(folder / "log", sure, f"plain={runs['full']}", *options) as found:
+        found.http.headers["Authorization"] = f"Bearer {key}"
+        found.key = key
+        yield found

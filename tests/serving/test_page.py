@@ -9,7 +9,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt-get install chromium")
 
-QUESTION = {"Title": "What is the best laptop for a student?", "BodyMarkdown": "Which one should I buy? Thanks!"}
+QUESTION = {"Title": "What is the best laptop for a student?", "BodyMarkdown": "Which one 💻 should I buy? Thanks!"}
 HOSTILE = '<img src=x onerror="window.hacked = 1"><script>window.hacked = 1</script> & ' + "x" * 500
 
 
@@ -32,7 +32,7 @@ def opened(browser, server):
         page.set_default_timeout(20_000)
         page.on("console", lambda message: said.append(f"{message.location['url']} {message.text}"))
         page.on("pageerror", lambda error: said.append(str(error)))
-        page.goto(server.url)
+        page.goto(server.address)
         sync_api.expect(page.get_by_role("alert")).to_contain_text("API key")  # nobody has typed one yet
         said.clear()
         if key:
@@ -64,7 +64,7 @@ def test_a_person_sees_what_the_api_answers(opened, server):
     with opened() as page:
         ask(page, row)
         every = {label.get_attribute("data-column"): "" for label in page.locator("[data-column]").all()}
-        answer = server.post("/v1/classify", inputs=every | row)["results"][0]
+        answer = server.classify(every | row).json()["results"][0]
         share = round(100 * answer["probability"])
         assert 50 < share < 99
         assert page.locator("#verdict").inner_text() == f"{answer['label']}, {share}%"
@@ -72,7 +72,7 @@ def test_a_person_sees_what_the_api_answers(opened, server):
             "#meaning"
         )
         assert page.locator("#labels li").count() == 2
-        reasons = server.post("/v1/explain", inputs=every | row)
+        reasons = server.http.post("/v1/explain", json={"inputs": every | row}).json()
         strongest = max(reasons["words"], key=lambda word: abs(word["push"]))
         assert f"“{strongest['text']}”" in page.inner_text("#pushes")
         assert page.locator("#read .strong").first.inner_text() in {word["text"] for word in reasons["words"]}
