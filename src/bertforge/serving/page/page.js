@@ -265,8 +265,8 @@ const share = (counted) => `${Math.round(100 * counted)}%`;
 const CHANGES = { none: "as in training", some: "somewhat different", much: "very different" };
 
 async function drawMonitor() {
-  const found = await ask("v1/monitor").catch(() => null); // the page does without
-  const { rows = 0, missing, quantities = {} } = found?.models?.[model().name] ?? {};
+  const path = `v1/monitor?model=${encodeURIComponent(model().name)}`;
+  const { rows = 0, missing, quantities = {} } = await ask(path).catch(() => ({})); // the page does without
   const measures = Object.entries(quantities);
   const changed = measures.filter(([, { drift }]) => drift !== "none").map(([name]) => name);
   byId("monitor-state").textContent =
