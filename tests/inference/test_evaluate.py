@@ -130,11 +130,12 @@ def test_a_made_up_table_is_called_so_whatever_the_model_was_trained_on(tmp_path
     frame.to_csv(tmp_path / "made_up.csv", index=False)
     frame.assign(PostId=[str(number) for number in range(6)]).to_csv(tmp_path / "real.csv", index=False)
     predictor = Predictor.load(runs["full"])
-    real = Predictor(**{**vars(predictor), "manifest": predictor.manifest | {"data": {"made_up": False}}})
+    told = replace(predictor.codec, manifest=predictor.manifest | {"data": {"made_up": False}})
+    real = replace(predictor, codec=told)
     assert score(real, tmp_path / "made_up.csv").made_up
     assert not score(real, tmp_path / "real.csv").made_up
     assert score(predictor, tmp_path / "real.csv").made_up, "so is what a made-up table taught"
-    table = Predictor(**{**vars(real), "schema": replace(real.schema, kind="table")})
+    table = replace(real, codec=replace(told, schema=replace(real.schema, kind="table")))
     assert not table.made_up(frame), "another table's PostId means something else"
 
 

@@ -110,7 +110,7 @@ def test_json_lines_hold_null_where_there_is_no_label(tmp_path, predictor, table
 def labelled(predictor, *labels):
     """As if the training table had written its labels so."""
     schema, manifest = replace(predictor.schema, label_names=labels), {**predictor.manifest, "labels": labels}
-    return replace(predictor, schema=schema, manifest=manifest)
+    return replace(predictor, codec=replace(predictor.codec, schema=schema, manifest=manifest))
 
 
 @pytest.mark.parametrize("label", ["=1+1", "+1;=2", "-1+1", "@SUM(1)", "\tx", "＝1", "'x", "plain"])
@@ -271,7 +271,8 @@ def test_a_run_without_columns_needs_the_texts_alone(tmp_path, runs):
     made_up(4)[["Title", "BodyMarkdown"]].to_csv(tmp_path / "t.csv", index=False)
     text_only = Predictor.load(runs["full"], "fp32")
     assert predict_table(text_only, tmp_path / "t.csv", tmp_path / "p.csv") == (4, 0, True)
-    one_label = replace(text_only, schema=replace(text_only.schema, text_columns=("Title",)))
+    title = replace(text_only.schema, text_columns=("Title",))
+    one_label = replace(text_only, codec=replace(text_only.codec, schema=title))
     assert predict_table(one_label, tmp_path / "t.csv", tmp_path / "q.csv") == (4, 0, True)
     assert (tmp_path / "q.csv").read_text() != (tmp_path / "p.csv").read_text()
 

@@ -70,7 +70,9 @@ def test_a_pipeline_gives_a_long_texts_label_and_scores(tmp_path, runs, kind):
     texts = ["sort list python " * 667, *TEXTS]
     assert len(texts[0].split()) > 2000
     predictor = Predictor.load(folder, "fp32")
-    ours = replace(predictor, manifest=predictor.manifest | {"temperature": 1.0}).predict(texts)
+    ours = replace(
+        predictor, codec=replace(predictor.codec, manifest=predictor.manifest | {"temperature": 1.0})
+    ).predict(texts)
     for scores, (_, row) in zip(classify(texts), ours.iterrows(), strict=True):
         assert scores[0]["label"] == row["label"]
         assert {score["label"]: score["score"] for score in scores} == {

@@ -15,7 +15,6 @@ import torch
 
 from bertforge.artifact import hash_file
 from bertforge.columns.transform import TabularTransform
-from bertforge.data.features import require_readable
 from bertforge.data.loader import Examples
 from bertforge.data.prepared import PreparedData
 from bertforge.data.sample import is_made_up
@@ -29,9 +28,10 @@ from bertforge.engines.run import run, run_each
 from bertforge.errors import ArtifactError, DataError, MachineError, UsageError
 from bertforge.hardware import Hardware, choose_precision, detect
 from bertforge.inference.cascade import Recheck, margin_between
-from bertforge.inference.inputs import Given, read_inputs
+from bertforge.inference.codec import Codec, served
+from bertforge.inference.inputs import Given
 from bertforge.lora.adapter_io import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
-from bertforge.manifest import compile_command, read_manifest, remake
+from bertforge.manifest import compile_command, remake
 from bertforge.model import weights
 from bertforge.model.classifier import BertForSequenceClassification, check_size
 from bertforge.model.config import BertConfig
@@ -49,10 +49,8 @@ class Predictor:
     """`Predictor.load("runs/closed").predict(["How do I ...?"])`."""
 
     engine: Engine
-    tokenizer: Tokenizer
-    schema: Schema
-    transform: TabularTransform | None
-    manifest: dict[str, Any]
+    codec: Codec
+    """What comes before the engine and after it."""
     recheck: Recheck | None = None
     """What answers close rows again."""
 
@@ -93,24 +91,41 @@ class Predictor:
             engine = PyTorchEngine(model, hardware, choose_precision(hardware, precision))
         loaded = cls(
             engine=engine,
-            tokenizer=Tokenizer.load(directory),
-            schema=Schema.from_dict(manifest["schema"]),
-            transform=None if manifest["tabular"] is None else TabularTransform.from_dict(manifest["tabular"]),
-            manifest=manifest,
+            codec=Codec.load(directory, manifest),
             recheck=again,
         )
         loaded.check_inputs(directory)
         return loaded
 
     @property
+    def manifest(self) -> dict[str, Any]:
+        """Of the folder that was loaded."""
+        return self.codec.manifest
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's."""
+        return self.codec.tokenizer
+
+    @property
+    def schema(self) -> Schema:
+        """What the columns of the training table mean."""
+        return self.codec.schema
+
+    @property
+    def transform(self) -> TabularTransform | None:
+        """What makes arrays of columns; None for a model that reads the text alone."""
+        return self.codec.transform
+
+    @property
     def label_names(self) -> tuple[str, ...]:
         """Names in the order of the logits."""
-        return tuple(self.manifest["labels"])
+        return self.codec.label_names
 
     @property
     def temperature(self) -> float:
-        """What logits are divided by before they become probabilities; fitted on validation rows in training."""
-        return float(self.manifest.get("temperature", 1.0))
+        """What logits are divided by before they become probabilities."""
+        return self.codec.temperature
 
     @property
     def precision(self) -> str:
@@ -120,7 +135,7 @@ class Predictor:
     @property
     def max_length(self) -> int:
         """Tokens a text is cut to."""
-        return int(self.manifest["recipe"]["max_length"])
+        return self.codec.max_length
 
     def close(self) -> None:
         """Gives the engine's memory and threads back, and those of the one that answers close rows again."""
@@ -137,9 +152,11 @@ class Predictor:
         Labels are of the type they had in the table that the model learnt from: text, int or bool, and None for a row
         without text.
         """
-        given = read_inputs(rows, columns, self.schema, self.transform)
+        given = self.codec.read(rows, columns)
         given.warn()
-        return self._labelled(self._chances(given.texts, self.logits(given.texts, given.columns)), given.index)
+        return self.codec.labelled(
+            self.codec.probabilities(given.texts, self.logits(given.texts, given.columns)), given.index
+        )
 
     def predict_each(
         self, lots: Iterable[tuple[K, list[str], pd.DataFrame | None]]
@@ -152,7 +169,7 @@ class Predictor:
         known = (((key, texts), texts, columns) for key, texts, columns in lots)
         with closing(self._each(known)) as found:
             for (key, texts), logits in found:
-                yield key, self._labelled(self._chances(texts, logits), pd.RangeIndex(len(texts)))
+                yield key, self.codec.labelled(self.codec.probabilities(texts, logits), pd.RangeIndex(len(texts)))
 
     def predict_proba(self, rows: Given, columns: pd.DataFrame | None = None) -> pd.DataFrame:
         """`[rows, labels]` float32: a column of probability for each label, under the label's name.
@@ -163,9 +180,9 @@ class Predictor:
 
         Raises UsageError for something else, and DataError for a row that is no text or a column that is missing.
         """
-        given = read_inputs(rows, columns, self.schema, self.transform)
+        given = self.codec.read(rows, columns)
         given.warn()
-        chances = self._chances(given.texts, self.logits(given.texts, given.columns))
+        chances = self.codec.probabilities(given.texts, self.logits(given.texts, given.columns))
         return pd.DataFrame(chances, index=given.index, columns=list(self.label_names))
 
     def logits(
@@ -179,7 +196,7 @@ class Predictor:
             return np.zeros((0, len(self.label_names)), np.float32)
         if len(texts) <= _FIRST_ROWS:
             store = TokenStore(*self.tokenizer.encode(texts))
-            return self.token_logits(store, np.arange(len(texts)), self._arrays(columns), advance)
+            return self.token_logits(store, np.arange(len(texts)), self.codec.arrays(columns), advance)
         lots = [(None, texts[part], None if columns is None else columns.iloc[part]) for part in _parts(len(texts))]
         with closing(self._each(lots, advance)) as found:
             return np.concatenate([logits for _, logits in found])
@@ -195,7 +212,7 @@ class Predictor:
             lot: tuple[K, Sequence[str], pd.DataFrame | None],
         ) -> tuple[tuple[K, Examples], Examples, np.ndarray]:
             key, texts, columns = lot
-            examples = self._examples(TokenStore(*self.tokenizer.encode(texts)), self._arrays(columns))
+            examples = self._examples(TokenStore(*self.tokenizer.encode(texts)), self.codec.arrays(columns))
             return (key, examples), examples, np.arange(len(texts))
 
         with (
@@ -205,39 +222,15 @@ class Predictor:
             for (key, examples), logits in found:
                 yield key, self._settled(logits, examples, np.arange(len(logits)))
 
-    def _chances(self, texts: list[str], logits: np.ndarray) -> np.ndarray:
-        """Probabilities `[rows, labels]` float32; NaN for a row without text."""
-        chances: np.ndarray = (torch.from_numpy(logits) / self.temperature).softmax(dim=1).numpy()
-        chances[[not text or text.isspace() for text in texts]] = np.nan
-        return chances
-
-    def _labelled(self, chances: np.ndarray, index: pd.Index) -> pd.DataFrame:
-        """The frame that `predict` returns."""
-        names = self.schema.original_labels()
-        blank = np.isnan(chances).any(axis=1)  # [rows]
-        labels: Any = np.array(names, dtype=object if isinstance(names[0], str) else None)[chances.argmax(axis=1)]
-        if blank.any():  # beside None, pandas would make 1 a 1.0
-            labels = labels.astype(object)
-            labels[blank] = None
-            labels = pd.Series(labels, dtype=object).array
-        return pd.DataFrame(
-            {
-                "label": labels,
-                "probability": chances.max(axis=1),
-                **{f"p_{name}": chances[:, column] for column, name in enumerate(self.label_names)},
-            },
-            index=index,
-        )
-
     def check_inputs(self, directory: Path) -> None:
         """Raises ArtifactError when the golden rows, as the table had them, are not read as they were when the model
         was saved: the schema, the tokenizer or the columns have come to mean something else.
         """
         golden = GoldenRows.from_dict(self.manifest["golden"]).examples
-        given = read_inputs(pd.DataFrame(self.manifest["inputs"]), None, self.schema, self.transform)
+        given = self.codec.read(pd.DataFrame(self.manifest["inputs"]))
         rows = np.arange(len(golden.tokens))
         store = TokenStore(*self.tokenizer.encode(given.texts))
-        found = Examples(store, golden.labels, self.tokenizer.sep_id, self.max_length, self._arrays(given.columns))
+        found = Examples(store, golden.labels, self.tokenizer.sep_id, self.max_length, self.codec.arrays(given.columns))
         (expected, _), (batch, _) = golden.pack(rows), found.pack(rows)
         same = torch.equal(expected.input_ids, batch.input_ids) and torch.equal(expected.cu_seqlens, batch.cu_seqlens)
         for name, array in (golden.tabular or {}).items():
@@ -247,15 +240,6 @@ class Predictor:
                 f"{directory} does not read its golden rows as it did when it was saved: its tokenizer or its columns "
                 f"were changed; {remake(directory, self.manifest['kind'], self.manifest)}"
             )
-
-    def _arrays(self, columns: pd.DataFrame | None) -> dict[str, np.ndarray] | None:
-        """What the model reads beside the text; raises DataError for a column that is missing."""
-        if self.transform is None:
-            return None
-        if columns is None:
-            raise DataError(f"this model reads columns beside the text: {', '.join(self.transform.spec.columns)}")
-        require_readable(self.transform.spec.columns, list(columns.columns))
-        return self.transform(columns)
 
     def examples(self, prepared: PreparedData, rows: np.ndarray) -> Examples:
         """Prepared data as this model reads it; of the columns, if it reads any, `rows` alone.
@@ -307,15 +291,6 @@ def _parts(rows: int) -> Iterator[slice]:
     while start < rows:
         yield slice(start, start + most)
         start, most = start + most, min(2 * most, _MOST_ROWS)
-
-
-def served(directory: Path) -> tuple[Path, dict[str, Any]]:
-    """The folder that is loaded for `directory`, another one for a folder made by `fit`, and its manifest."""
-    manifest = read_manifest(directory, "run", "model", "quantized", "engine", "fit")
-    if manifest["kind"] != "fit":
-        return directory, manifest
-    directory = Path(directory, manifest["serves"])
-    return directory, read_manifest(directory, "run", "model", "engine")
 
 
 def _equal(first: np.ndarray, second: np.ndarray) -> bool:
