@@ -15,7 +15,20 @@ import typer
 from typer.core import TyperGroup
 
 from bertforge import __version__, threads
-from bertforge.cli import check, cross_validate, data, demo, doctor, engines, fit, infer, quantize, sample, train
+from bertforge.cli import (
+    check,
+    cross_validate,
+    data,
+    demo,
+    doctor,
+    engines,
+    fit,
+    infer,
+    quantize,
+    sample,
+    threshold,
+    train,
+)
 from bertforge.errors import ArtifactError, BertforgeError, MachineError, is_out_of_memory
 from bertforge.terminal import Terminal, VisibleFormatter, visible
 
@@ -85,6 +98,7 @@ app.command("prepare")(data.prepare)
 app.command("train")(train.train)
 app.command("cross-validate")(cross_validate.cross_validate)
 app.command("evaluate")(infer.evaluate)
+app.command("threshold")(threshold.threshold)
 app.command("predict")(infer.predict)
 app.command("merge")(infer.merge)
 app.command("quantize")(quantize.quantize)

@@ -46,7 +46,9 @@ def lower_bound(right: Ints, rows: Ints, confidence: float = CONFIDENCE) -> Floa
 
 def _fraction(a: Floats, b: Floats, x: Floats) -> Floats:
     """I_x(a, b) by Lentz's method."""
-    log_beta = np.array([math.lgamma(p) + math.lgamma(q) - math.lgamma(p + q) for p, q in zip(a.flat, b.flat)])
+    log_beta = np.array(
+        [math.lgamma(p) + math.lgamma(q) - math.lgamma(p + q) for p, q in zip(a.flat, b.flat, strict=True)]
+    )
     front = np.exp(a * np.log(x) + b * np.log1p(-x) - log_beta.reshape(a.shape)) / a
     c = np.ones_like(a)
     d = 1 / _away(1 - (a + b) * x / (a + 1))

@@ -13,16 +13,16 @@ the number of thresholds that are tried (Geifman and El-Yaniv 2017, arXiv:1705.0
 fourth of the recall and more went with it, or all of it; the thresholds that are tried share nearly all their rows.
 
 For costs there is nothing to search for: the cheapest decision follows from calibrated probabilities (Chow 1970; Elkan
-2001, section 2). To say label l where it is wrong costs c[l], so it costs c[l] (1 - p[l]) on average, and a person costs
-what a person costs: l is said from 1 - person / c[l] on. A threshold read off the costs of validation rows would follow
-their noise. The rows tell what the decisions cost, and whether the probabilities are such that this may be done.
+2001, section 2). To say label l where it is wrong costs c[l], so it costs c[l] (1 - p[l]) on average; to ask a person
+costs the same for every row. So l is said from 1 - person / c[l] on. A threshold read off the costs of validation rows
+would follow their noise. The rows tell what the decisions cost, and whether the probabilities may be used so (`bias`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -117,6 +117,32 @@ class Outcome:
     cost_undecided: Estimate | None = None
     """The same for the most probable label, without thresholds."""
 
+    head: ClassVar = ("answer", "from", "rows", "right", "precision", "lower bound", "recall (95% interval)")
+
+    def table(self) -> list[tuple[str, ...]]:
+        """The cells under `head`: each label, then all answers together."""
+        rows = [
+            (a.label, _threshold(a.threshold), *_cells(a.rows, a.right, a.precision, a.at_least), _interval(a.recall))
+            for a in self.answers
+        ]
+        given, right = sum(a.rows for a in self.answers), sum(a.right for a in self.answers)
+        return [*rows, ("all answers", "", *_cells(given, right, self.precision, self.at_least), "")]
+
+    @property
+    def told(self) -> str:
+        """What the table does not say, in one line."""
+        asked = self.rows - sum(a.rows for a in self.answers)
+        told = f"{_interval(self.coverage)} of {self.rows:,} rows are answered, {asked:,} go to a person"
+        if self.cost and self.cost_undecided:
+            told += f"; a row costs {_cost(self.cost)}, and {_cost(self.cost_undecided)} by its most probable label"
+        return told
+
+    def markdown(self) -> str:
+        """The table, and the line under it."""
+        cells = [self.head, ("---",) * len(self.head), *self.table()]
+        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
+        return "\n".join([*lines, "", self.told])
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return asdict(self)
@@ -162,7 +188,7 @@ def for_precision(
 def _smallest(scores: Floats, right: npt.NDArray[np.bool_], precision: float, what: str) -> float:
     """The smallest threshold on `scores` `[rows]` at which those above it are `right` often enough."""
     order = np.argsort(-scores, kind="stable")
-    descending, count = scores[order], np.cumsum(right[order])
+    descending, count = scores[order], np.cumsum(right[order], dtype=np.int64)
     ends = np.flatnonzero(np.r_[descending[1:] < descending[:-1], True]) if len(scores) else np.zeros(0, np.int64)
     rows, hits = ends + 1, count[ends]  # at each distinct score
     enough = np.flatnonzero(at_least(hits, rows, precision) <= 1 - CONFIDENCE)
@@ -223,7 +249,7 @@ def outcome(
     costs: Mapping[str, float] | None = None,
     person: float | None = None,
 ) -> Outcome:
-    """What `policy` does to rows with `probabilities` `[rows, labels]` and the labels `true` `[rows]`, a row at least."""
+    """What `policy` does to rows with `probabilities` `[rows, labels]` and the labels `true` `[rows]`, not empty."""
     chances = np.asarray(probabilities)
     decided = policy.decide(chances)
     answered, right = decided != _NOBODY, decided == true
@@ -273,6 +299,25 @@ def bias(probabilities: npt.ArrayLike, true: Ints, labels: Sequence[str]) -> str
         f"the probabilities of {labels[label]!r} are {chances[:, label].mean():.2%} on average, where {share:.2%} of "
         f"the rows have the label: thresholds from costs are off by as much; give --prior {labels[label]}={share:.4g}"
     )
+
+
+def _threshold(value: float) -> str:
+    return "any" if value <= 0 else "never" if value > 1 else f"{value:.4f}"
+
+
+def _cells(rows: int, right: int, precision: float | None, at_least: float | None) -> tuple[str, ...]:
+    return (f"{rows:,}", f"{right:,}", *("-" if share is None else f"{share:.2%}" for share in (precision, at_least)))
+
+
+def _interval(share: Estimate) -> str:
+    if share.value is None or share.low is None or share.high is None:
+        return share.reason
+    return f"{share.value:.1%} ({share.low:.1%} to {share.high:.1%})"
+
+
+def _cost(found: Estimate) -> str:
+    value = f"{found.value:.4g}"
+    return value if found.low is None else f"{value} ({found.low:.4g} to {found.high:.4g})"
 
 
 def _precision(right: int, rows: int) -> tuple[float | None, float | None]:

@@ -37,9 +37,7 @@ def train_shares(manifest: Mapping[str, Any]) -> tuple[float, ...]:
     return tuple(map(float, manifest["label_shares"]))
 
 
-def complete_shares(
-    given: Mapping[str, float], labels: Sequence[str], trained: Sequence[float]
-) -> tuple[float, ...]:
+def complete_shares(given: Mapping[str, float], labels: Sequence[str], trained: Sequence[float]) -> tuple[float, ...]:
     """Shares of all `labels` from those that are `given`; the others divide what is left as in training.
 
     Raises UsageError for a label that the model does not know, and for shares that are none or leave no room for the
@@ -60,15 +58,18 @@ def complete_shares(
     return tuple(given.get(name, scale * share) for name, share in zip(labels, trained, strict=True))
 
 
+def as_text(labels: Sequence[str], shares: Sequence[float]) -> str:
+    """As after --prior."""
+    return ", ".join(f"{name}={share:.4g}" for name, share in zip(labels, shares, strict=True))
+
+
 def shifts(trained: Sequence[float], new: Sequence[float]) -> npt.NDArray[np.float64]:
     """What is added to the logits of each label, `[labels]`."""
     found: npt.NDArray[np.float64] = np.log(np.asarray(new, np.float64)) - np.log(np.asarray(trained, np.float64))
     return found
 
 
-def corrected(
-    probabilities: npt.ArrayLike, trained: Sequence[float], new: Sequence[float]
-) -> npt.NDArray[np.float64]:
+def corrected(probabilities: npt.ArrayLike, trained: Sequence[float], new: Sequence[float]) -> npt.NDArray[np.float64]:
     """`probabilities` `[rows, labels]` of a model that was trained at the shares `trained`, at the shares `new`."""
     weighed = np.asarray(probabilities, np.float64) * np.exp(shifts(trained, new))
     found: npt.NDArray[np.float64] = weighed / weighed.sum(axis=1, keepdims=True)
