@@ -43,10 +43,10 @@ class Predicted(NamedTuple):
     rows: int
     unlabelled: int
     """Rows without readable text, and so without a label."""
-    abstained: int | None
-    """Rows that go to a person; None where no thresholds were chosen."""
     made_up: bool
     """Rows of the table, or rows the model learnt from, come from `bertforge sample-data`."""
+    abstained: int | None
+    """Rows that go to a person; None where no thresholds were chosen."""
 
 
 def predict_table(
@@ -82,7 +82,7 @@ def predict_table(
             report(rows, chunk.done)
         if rows == 0:
             raise DataError(f"{table} holds no rows to predict")
-    return Predicted(rows, unlabelled, abstained if decides else None, made_up)
+    return Predicted(rows, unlabelled, made_up, abstained if decides else None)
 
 
 def _read(predictor: Predictor, table: Path, dialect: Dialect | None) -> Iterator[RawRows]:
