@@ -26,6 +26,7 @@ from bertforge.cli import (
     infer,
     quantize,
     sample,
+    serve,
     threshold,
     train,
 )
@@ -104,6 +105,7 @@ app.command("merge")(infer.merge)
 app.command("quantize")(quantize.quantize)
 app.command("compile")(engines.compile_)
 app.command("benchmark")(engines.benchmark)
+app.command("serve")(serve.serve)
 app.command("check")(check.check)
 
 
