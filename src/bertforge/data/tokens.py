@@ -57,7 +57,7 @@ class Tokenizer:
         self._backend = backend
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.cls_id, self.sep_id, self.pad_id = (self._special(token) for token in ("[CLS]", "[SEP]", "[PAD]"))
-        self.unk_id: int | None = backend.token_to_id("[UNK]")
+        self.unk_id: int = -1 if (unknown := backend.token_to_id("[UNK]")) is None else unknown
         self._breaks = Breaks.of(backend) if backend.encode("").ids == [self.cls_id, self.sep_id] else None
         self._longest_word = _longest_word(backend)
         self._serialised: str = backend.to_str()
@@ -255,10 +255,6 @@ class TokenStore:
     def lengths(self) -> NDArray[np.int64]:
         """[rows] tokens in each row."""
         return np.diff(self.offsets)
-
-    def count(self, token: int | None, rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-        """How often `token` stands among the first `most` tokens of each of `rows`, `[rows]`; None never does."""
-        return np.array([0 if token is None else np.count_nonzero(self[row][:most] == token) for row in rows], np.int64)
 
 
 class TokenWriter:

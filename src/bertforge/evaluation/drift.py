@@ -1,8 +1,9 @@
 """Do the rows that are served look like those of training? Counted cheaply, and judged beside chance.
 
-Training saves how often each quantity took which values (`Reference`): the tokens of a text, its share of unknown
-tokens, the columns that the model reads, the label that the model gives. A server counts what it is asked in the same
-bins (`Monitor`), over a window of rows, so that what it tells is of today. Counters of several processes are added.
+Training saves how often each quantity took which values (`Reference`): the tokens of a text, the share of them that the
+tokenizer does not know, the columns that the model reads, the label that the model gives. A server counts what it is
+asked in the same bins (`Monitor`), over a window of rows, so that what it tells is of today. Both count what the model
+reads, after all preparing, so one is the other's likeness. Counters are sums: those of several processes are added.
 
 The measure is the population stability index, sum((q - p) log(q / p)) over the bins, with p the share in training and q
 the served one. By an old rule of banks, below 0.1 nothing has happened and above 0.25 much has. But a few rows differ
@@ -19,107 +20,94 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from bertforge.columns.vocabulary import names
 from bertforge.errors import ArtifactError
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from bertforge.columns.transform import TabularTransform
 
 TOKENS, UNKNOWN, LABEL = "tokens", "unknown tokens", "label"
 COLUMN = "column "  # before a column's name
 REFERENCE_ROWS = 20_000  # train rows that are counted, spread over all
 WINDOW = 10_000  # rows
-MISSING, OTHER = "missing", "other"
 NO_REFERENCE = "the model does not tell what its train rows looked like, for an earlier version trained it"
 _NAMES = 20  # of a column, that have a bin of their own
 _UNKNOWN = (0.0, 0.01, 0.05, 0.2)  # upper ends of bins
 _DRAWS, _RARE = 1000, 0.99
-SOME, MUCH = 0.1, 0.25
+_SOME, _MUCH = 0.1, 0.25
 Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """The bins of a quantity, the last one for missing values, and how many values of train rows fell into each."""
+    """The bins of a quantity, and how many values of training fell into each.
 
-    counts: tuple[int, ...]
+    Numbers have a bin up to each of `edges`, one above, and one for missing values. Names, which are numbers from 1 on
+    as `Kind.names` has them, have a bin for each of `names`, and one for others, new ones and missing ones.
+    """
+
+    counts: tuple[int, ...] = ()
     edges: tuple[float, ...] = ()
-    """Of numbers: ascending upper ends of all bins but the last two, which hold what is above and what is missing."""
+    """Ascending."""
     names: tuple[str, ...] = ()
-    """Of names: one a bin; the last two bins hold all other names and what is missing."""
-    several: bool = False
-    """A cell holds several names, separated by spaces."""
+    numbers: tuple[int, ...] = ()
+    """Of the names."""
 
     @classmethod
-    def of_numbers(cls, values: npt.ArrayLike, edges: Sequence[float] | None = None) -> Self:
-        """Bins that hold a tenth of `values` `[rows]` each, one for what is lower than all and one for higher."""
-        numbers = _numbers(values)
-        if edges is None:
-            known = numbers[~np.isnan(numbers)]
-            tenths = np.quantile(known, np.linspace(0.1, 1, 10), method="higher") if len(known) else [0.0]
-            lowest = [np.nextafter(known.min(), -np.inf)] if len(known) else []
-            edges = np.unique([*lowest, *tenths]).tolist()
-        empty = cls((), edges=tuple(edges))
-        return cls(tuple(empty.count(numbers).tolist()), edges=empty.edges)
+    def of_numbers(cls, values: npt.NDArray[Any], edges: Sequence[float] = ()) -> Self:
+        """Bins that hold a tenth of `values` `[rows]` each, and one for what is lower than all."""
+        if not edges:
+            known = np.sort(values[~np.isnan(values)]).astype(np.float64) if not np.isnan(values).all() else np.zeros(1)
+            tenths = np.quantile(known, np.linspace(0.1, 1, 10), method="higher")
+            edges = np.unique([np.nextafter(known[0], -np.inf), *tenths]).tolist()
+        return cls(edges=tuple(edges))._counted(values)
 
     @classmethod
-    def of_names(cls, values: Iterable[str], known: Sequence[str] | None = None, *, several: bool = False) -> Self:
-        """A bin for each of the names that are most frequent, or for those that are `known`."""
-        cells = list(values)
-        if known is None:
-            split = [name for cell in cells for name in (cell.split() if several else [cell]) if name]
-            found, often = np.unique(np.array(split, dtype=str), return_counts=True)
-            known = found[np.argsort(-often, kind="stable")[:_NAMES]].tolist()
-        empty = cls((), names=tuple(known), several=several)
-        return cls(tuple(empty.count(cells).tolist()), names=empty.names, several=several)
+    def of_names(cls, values: Ints, known: Sequence[str]) -> Self:
+        """Of names by their numbers, `[rows]` or `[rows, width]` with 0 for none: those that are most frequent."""
+        often = np.bincount(values[values > 0].ravel(), minlength=len(known) + 1)[1:]
+        most = np.sort(np.argsort(-often, kind="stable")[:_NAMES])
+        return cls(names=tuple(known[name] for name in most), numbers=tuple((most + 1).tolist()))._counted(values)
+
+    def _counted(self, values: npt.NDArray[Any]) -> Self:
+        return type(self)(tuple(self.count(values).tolist()), self.edges, self.names, self.numbers)
 
     @property
     def bins(self) -> list[str]:
         """What each bin holds."""
         if not self.edges:
-            return [*self.names, OTHER, MISSING]
-        ends = [f"up to {edge:.4g}" for edge in self.edges]
-        return [*ends, f"above {self.edges[-1]:.4g}", MISSING]
+            return [*self.names, "other or missing"]
+        return [*(f"up to {edge:.4g}" for edge in self.edges), f"above {self.edges[-1]:.4g}", "missing"]
 
-    def count(self, values: Any) -> Ints:
-        """How many of the values `[rows]`, numbers or cells of names, fall into each bin, `[bins]`."""
+    @cached_property
+    def _places(self) -> Ints:
+        """The bin of each name, by its number; the last is that of all higher numbers."""
+        places = np.full(max(self.numbers, default=0) + 2, len(self.numbers))
+        places[list(self.numbers)] = np.arange(len(self.numbers))
+        return places
+
+    def count(self, values: npt.NDArray[Any]) -> Ints:
+        """How many of the values fall into each bin, `[bins]`; a row of several names counts for each of them."""
         if self.edges:
-            numbers = _numbers(values)
-            place = np.searchsorted(self.edges, numbers, side="left")
-            place[np.isnan(numbers)] = len(self.edges) + 1
-            return np.bincount(place, minlength=len(self.edges) + 2)
-        number = {name: place for place, name in enumerate(self.names)}
-        other, missing = len(self.names), len(self.names) + 1
-        counts = np.zeros(len(self.names) + 2, np.int64)
-        for cell in values:
-            for name in cell.split() or [""] if self.several else [cell]:
-                counts[number.get(name, other) if name else missing] += 1
-        return counts
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        bins = {"edges": list(self.edges)} if self.edges else {"names": list(self.names), "several": self.several}
-        return {"counts": list(self.counts), **bins}
-
-    @classmethod
-    def from_dict(cls, kept: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`."""
-        several = bool(kept.get("several", False))
-        return cls(tuple(kept["counts"]), tuple(kept.get("edges", ())), tuple(kept.get("names", ())), several)
+            places = np.searchsorted(self.edges, values, side="left")  # NaN comes last
+            return np.bincount(places + np.isnan(values), minlength=len(self.edges) + 2)
+        if values.ndim == 2:
+            values = np.concatenate([values[values > 0], np.zeros(int((values == 0).all(axis=1).sum()), values.dtype)])
+        return np.bincount(self._places[np.minimum(values, len(self._places) - 1)], minlength=len(self.names) + 1)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What training looked like: a quantity by its name."""
+    """What training looked like."""
 
     quantities: dict[str, Quantity]
+    """By name."""
 
     @classmethod
     def measure(
@@ -128,26 +116,20 @@ class Reference:
         unknown: Ints,
         labels: Sequence[str],
         predicted: Ints,
-        columns: pd.DataFrame | None = None,
-        holds: Mapping[str, str] | None = None,
+        columns: Mapping[str, npt.NDArray[Any]] | None,
+        transform: TabularTransform | None,
     ) -> Self:
-        """Of train rows with `lengths` `[rows]` tokens, of which `unknown` `[rows]`, and their `columns`, of which
-        `holds` tells whether a cell is a "number", a "name" or "names"; and of validation rows with the labels
-        `predicted` `[validation rows]`.
+        """Of train rows with `lengths` `[rows]` tokens, of which `unknown` `[rows]` are unknown, and with `columns` as
+        `transform` made them; and of validation rows with the labels `predicted` `[validation rows]`.
         """
         found = {
             TOKENS: Quantity.of_numbers(lengths),
             UNKNOWN: Quantity.of_numbers(_share(unknown, lengths), _UNKNOWN),
-            LABEL: Quantity.of_names([labels[number] for number in predicted.tolist()], labels),
+            LABEL: Quantity.of_names(predicted + 1, labels),
         }
-        for name, what in (holds or {}).items():
-            assert columns is not None
-            column = columns[name]
-            found[COLUMN + name] = (
-                Quantity.of_numbers(column)
-                if what == "number"
-                else Quantity.of_names(names(column), several=what == "names")
-            )
+        if transform is not None and columns is not None:
+            for name, array, names in transform.cells(columns):
+                found[COLUMN + name] = Quantity.of_numbers(array) if names is None else Quantity.of_names(array, names)
         return cls(found)
 
     @classmethod
@@ -156,43 +138,47 @@ class Reference:
         if (kept := manifest.get("reference")) is None:
             return None
         try:
-            return cls({name: Quantity.from_dict(quantity) for name, quantity in kept.items()})
-        except (KeyError, TypeError, AttributeError) as error:
+            return cls(
+                {
+                    name: Quantity(**{field: tuple(values) for field, values in quantity.items()})
+                    for name, quantity in kept.items()
+                }
+            )
+        except (TypeError, AttributeError) as error:
             raise ArtifactError(f"the folder's record of its train rows is damaged ({error!r}); train again") from error
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {name: quantity.to_dict() for name, quantity in self.quantities.items()}
+        return {
+            name: {field: list(values) for field, values in asdict(quantity).items() if values}
+            for name, quantity in self.quantities.items()
+        }
 
 
 class Monitor:
     """Counts served rows, those of the last half window at least and of a whole one at most. Threads may share it."""
 
-    def __init__(self, reference: Reference, window: int = WINDOW) -> None:
-        self._reference, self._half = reference, max(1, window // 2)
+    def __init__(self, reference: Reference, transform: TabularTransform | None, window: int = WINDOW) -> None:
+        """Of a model that reads columns by way of `transform`."""
+        self._known, self._transform, self._half = reference.quantities, transform, max(1, window // 2)
         self._now, self._before = self._nothing(), self._nothing()
         self._lock = threading.Lock()
 
     def add(
-        self,
-        lengths: Ints,
-        unknown: Ints,
-        labels: Sequence[str | None],
-        columns: pd.DataFrame | None = None,
+        self, lengths: Ints, unknown: Ints, predicted: Ints, columns: Mapping[str, npt.NDArray[Any]] | None = None
     ) -> None:
-        """Some rows: their tokens as the model reads them `[rows]`, how many of these are unknown `[rows]`, the label
-        that the model itself finds most probable, before any prior (None without text), and the columns it reads.
+        """Some rows: their tokens `[rows]`, how many of these are unknown `[rows]`, the number of the label that the
+        model itself finds most probable, before any prior (-1 without text), and the columns as it reads them.
         """
-        known = self._reference.quantities
+        known = self._known
         counted = {
             TOKENS: known[TOKENS].count(lengths),
             UNKNOWN: known[UNKNOWN].count(_share(unknown, lengths)),
-            LABEL: known[LABEL].count([name or "" for name in labels]),
+            LABEL: known[LABEL].count(predicted + 1),
         }
-        for name, quantity in known.items():
-            if name.startswith(COLUMN) and columns is not None:
-                column = columns[name.removeprefix(COLUMN)]
-                counted[name] = quantity.count(column if quantity.edges else names(column))
+        if self._transform is not None and columns is not None:
+            for name, array, _ in self._transform.cells(columns):
+                counted[COLUMN + name] = known[COLUMN + name].count(array)
         with self._lock:
             if self._now["rows"][0] >= self._half:
                 self._before, self._now = self._now, self._nothing()
@@ -206,8 +192,8 @@ class Monitor:
             return {name: (self._now[name] + self._before[name]).tolist() for name in self._now}
 
     def _nothing(self) -> dict[str, Ints]:
-        quantities = self._reference.quantities.items()
-        return {"rows": np.zeros(1, np.int64), **{n: np.zeros(len(q.counts), np.int64) for n, q in quantities}}
+        empty = {name: np.zeros(len(quantity.counts), np.int64) for name, quantity in self._known.items()}
+        return {"rows": np.zeros(1, np.int64), **empty}
 
 
 def drift(reference: Reference | None, snapshots: Iterable[Mapping[str, Sequence[int]]]) -> dict[str, Any]:
@@ -222,17 +208,18 @@ def drift(reference: Reference | None, snapshots: Iterable[Mapping[str, Sequence
     counters = list(snapshots)
     told = {}
     for name, quantity in reference.quantities.items():
-        counts: Ints = np.array([snapshot[name] for snapshot in counters], np.int64).sum(axis=0)
-        total = int(counts.sum())
-        index = float(stability_index(np.array(quantity.counts), counts)) if total else None
+        training = np.array(quantity.counts)
+        served: Ints = np.array([snapshot[name] for snapshot in counters], np.int64).sum(axis=0)
+        total = int(served.sum())
+        index = float(stability_index(training, served)) if total else None
         chance = by_chance(quantity.counts, total) if total else None
         told[name] = {
             "psi": index,
             "by_chance": chance,
             "drift": _judged(index, chance),
             "bins": quantity.bins,
-            "training": _shares(np.array(quantity.counts)),
-            "served": _shares(counts) if total else None,
+            "training": _shares(training),
+            "served": _shares(served) if total else None,
         }
     return {"rows": sum(snapshot["rows"][0] for snapshot in counters), "quantities": told}
 
@@ -260,22 +247,15 @@ def _drawn(training: tuple[int, ...], rows: int) -> float:
 
 
 def _judged(index: float | None, chance: float | None) -> str:
-    if index is None or chance is None or index <= max(chance, SOME):
+    if index is None or chance is None or index <= max(chance, _SOME):
         return "none"
-    return "some" if index <= MUCH else "much"
-
-
-def _numbers(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """float64, NaN where there is no finite number."""
-    import pandas as pd
-
-    found = pd.to_numeric(pd.Series(values), errors="coerce").to_numpy(np.float64, na_value=np.nan)  # type: ignore[arg-type]
-    return np.where(np.isfinite(found), found, np.nan)
+    return "some" if index <= _MUCH else "much"
 
 
 def _share(unknown: Ints, lengths: Ints) -> npt.NDArray[np.float64]:
     """Of the tokens between [CLS] and [SEP]."""
-    return np.asarray(unknown) / np.maximum(np.asarray(lengths) - 2, 1)
+    share: npt.NDArray[np.float64] = unknown / np.maximum(lengths - 2, 1)
+    return share
 
 
 def _shares(counts: Ints) -> list[float]:

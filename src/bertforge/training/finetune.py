@@ -17,14 +17,13 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bertforge.artifact import hash_file
-from bertforge.columns.kind import Holds
 from bertforge.columns.transform import TabularTransform
 from bertforge.data.loader import Examples, Split, spread
 from bertforge.data.prepared import PreparedData
@@ -361,15 +360,14 @@ def _label_shares(split: Split, recipe: Recipe) -> list[float]:
 def _reference(run: Run, prepared: PreparedData, predicted: np.ndarray) -> dict[str, Any]:
     """The manifest's `reference`: what served rows are held against; `predicted` is of the validation rows."""
     examples, rows = run.split.examples, spread(run.split.train, REFERENCE_ROWS)
-    spec = None if run.transform is None else run.transform.spec
-    holds = {} if spec is None else {name: what for what in get_args(Holds) for name in spec.holding(what)}
+    columns = examples.tabular and {name: array[rows] for name, array in examples.tabular.items()}
     found = Reference.measure(
-        examples.lengths(rows),
-        examples.tokens.count(run.tokenizer.unk_id, rows, examples.max_length),
+        examples.tokens.lengths[rows],
+        np.array([np.count_nonzero(examples.tokens[row] == run.tokenizer.unk_id) for row in rows]),
         prepared.label_names,
         predicted,
-        prepared.columns(list(holds)).iloc[rows] if holds else None,
-        holds,
+        columns,
+        run.transform,
     )
     return found.to_dict()
 
