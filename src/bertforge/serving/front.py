@@ -57,7 +57,7 @@ def make_app(models: Models) -> FastAPI:
     @app.get("/metrics", tags=["operation"], responses=classify.refused())
     async def prometheus() -> Response:
         """For Prometheus."""
-        return Response(metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(metrics.page(models.client.loads), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.exception_handler(RequestError)
     async def refuse(request: Request, error: RequestError) -> Response:
