@@ -66,8 +66,8 @@ class Codec:
             if policy and (policy.prior is None or not np.allclose(policy.prior, shares)):
                 chosen = "those of training" if policy.prior is None else as_text(labels, policy.prior)
                 raise UsageError(
-                    f"the thresholds of {directory} hold where the labels have other shares than "
-                    f"{as_text(labels, shares)}: {chosen}; choose them anew with the same --prior, or leave it out"
+                    f"the thresholds of {directory} were chosen for other shares of the labels, {chosen}, than "
+                    f"{as_text(labels, shares)}; choose them anew with the same --prior, or leave it out"
                 )
         schema = Schema.from_dict(manifest["schema"])
         return cls(Tokenizer.load(directory), schema, transform, manifest, shares, policy)

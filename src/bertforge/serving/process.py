@@ -72,6 +72,8 @@ class EngineOrder:
     precision: str = "auto"
     """Of runs and merged models, as `Predictor.load` takes it."""
     limits: Limits = field(default_factory=Limits)
+    prior: dict[str, float] | None = None
+    """Which no folder is loaded against whose thresholds were chosen for another."""
 
     def command(self) -> list[str]:
         """Starts the process; it ends with its standard input, which should be a pipe."""
@@ -168,7 +170,7 @@ class EngineProcess:
         """Loads and replays; in a thread. Raises BertforgeError."""
         folder, _ = served(Path(self.order.models[name]))
         generation = hash_file(folder / MANIFEST)
-        predictor = Predictor.load(folder, self.order.precision)
+        predictor = Predictor.load(folder, self.order.precision, prior=self.order.prior)
         engine = predictor.engine
         lanes = {name: Lane(engine, predictor.tokenizer.sep_id, predictor.max_length)}
         ready, errors = Event(), list[Exception]()
