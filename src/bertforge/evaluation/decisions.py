@@ -15,7 +15,9 @@ fourth of the recall and more went with it, or all of it; the thresholds that ar
 For costs there is nothing to search for: the cheapest decision follows from calibrated probabilities (Chow 1970; Elkan
 2001, section 2). To say label l where it is wrong costs c[l], so it costs c[l] (1 - p[l]) on average; to ask a person
 costs the same for every row. So l is said from 1 - person / c[l] on. A threshold read off the costs of validation rows
-would follow their noise. The rows tell what the decisions cost, and whether the probabilities may be used so (`bias`).
+follows their noise: of Stack Overflow's questions, where a wrong "closed" costs 5, thresholds read off 300, 1,000 and
+4,487 of them made 4,000 others 3.6, 1.1 and 0.4% dearer than these. The rows tell what the decisions cost, and whether
+the probabilities may be used so (`bias`).
 """
 
 from __future__ import annotations
