@@ -35,6 +35,7 @@ prepare questions.csv --out data --model base --folds 2
 train --data data --out run {TRAIN}
 cross-validate --data data --out folds {TRAIN}
 evaluate run --data data --json metrics.json
+threshold run --data data --precision 0.1 --prior closed=0.4 --json threshold.json
 predict run questions.csv --out predictions.csv
 merge run --out model
 quantize model --data data --out quantized --calibration max --preset ffn

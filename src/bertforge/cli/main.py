@@ -27,6 +27,7 @@ from bertforge.cli import (
     quantize,
     sample,
     serve,
+    threshold,
     train,
 )
 from bertforge.errors import ArtifactError, BertforgeError, MachineError, is_out_of_memory
@@ -98,6 +99,7 @@ app.command("prepare")(data.prepare)
 app.command("train")(train.train)
 app.command("cross-validate")(cross_validate.cross_validate)
 app.command("evaluate")(infer.evaluate)
+app.command("threshold")(threshold.threshold)
 app.command("predict")(infer.predict)
 app.command("merge")(infer.merge)
 app.command("quantize")(quantize.quantize)

@@ -1,7 +1,8 @@
 """`POST /v1/explain`: the words and columns that pushed the model to its answer, and mistakes it made on similar texts.
 
 The model is asked some hundred times over (leave_one_out.py), by way of the same queue as everybody. These rows are of
-a client of their own in it, so that who has something explained keeps nobody waiting, himself least of all.
+a client of their own in it, so that who has something explained keeps nobody waiting, himself least of all. Nor do
+they count as what is asked: `/v1/monitor` would tell of texts that lack a word.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def router(models: Models) -> APIRouter:
         asking = replace(call, client=f"{call.client} (explain)")
 
         async def probabilities(rows: list[Row]) -> list[list[float]]:
-            answers = await models.answer(asking, rows, model.served.name, deadline=deadline)
+            answers = await models.answer(asking, rows, model.served.name, deadline=deadline, watched=False)
             if answers.model is not model:
                 raise RequestError(503, "the model was replaced meanwhile; ask again", retry_after=0)
             chances: list[list[float]] = answers.probabilities.tolist()

@@ -21,7 +21,7 @@ from starlette.responses import Response
 
 from bertforge import __version__
 from bertforge.errors import BertforgeError
-from bertforge.serving import classify, explain, metrics
+from bertforge.serving import classify, explain, metrics, monitor
 from bertforge.serving.connection import Connection
 from bertforge.serving.door import Door, call_of
 from bertforge.serving.keys import Keys
@@ -42,7 +42,7 @@ def make_app(models: Models) -> FastAPI:
         docs_url=None,  # pages that load from other servers
         redoc_url=None,
     )
-    for router in (classify.router(models), explain.router(models)):
+    for router in (classify.router(models), explain.router(models), monitor.router(models)):
         app.include_router(router)
     app.router.routes += page_routes()
 
@@ -60,7 +60,8 @@ def make_app(models: Models) -> FastAPI:
     @app.get("/metrics", tags=["operation"], responses=classify.refused())
     async def prometheus() -> Response:
         """For Prometheus."""
-        return Response(metrics.page(models.client.loads), media_type="text/plain; version=0.0.4; charset=utf-8")
+        page = await asyncio.to_thread(metrics.page, models.client.loads, monitor.Drift(models))
+        return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.exception_handler(RequestError)
     async def refuse(request: Request, error: RequestError) -> Response:
@@ -93,7 +94,13 @@ def make_app(models: Models) -> FastAPI:
 
 async def serve(order: FrontOrder) -> None:
     """Runs until it is told to end."""
-    models = Models(Path(order.engine), order.limits, lambda line: print(line, file=sys.stderr, flush=True))
+    models = Models(
+        Path(order.engine),
+        order.limits,
+        lambda line: print(line, file=sys.stderr, flush=True),
+        counters=Path(order.counters),
+        prior=order.prior,
+    )
     keys = None if order.api_keys is None else Keys.read(Path(order.api_keys))
     door = Door(make_app(models), order.limits, keys)
     config = uvicorn.Config(

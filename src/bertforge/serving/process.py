@@ -144,7 +144,7 @@ class EngineProcess:
         """Loads and replays; in a thread. Raises BertforgeError."""
         folder, _ = served(Path(self.order.models[name]))
         generation = hash_file(folder / MANIFEST)
-        predictor = Predictor.load(folder, self.order.precision)
+        predictor = Predictor.load(folder, self.order.precision, prior=self.order.prior)
         engine = predictor.engine
         lanes = {name: Lane(engine, predictor.tokenizer.sep_id, predictor.max_length)}
         ready, errors = Event(), list[Exception]()
