@@ -10,15 +10,17 @@ from tests.serving.service import service
 
 @pytest.fixture(scope="session")
 def server(runs, data, tmp_path_factory):
-    """Two models behind a key: `sure` reads columns and has mistakes to show, `plain` reads the text alone."""
+    """Two models behind a key: `sure` reads columns, has mistakes to show and always wants a person; `plain` reads the
+    text alone."""
     from bertforge.inference.evaluate import evaluate_run
 
     folder, key = tmp_path_factory.mktemp("served"), "not-a-secret-0123456789"
     sure = shutil.copytree(runs["columns"], folder / "sure")
-    reseal(sure, temperature=0.15)  # so that words count: the model has seen few
+    never = {"thresholds": {"open": 1.1, "closed": 1.1}, "prior": None}
+    reseal(sure, temperature=0.15, decision=never)  # at this temperature words count: the model has seen few
     evaluate_run(sure, data, "train").write_mistakes(sure / "report-train.html")
     (folder / "keys.txt").write_text(f"page {key}\n")
-    options = ("--precision", "fp32", "--api-keys", folder / "keys.txt")
+    options = ("--fronts", 1, "--precision", "fp32", "--api-keys", folder / "keys.txt")
     with service(folder / "log", sure, f"plain={runs['full']}", *options) as found:
         found.http.headers["Authorization"] = f"Bearer {key}"
         found.key = key

@@ -58,6 +58,17 @@ def test_similar_mistakes_were_given_the_same_label(server):
         assert mistake["predicted"] == found["label"] != mistake["true"]
 
 
+def test_an_explanation_leaves_no_trace_in_the_monitor(server):
+    def rows():
+        return server.http.get("/v1/monitor").json()["rows"]
+
+    before = rows()
+    explain(server, ROW)
+    assert rows() == before
+    server.classify(ROW)
+    assert rows() == before + 1
+
+
 def test_a_blank_text_has_no_label_and_one_word_has_no_push(server):
     blank = explain(server, " \n", model="plain")
     assert (blank["label"], blank["probability"], blank["words"]) == (None, None, [])
