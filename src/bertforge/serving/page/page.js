@@ -250,7 +250,7 @@ function* marked(characters, words, most, isCut) {
   for (const { start, end, push } of words) {
     if (Math.abs(push) < Math.max(LEAST, most / 10)) continue;
     yield text(done, start);
-    const strong = Math.abs(push) > most / 2 ? " strong" : "";
+    const strong = Math.abs(push) > Math.max(most, DECIDING) / 2 ? " strong" : "";
     yield make("span", { class: `${push > 0 ? "for" : "against"}${strong}`, title: points(push) }, text(start, end));
     done = end;
   }
