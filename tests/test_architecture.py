@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "jobs": {"model", "lora", "data", "evaluation", "quantize", "engines", "proof", "inference"},
     "benchmark": {"model", "engines", "inference", "data", "evaluation", "jobs"},
     "autofit": {"model", "lora", "data", "columns", "evaluation", "training", "engines", "inference", "jobs"},
-    "serving": {"data", "columns", "model", "lora", "native", "evaluation", "engines", "proof", "inference"},
+    "serving": {"data", "columns", "model", "lora", "evaluation", "native", "engines", "proof", "inference"},
     "cli": PARTS - {"cli"},
 }
 # Libraries a part is there for; nobody imports the part before it is asked for.

@@ -27,10 +27,11 @@ def live(runs, data, tmp_path_factory):
     for name, kind in (("decides", "columns"), ("old", "full")):
         shutil.copytree(runs[kind], folder / name)
     usual = Predictor.load(folder / "decides", prior=PRIOR).predict(rows_of(60, 3))["probability"].median()
-    choose_thresholds(folder / "decides", data, Wanted(costs={"open": 1.0}, person=1 - usual, prior=PRIOR))
+    choose_thresholds(folder / "decides", data, Wanted(costs={"open": 1.0}, person=1 - float(usual), prior=PRIOR))
     reseal(folder / "old", reference=None, label_shares=None)
     with service(folder / "log", folder / "decides", folder / "old", "--fronts", "2") as found:
         found.folder = folder
+        wait_until(lambda: all(found.is_ready() for _ in range(10)), "both fronts, one of which each connection meets")
         yield found
 
 

@@ -25,6 +25,14 @@ def serve(
             "another name than the folder's. Requests that name no model get the first.",
         ),
     ],
+    adapter: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=RUN",
+            help="LoRA run to compute on the weights of an artifact of the same base, which are held once; "
+            "requests name it as a model. Give one for each.",
+        ),
+    ] = [],  # noqa: B006  # typer makes a list of its own
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
     api_keys: Annotated[
@@ -103,6 +111,12 @@ def serve(
         if name in models:
             raise UsageError(f"two models are called {name}; give one another name: NAME={folder}")
         models[name] = folder
+    adapters: dict[str, Path] = {}
+    for given in adapter:
+        name, folder = _named(given)
+        if name in models or name in adapters:
+            raise UsageError(f"two models are called {name}; give --adapter {given} another name: NAME={folder}")
+        adapters[name] = folder
     manifests = [served(folder)[1] for folder in models.values()]
     if api_keys is not None:
         Keys.read(api_keys)
@@ -114,6 +128,7 @@ def serve(
     cores = usable_cores()
     service = Service(
         models=models,
+        adapters=adapters,
         fronts=fronts or (1 if cores <= 4 else cores // 4),
         limits=Limits(max_body_mb, max_texts, max_characters),
         pace=Pace(latency_ms / 1000, queue_seconds),

@@ -21,10 +21,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
-from torch import Tensor, nn
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from bertforge.columns.parts import Part
 
 S = TypeVar("S")
 L = TypeVar("L")
@@ -100,21 +101,6 @@ class Kind(ABC, Generic[S, L, H]):
         return self.width(shape) == 0
 
 
-class Part(nn.Module):
-    """A module of a kind, and the same as nodes of a graph."""
-
-    out_features: int
-    """Width of the result."""
-
-    def forward(self, value: Tensor) -> Tensor:
-        """-> `[sequences, out_features]`."""
-        raise NotImplementedError
-
-    def onnx(self, graph: Nodes, value: str) -> str:
-        """The nodes that compute `forward` of `value` `[batch, ...]`, in float32; returns the result's name."""
-        raise NotImplementedError
-
-
 class Nodes(Protocol):
     """What a part needs of `export.graph.Graph`, which imports onnx and so may not be imported here."""
 
@@ -124,9 +110,3 @@ class Nodes(Protocol):
     def cast(self, value: str, dtype: np.dtype[Any]) -> str: ...
     def dense(self, value: str, name: str, weight: np.ndarray, bias: np.ndarray) -> str: ...
     def input(self, name: str, dtype: Any, shape: Sequence[str | int]) -> str: ...
-
-
-def as_array(tensor: Tensor) -> np.ndarray:
-    """A weight as the float32 constant of a graph."""
-    values: np.ndarray = tensor.detach().float().cpu().numpy()
-    return values

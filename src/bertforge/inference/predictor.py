@@ -92,7 +92,7 @@ class Predictor:
             _check_verified(directory, manifest, hardware)
             engine = open_engine(directory, manifest["target"], manifest["precision"], hardware)
         else:
-            model = _plain(verified_model(directory, manifest, hardware))
+            model = plain(verified_model(directory, manifest, hardware))
             if manifest["kind"] == "quantized":
                 if precision not in ("auto", "fp32"):
                     raise UsageError(
@@ -331,7 +331,7 @@ def verified_model(directory: Path, manifest: dict[str, Any], hardware: Hardware
     return model
 
 
-def _plain(model: BertForSequenceClassification) -> BertForSequenceClassification:
+def plain(model: BertForSequenceClassification) -> BertForSequenceClassification:
     """Without adapters: they are added to the weights once, and not at each batch."""
     if not any(isinstance(module, LoraLinear) for module in model.modules()):
         return model

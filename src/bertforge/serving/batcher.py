@@ -22,7 +22,7 @@ from bertforge.data.loader import Examples
 from bertforge.data.tokens import TokenStore
 from bertforge.engines.base import Engine
 from bertforge.engines.run import batch_of
-from bertforge.errors import is_out_of_memory
+from bertforge.errors import BertforgeError, is_out_of_memory
 from bertforge.serving.channel import Answer, Ask, Load, Reason, Refusal
 from bertforge.serving.queue import Queue, Request, Row
 from bertforge.serving.settings import Pace
@@ -135,7 +135,7 @@ class Batcher:
         return int(min(self._most, max(1.0, self.pace.latency * self._rate))) if self._rate else self._most
 
     def _compute(self, rows: list[Row]) -> None:
-        """Computes a batch and answers what it completes. Raises what the engine raises, when its rows are refused."""
+        """Computes a batch and answers what it completes. Raises what a broken engine raises, once rows are refused."""
         cost, begun = sum(request.costs[row] for request, row in rows), time.monotonic()
         try:
             logits = self._logits(rows)
@@ -147,6 +147,9 @@ class Batcher:
                     self._compute(half)
                 return
             self._refuse([request for request, _ in rows], "failed", "the engine failed over this request")
+            if isinstance(error, BertforgeError):  # the batch is at fault, not the engine
+                log.error("a batch was refused by its engine: %s", error)
+                return
             raise
         now = time.monotonic()
         with self._changed:

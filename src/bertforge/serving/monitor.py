@@ -1,8 +1,8 @@
 """`GET /v1/monitor`, and the same for Prometheus: whether what is asked looks like what the model learnt from.
 
-Each front counts the rows that it answers. Once a second, while there are any, it writes its counters into a file of
-its own beside the engine's socket, and whichever front is asked adds up all files. A front that was started again
-writes the file that it wrote before.
+Each front counts the rows that it answers, some requests at a time, for to count one takes 0.1 ms and a hundred hardly
+more. Once a second, while there are any, it writes its counters into a file of its own beside the engine's socket, and
+whichever front is asked adds up all files. A front that was started again writes the file that it wrote before.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from bertforge.artifact import write_atomic
 from bertforge.evaluation.drift import Monitor, Reference, drift
 from bertforge.inference.codec import Codec, is_blank
-from bertforge.serving.preparing import Prepared
+from bertforge.serving.preparing import Prepared, joined
 
 if TYPE_CHECKING:
     from bertforge.serving.models import Model, Models
 
 _EVERY = 1.0  # seconds between two writes
+_TOGETHER = 64  # requests that are counted at once
 
 
 class Counters:
@@ -36,21 +37,15 @@ class Counters:
     def __init__(self, file: Path) -> None:
         """`file` is this front's own; those of the others differ in their number."""
         self._file = file
-        self._monitors: dict[str, tuple[str, Monitor | None]] = {}  # by name, with the generation
+        self._counted: dict[str, _Counted] = {}  # by the model's name
         self._due = False
 
     def add(self, name: str, generation: str, codec: Codec, prepared: Prepared, logits: np.ndarray) -> None:
         """Rows that a model answered with `logits` `[rows, labels]`; in a running loop."""
-        if self._monitors.get(name, ("", None))[0] != generation:
-            reference = Reference.of(codec.manifest)
-            monitor = None if reference is None else Monitor(reference, codec.transform)
-            self._monitors[name] = generation, monitor
-        if (monitor := self._monitors[name][1]) is None:
-            return
-        ends = np.cumsum(prepared.lengths)
-        unknown = np.add.reduceat(prepared.ids == codec.tokenizer.unk_id, ends - prepared.lengths, dtype=np.int64)
-        predicted = np.where([is_blank(text) for text in prepared.texts], -1, logits.argmax(axis=1))
-        monitor.add(prepared.lengths, unknown, predicted, prepared.columns)
+        counted = self._counted.get(name)
+        if counted is None or counted.generation != generation:
+            counted = self._counted[name] = _Counted(generation, codec)
+        counted.add(prepared, logits)
         if not self._due:
             self._due = True
             asyncio.get_running_loop().call_later(_EVERY, self._write)
@@ -58,16 +53,47 @@ class Counters:
     def of(self, name: str, generation: str) -> list[Mapping[str, Sequence[int]]]:
         """Snapshots of all fronts, of which this one's is of now."""
         others = self._file.parent.glob(f"{self._file.stem.rpartition('-')[0]}-*{self._file.suffix}")
-        found = [self._counted(), *(json.loads(file.read_text()) for file in others if file != self._file)]
+        found = [self._snapshots(), *(json.loads(file.read_text()) for file in others if file != self._file)]
         return [counted[name][generation] for counted in found if generation in counted.get(name, {})]
 
     def _write(self) -> None:
         self._due = False
-        write_atomic(self._file, json.dumps(self._counted()))
+        write_atomic(self._file, json.dumps(self._snapshots()))
 
-    def _counted(self) -> dict[str, dict[str, dict[str, list[int]]]]:
-        known = [*self._monitors.items()]  # a thread asks
-        return {name: {generation: monitor.snapshot()} for name, (generation, monitor) in known if monitor}
+    def _snapshots(self) -> dict[str, dict[str, dict[str, list[int]]]]:
+        known = [*self._counted.items()]  # a thread may ask
+        return {name: {counted.generation: found} for name, counted in known if (found := counted.snapshot())}
+
+
+class _Counted:
+    """The rows of one model."""
+
+    def __init__(self, generation: str, codec: Codec) -> None:
+        self.generation = generation
+        self._codec, reference = codec, Reference.of(codec.manifest)
+        self._monitor = None if reference is None else Monitor(reference, codec.transform)
+        self._waiting: list[tuple[Prepared, np.ndarray]] = []
+
+    def add(self, prepared: Prepared, logits: np.ndarray) -> None:
+        self._waiting.append((prepared, logits))
+        if len(self._waiting) >= _TOGETHER:
+            self._count()
+
+    def snapshot(self) -> dict[str, list[int]] | None:
+        """None where an earlier version trained the model."""
+        self._count()
+        return None if self._monitor is None else self._monitor.snapshot()
+
+    def _count(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        if self._monitor is None or not waiting:
+            return
+        rows = joined([prepared for prepared, _ in waiting])
+        unknown = rows.ids == self._codec.tokenizer.unk_id  # [tokens]
+        starts = np.cumsum(rows.lengths) - rows.lengths
+        predicted = np.concatenate([logits.argmax(axis=1) for _, logits in waiting])
+        predicted[[is_blank(text) for text in rows.texts]] = -1
+        self._monitor.add(rows.lengths, np.add.reduceat(unknown, starts, dtype=np.int64), predicted, rows.columns)
 
 
 class _Told(BaseModel):

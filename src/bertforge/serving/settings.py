@@ -45,6 +45,8 @@ class Service:
 
     models: Mapping[str, Path]
     """Folders by the names that clients use; the first answers where a request names none."""
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    """LoRA runs on the base of one of `models`, by the names that clients use."""
     fronts: int = 1
     limits: Limits = field(default_factory=Limits)
     pace: Pace = field(default_factory=Pace)
@@ -66,6 +68,8 @@ class EngineOrder:
     """Path of the Unix socket it makes."""
     models: dict[str, str]
     """Folder of each model, by the name that clients use."""
+    adapters: dict[str, str] = field(default_factory=dict)
+    """Run of each adapter, by the name that clients use; it is computed beside the first of `models` that can."""
     precision: str = "auto"
     """Of runs and merged models, as `Predictor.load` takes it."""
     pace: Pace = field(default_factory=Pace)

@@ -115,8 +115,9 @@ class Supervisor:
     def _engine_command(self, folder: str) -> list[str]:
         service = self._service
         models = {name: str(path) for name, path in service.models.items()}
+        adapters = {name: str(path) for name, path in service.adapters.items()}
         prior = None if service.prior is None else dict(service.prior)
-        return EngineOrder(f"{folder}/engine", models, service.precision, service.pace, prior).command()
+        return EngineOrder(f"{folder}/engine", models, adapters, service.precision, service.pace, prior).command()
 
     def _front_command(self, folder: str, number: int) -> list[str]:
         service, keys = self._service, self._service.api_keys
