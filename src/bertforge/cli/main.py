@@ -15,7 +15,20 @@ import typer
 from typer.core import TyperGroup
 
 from bertforge import __version__, threads
-from bertforge.cli import check, cross_validate, data, demo, doctor, engines, fit, infer, quantize, sample, train
+from bertforge.cli import (
+    check,
+    cross_validate,
+    data,
+    demo,
+    doctor,
+    engines,
+    export_triton,
+    fit,
+    infer,
+    quantize,
+    sample,
+    train,
+)
 from bertforge.errors import ArtifactError, BertforgeError, MachineError, is_out_of_memory
 from bertforge.terminal import Terminal, VisibleFormatter, visible
 
@@ -90,6 +103,7 @@ app.command("merge")(infer.merge)
 app.command("quantize")(quantize.quantize)
 app.command("compile")(engines.compile_)
 app.command("benchmark")(engines.benchmark)
+app.command("export-triton")(export_triton.export_triton)
 app.command("check")(check.check)
 
 
