@@ -24,8 +24,13 @@ demo: $(VENV)/.installed-demo
 # The tests run on one thread each. A file stays in one process, for its fixtures take longer than most of its tests.
 PROCESSES := -n auto --maxprocesses 4 --dist loadfile
 
-test: $(VENV)/.installed-dev
+test: $(VENV)/.installed-dev $(VENV)/triton
 	$(BIN)/python -m pytest $(PROCESSES)
+
+# A Triton server, and the NumPy of its Python. Where there is none for this machine, the test of it is skipped.
+$(VENV)/triton: $(VENV)/.installed-dev
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off --no-deps --target $@ \
+	  nvidia-pytriton==0.7.0 "numpy==1.26.4; python_version < '3.13'"
 
 # Other kernels than this CPU's best, and four threads whatever its cores: results round and interleave otherwise.
 test-portable: $(VENV)/.installed-dev

@@ -22,12 +22,12 @@ from bertforge.cli import (
     demo,
     doctor,
     engines,
-    export_triton,
     fit,
     infer,
     quantize,
     sample,
     train,
+    triton_repository,
 )
 from bertforge.errors import ArtifactError, BertforgeError, MachineError, is_out_of_memory
 from bertforge.terminal import Terminal, VisibleFormatter, visible
@@ -103,7 +103,7 @@ app.command("merge")(infer.merge)
 app.command("quantize")(quantize.quantize)
 app.command("compile")(engines.compile_)
 app.command("benchmark")(engines.benchmark)
-app.command("export-triton")(export_triton.export_triton)
+app.command("export-triton")(triton_repository.export_triton)
 app.command("check")(check.check)
 
 

@@ -28,7 +28,7 @@ def export_triton(
 
         bertforge export-triton models/first/engines/auto --out triton
     """
-    from bertforge.jobs.export_triton import export_triton as export
+    from bertforge.jobs.triton_repository import export_triton as export
 
     made = export(artifact, out, name, Terminal(stderr=True).print)
     console = Terminal()
