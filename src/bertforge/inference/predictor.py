@@ -31,6 +31,8 @@ from bertforge.inference.cascade import Recheck, margin_between
 from bertforge.inference.codec import Codec, served
 from bertforge.inference.inputs import Given
 from bertforge.lora.adapter_io import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
+from bertforge.lora.inject import merge
+from bertforge.lora.layer import LoraLinear
 from bertforge.manifest import compile_command, remake
 from bertforge.model import weights
 from bertforge.model.classifier import BertForSequenceClassification, check_size
@@ -81,7 +83,7 @@ class Predictor:
             _check_verified(directory, manifest, hardware)
             engine = open_engine(directory, manifest["target"], manifest["precision"], hardware)
         else:
-            model = verified_model(directory, manifest, hardware)
+            model = _plain(verified_model(directory, manifest, hardware))
             if manifest["kind"] == "quantized":
                 if precision not in ("auto", "fp32"):
                     raise UsageError(
@@ -317,6 +319,15 @@ def verified_model(directory: Path, manifest: dict[str, Any], hardware: Hardware
             "golden rows; its weights were changed or damaged, so make it again"
         )
     return model
+
+
+def _plain(model: BertForSequenceClassification) -> BertForSequenceClassification:
+    """Without adapters: they are added to the weights once, and not at each batch."""
+    if not any(isinstance(module, LoraLinear) for module in model.modules()):
+        return model
+    merged = merge(model)
+    assert isinstance(merged, BertForSequenceClassification)
+    return merged.eval()
 
 
 def load_model(directory: Path, manifest: dict[str, Any]) -> BertForSequenceClassification:

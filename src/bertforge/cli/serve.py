@@ -1,0 +1,152 @@
+"""`bertforge serve`."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bertforge.terminal import Terminal
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+def serve(
+    artifacts: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ARTIFACT...",
+            help="Folders made by `bertforge fit`, `train`, `merge`, `quantize` or `compile`; NAME=FOLDER gives one "
+            "another name than the folder's. Requests that name no model get the first.",
+        ),
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
+    api_keys: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Who may ask: a line for each client, NAME KEY.")
+    ] = None,
+    no_keys: Annotated[
+        bool, typer.Option("--no-keys", help="Let everybody in who reaches an address other than this machine's own.")
+    ] = False,
+    fronts: Annotated[
+        int | None,
+        typer.Option(min=1, max=64, help="Processes that speak HTTP.", show_default="1, or a quarter of the cores"),
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="Of runs and merged models: fp32, bf16 or auto. Engines have their own.")
+    ] = "auto",
+    latency_ms: Annotated[
+        float, typer.Option(min=1, max=10_000, help="What a batch may take: longer ones hold more rows.")
+    ] = 50,
+    queue_seconds: Annotated[
+        float, typer.Option(min=0.01, max=600, help="Work that may wait; what comes beyond it is answered 429.")
+    ] = 2,
+    max_body_mb: Annotated[float, typer.Option(min=0.001, max=1024, help="Largest body of a request, MiB.")] = 8,
+    max_texts: Annotated[int, typer.Option(min=1, help="Most texts in a request.")] = 1024,
+    max_characters: Annotated[int, typer.Option(min=1, help="Most characters in a text.")] = 100_000,
+    drain_seconds: Annotated[
+        float, typer.Option(min=0, help="When told to end: time for requests that were accepted.")
+    ] = 30,
+) -> None:
+    """Serve models over HTTP: text in, label and probabilities out.
+
+    Example:
+
+        bertforge serve models/first
+
+        curl http://127.0.0.1:8080/v1/classify \\
+            -H 'Content-Type: application/json' -d '{"inputs": "How do I sort a list?"}'
+
+    /openapi.json describes every address. /v1/models lists the models and
+    the columns they read, /readyz tells whether requests are answered, and
+    /metrics is for Prometheus. The log has a line of JSON for each request,
+    without its texts.
+
+    SIGTERM or Ctrl-C ends the service once it has answered what it has
+    accepted. SIGHUP loads folders that changed and the file of keys, without
+    losing a request:
+
+        kill -HUP PID
+
+    To let other machines ask, write a file with a line for each client, its
+    name and a key, such as `openssl rand -hex 32` makes. Clients send the
+    header Authorization: Bearer KEY. Put a proxy with TLS before it.
+
+        bertforge serve models/first --host 0.0.0.0 --api-keys keys.txt
+    """
+    import asyncio
+
+    from bertforge.errors import MachineError, UsageError
+    from bertforge.inference.codec import served
+    from bertforge.serving import installed
+    from bertforge.serving.settings import Limits, Service
+    from bertforge.threads import usable_cores
+
+    if not installed():
+        raise MachineError("the service needs FastAPI and uvicorn; pip install 'bertforge[serve]'")
+    from bertforge.serving.keys import Keys
+    from bertforge.serving.supervisor import Supervisor, is_local, listen
+
+    models: dict[str, Path] = {}
+    for artifact in artifacts:
+        name, folder = _named(artifact)
+        if name in models:
+            raise UsageError(f"two models are called {name}; give one another name: NAME={folder}")
+        models[name] = folder
+    manifests = [served(folder)[1] for folder in models.values()]
+    if api_keys is not None:
+        Keys.read(api_keys)
+    listening = listen(host, port)
+    if not (is_local(listening) or api_keys or no_keys):
+        raise UsageError(
+            f"--host {host} lets other machines ask; name who may with --api-keys FILE, or let all in with --no-keys"
+        )
+    cores = usable_cores()
+    service = Service(
+        models=models,
+        fronts=fronts or (1 if cores <= 4 else cores // 4),
+        limits=Limits(max_body_mb, max_texts, max_characters),
+        latency=latency_ms / 1000,
+        queue=queue_seconds,
+        drain=drain_seconds,
+        api_keys=api_keys,
+        precision=precision,
+    )
+    console = Terminal()
+
+    def ready() -> None:
+        address, taken = listening.getsockname()[:2]
+        shown = "127.0.0.1" if address in ("0.0.0.0", "::") else f"[{address}]" if ":" in address else address
+        console.print(f"serving {', '.join(models)} at http://{shown}:{taken}; try it:")
+        key = "" if api_keys is None else ' -H "Authorization: Bearer $KEY"'
+        body = shlex.quote(json.dumps({"inputs": _example(manifests[0])}))
+        console.print(f"curl http://{shown}:{taken}/v1/classify{key} -H 'Content-Type: application/json' -d {body}")
+
+    code = asyncio.run(Supervisor(service, listening, Terminal(stderr=True).print).run(ready))
+    if code:
+        raise typer.Exit(code)
+
+
+def _named(artifact: str) -> tuple[str, Path]:
+    from bertforge.errors import UsageError
+
+    name, equals, folder = artifact.partition("=")
+    if not equals or Path(artifact).exists():
+        name, folder = Path(artifact).resolve().name, artifact
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{name!r} cannot be the name of a model: take letters, digits, . _ and -, as in first={folder}"
+        )
+    return name, Path(folder)
+
+
+def _example(manifest: dict[str, Any]) -> object:
+    """An input that the model reads."""
+    text, texts = "How do I sort a list?", manifest["schema"]["text_columns"]
+    return (
+        text if manifest["tabular"] is None else {name: text if name in texts else None for name in manifest["inputs"]}
+    )

@@ -1,0 +1,231 @@
+"""The threads of one engine: each takes a batch out of the queue the moment it is free, computes it and answers.
+
+There is no timer that waits for a batch to fill. While an engine computes, asks gather, and the busier it is the fuller
+are its batches; an ask that finds it idle is computed at once.
+
+How much a batch may hold follows from the latency that is wanted and from the rate at which the engine has computed
+batches of that size. So a GPU gets packs of thousands of rows and a slow CPU a handful, and a row that comes waits for
+no more than the batches under way. The same rate says how much may wait.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from threading import Condition, Thread
+
+import numpy as np
+
+from bertforge.data.loader import Examples
+from bertforge.data.tokens import TokenStore
+from bertforge.engines.base import Engine
+from bertforge.engines.run import batch_of
+from bertforge.errors import is_out_of_memory
+from bertforge.serving.channel import Answer, Ask, Load, Reason, Refusal
+from bertforge.serving.queue import Queue, Request, Row
+
+log = logging.getLogger(__name__)
+_KEPT = 0.9  # of the rate, when another batch is measured
+
+Reply = Callable[[Answer | Refusal], None]
+Sent = tuple[Reply, Answer | Refusal]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What `bertforge serve` was told."""
+
+    latency: float = 0.05
+    """Seconds that a batch may take."""
+    queue: float = 2.0
+    """Seconds of work that may wait."""
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One model of an engine: the model itself, or one of its adapters."""
+
+    engine: Engine
+    sep_id: int
+    max_length: int
+    """Tokens that a row is cut to."""
+
+
+class Batcher:
+    """The queue and the threads of the engines in `lanes`, which compute one in place of the other."""
+
+    def __init__(
+        self,
+        lanes: Mapping[str, Lane],
+        limits: Limits,
+        deliver: Callable[[list[Sent]], object],
+        broken: Callable[[Exception], object],
+    ) -> None:
+        """`deliver` is given what there is to say, by any thread; `broken` the exception of an engine that failed."""
+        self.lanes, self.limits, self._deliver, self._broken = lanes, limits, deliver, broken
+        engine = next(iter(lanes.values())).engine
+        self._queue = Queue(engine.shape, engine.packed)
+        self._most = engine.shape.tokens  # that fit into memory
+        self._rate = 0.0  # tokens a second of one thread while all compute; 0 until it is measured
+        self._batches = self._rows = self._tokens = 0
+        self._seconds = 0.0
+        self._changed, self._closed = Condition(), False
+        self._threads = [Thread(target=self._work, name=engine.name, daemon=True) for _ in range(engine.streams)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, ask: Ask, lane: str, reply: Reply) -> Request | None:
+        """Puts an ask into the queue; None when it is full, which is said by `reply` at once."""
+        arrived, longest = time.monotonic(), self.lanes[lane].max_length
+        offsets = np.concatenate([[0], np.cumsum(ask.lengths)])  # [rows + 1]
+        costs = self._queue.costs(np.minimum(ask.lengths, longest).tolist())
+        request = Request(ask, lane, reply, arrived, offsets, costs, waiting=len(costs), tokens=sum(costs))
+        with self._changed:
+            rate = self._rate * len(self._threads)
+            if rate and self._queue.full(ask.client, self.limits.queue * rate):
+                after = self._queue.tokens / rate
+                refusal = Refusal(ask.number, "full", "too many requests are waiting; try again later", after)
+            else:
+                self._queue.put(request)
+                self._changed.notify()
+                return request
+        reply(refusal)
+        return None
+
+    def cancel(self, request: Request) -> None:
+        """Nobody waits for it: what is not begun is left."""
+        with self._changed:
+            self._queue.drop(request)
+
+    def load(self, name: str) -> Load:
+        """What there is to do and was done, under the engine's name."""
+        with self._changed:
+            rate = self._rate * len(self._threads)
+            return Load(name, self._queue.tokens, rate, self._batches, self._rows, self._tokens, self._seconds)
+
+    def close(self) -> None:
+        """Waits until all that was submitted is answered, then closes the engines."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        for lane in self.lanes.values():
+            lane.engine.close()
+
+    def _work(self) -> None:
+        try:
+            while rows := self._next():
+                self._compute(rows)
+        except Exception as error:
+            self._broken(error)
+
+    def _next(self) -> list[Row]:
+        """A batch; none when there will be no more."""
+        while True:
+            with self._changed:
+                now = time.monotonic()
+                rows, late = self._queue.take(self._batch_tokens(), now)
+                if not rows and not late:
+                    if self._closed:
+                        return []
+                    self._changed.wait()
+                    continue
+                for request, _ in rows:
+                    request.started = request.started or now
+                    request.computing += 1
+            self._deliver([(each.reply, _late(each)) for each in late])
+            if rows:
+                return rows
+
+    def _batch_tokens(self) -> int:
+        return int(min(self._most, max(1.0, self.limits.latency * self._rate))) if self._rate else self._most
+
+    def _compute(self, rows: list[Row]) -> None:
+        """Computes a batch and answers what it completes. Raises what the engine raises, when its rows are refused."""
+        cost, begun = sum(request.costs[row] for request, row in rows), time.monotonic()
+        try:
+            logits = self._logits(rows)
+        except Exception as error:
+            if is_out_of_memory(error) and len(rows) > 1:
+                self._most = max(1, min(self._most, cost) // 2)
+                log.warning("a batch of %d tokens does not fit into memory; batches have %d now", cost, self._most)
+                for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+                    self._compute(half)
+                return
+            self._refuse([request for request, _ in rows], "failed", "the engine failed over this request")
+            raise
+        now = time.monotonic()
+        with self._changed:
+            self._note(len(rows), cost, now - begun)
+            whole = _filled_in(rows, logits)
+        self._deliver([(request.reply, _answer(request, now)) for request in whole])
+
+    def _note(self, rows: int, tokens: int, seconds: float) -> None:
+        self._batches, self._rows, self._tokens = self._batches + 1, self._rows + rows, self._tokens + tokens
+        self._seconds += seconds
+        if not self._rate:
+            self._rate = tokens / seconds
+        elif 2 * tokens >= self._batch_tokens():  # small ones say little of a GPU
+            self._rate = _KEPT * self._rate + (1 - _KEPT) * tokens / seconds
+
+    def _logits(self, rows: list[Row]) -> np.ndarray:
+        """`[rows, labels]` float32."""
+        lane = self.lanes[rows[0][0].lane]
+        examples = Examples(
+            TokenStore(*_laid_out(rows)), np.full(len(rows), -1), lane.sep_id, lane.max_length, _columns(rows)
+        )
+        return lane.engine.logits(batch_of(examples, np.arange(len(rows)), self._queue.packed, self._queue.shape))
+
+    def _refuse(self, requests: Iterable[Request], why: Reason, message: str) -> None:
+        with self._changed:
+            refused = {request: Refusal(request.ask.number, why, message) for request in requests if not request.over}
+            for request in refused:
+                self._queue.drop(request)
+        self._deliver([(request.reply, refusal) for request, refusal in refused.items()])
+
+
+def _filled_in(rows: list[Row], logits: np.ndarray) -> list[Request]:
+    """Gives requests the logits of their rows, and returns those that have them all now."""
+    whole = []
+    for place, (request, row) in enumerate(rows):
+        if request.logits is None:
+            request.logits = np.empty((len(request.costs), logits.shape[1]), np.float32)
+        request.logits[row] = logits[place]
+        request.computing -= 1
+        if not request.computing and not request.waiting and not request.over:
+            request.over = True
+            whole.append(request)
+    return whole
+
+
+def _late(request: Request) -> Refusal:
+    return Refusal(request.ask.number, "deadline", "the deadline of the request passed before its turn came")
+
+
+def _answer(request: Request, now: float) -> Answer:
+    assert request.logits is not None
+    return Answer(request.ask.number, request.logits, request.started - request.arrived, now - request.started)
+
+
+def _laid_out(rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
+    """Flat ids, and offsets [rows + 1]."""
+    parts = [request.ask.ids[request.offsets[row] : request.offsets[row + 1]] for request, row in rows]
+    return np.concatenate(parts).view(np.uint32), np.cumsum([0, *map(len, parts)])
+
+
+def _columns(rows: list[Row]) -> dict[str, np.ndarray] | None:
+    """The columns of rows, [rows, width] for each kind; the widest request sets the width, and the rest is zeros."""
+    first = rows[0][0].ask.columns
+    if first is None:
+        return None
+    found = {}
+    for name, like in first.items():
+        parts = [request.ask.columns[name][row] for request, row in rows if request.ask.columns is not None]
+        joined = np.zeros((len(rows), max(map(len, parts))), like.dtype)  # [rows, width]
+        for place, part in enumerate(parts):
+            joined[place, : len(part)] = part
+        found[name] = joined
+    return found

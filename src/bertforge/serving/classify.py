@@ -1,0 +1,164 @@
+"""`POST /v1/classify` and `GET /v1/models`, and how OpenAPI describes them.
+
+A request is read by hand rather than by pydantic: a limit is then met before anything large is made, and every message
+names the field in the same words. The classes below are what the document at `/openapi.json` says; the tests hold both
+the checks and the answers to it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from bertforge.serving import metrics
+from bertforge.serving.door import call_of
+from bertforge.serving.models import Model, Models
+from bertforge.serving.requests import check_fields, read_json, seconds_of, text_of
+
+Cell = str | int | float | bool | None
+Input = str | dict[str, Cell]
+
+
+class _Told(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class Refusal(_Told):
+    """What went wrong."""
+
+    code: str = Field(description="For programs; one for each status.")
+    message: str = Field(description="For people: the field, the limit and what to do.")
+    field: str | None = Field(description="Where, such as inputs[3].Title; null where it is no field.")
+
+
+class Refused(_Told):
+    """Every error."""
+
+    error: Refusal
+    id: str = Field(description="The request's, as in the header X-Request-Id.")
+
+
+class Question(_Told):
+    """What to classify."""
+
+    inputs: Input | list[Input] = Field(
+        description="A text; or, where the model reads columns, an object with those of its training table; "
+        "or a list of either."
+    )
+    model: str | None = Field(None, description="One of /v1/models; the first where it is left out.")
+    timeout_ms: int | None = Field(
+        None, ge=1, le=600_000, description="After so long without an answer: 504, and the rows leave the queue."
+    )
+
+
+class ModelTold(_Told):
+    """Which model answered."""
+
+    name: str
+    id: str = Field(description="The digest of its folder, another one for another model.")
+    precision: str
+
+
+class Result(_Told):
+    """Of one input."""
+
+    label: str | int | bool | None = Field(description="Null for a text that is blank.")
+    probability: float | None = Field(description="Of the label.")
+    probabilities: dict[str, float] | None = Field(description="Of every label.")
+    tokens: int = Field(description="That the model read.")
+    tokens_cut: int = Field(description="That it did not, from the end of the text.")
+    problem: str | None = Field(None, description="What could not be read and counts as missing; absent where all was.")
+
+
+class Classified(_Told):
+    """The answer."""
+
+    id: str
+    model: ModelTold
+    results: list[Result] = Field(description="In the order of the inputs.")
+
+
+class ModelCard(_Told):
+    """One model."""
+
+    name: str
+    id: str
+    kind: str = Field(description="run, model, quantized or engine.")
+    engine: str
+    precision: str
+    device: str
+    labels: list[str]
+    text_columns: list[str] = Field(description="Joined by a space, they are the text.")
+    columns: list[str] = Field(description="Others that an input must hold; none where a text is enough.")
+    max_length: int = Field(description="Tokens a text is cut to.")
+    adapter_of: str | None = Field(description="The model on whose base this adapter runs.")
+
+
+class ModelCards(_Told):
+    """All models."""
+
+    models: list[ModelCard]
+
+
+def refused(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The error responses of a route, for OpenAPI; those of the door come with each."""
+    return {status: {"model": Refused} for status in sorted({*statuses, 401, 408, 413, 415, 500})}
+
+
+def json_body(model: type[BaseModel]) -> dict[str, Any]:
+    """The request body of a route that reads it by itself, for OpenAPI."""
+    schema = model.model_json_schema()
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def router(models: Models) -> APIRouter:
+    """The routes."""
+    found = APIRouter(prefix="/v1", tags=["classify"])
+
+    @found.post(
+        "/classify",
+        response_model=Classified,
+        responses=refused(400, 404, 422, 429, 503, 504),
+        openapi_extra=json_body(Question),
+    )
+    async def classify(request: Request) -> Response:
+        """Label one text or many, with calibrated probabilities."""
+        call = call_of(request)
+        given = await read_json(request, models.limits)
+        check_fields(given, "inputs", "model", "timeout_ms")
+        name, deadline = text_of(given, "model"), call.arrived + seconds_of(given, "timeout_ms")
+        answers = await models.answer(call, given.get("inputs"), name, deadline=deadline)
+        began = time.monotonic()
+        content = json.dumps({"id": call.id, "model": answers.model.told, "results": answers.results()})
+        metrics.stage("write", time.monotonic() - began)
+        return Response(content, media_type="application/json")
+
+    @found.get("/models", response_model=ModelCards, responses=refused(503))
+    async def list_models() -> Response:
+        """The models, the first of which answers where none is named."""
+        models.get(None)
+        cards = {"models": [_card(model) for model in models.models.values()]}
+        return Response(json.dumps(cards), media_type="application/json")
+
+    return found
+
+
+def _card(model: Model) -> dict[str, Any]:
+    codec, told = model.codec, model.served
+    return {
+        "name": told.name,
+        "id": told.generation,
+        "kind": codec.manifest["kind"],
+        "engine": told.engine,
+        "precision": told.precision,
+        "device": told.device,
+        "labels": list(codec.label_names),
+        "text_columns": list(model.columns.texts),
+        "columns": list(model.columns.needed),
+        "max_length": codec.max_length,
+        "adapter_of": told.adapter_of,
+    }

@@ -1,0 +1,143 @@
+"""A front: one process that speaks HTTP. `python -m bertforge.serving.front ORDER`, started by the supervisor.
+
+It accepts from a socket that all fronts share, does everything but the model's work, and asks the engine process for
+that. It says `ready` on its standard output once it can answer, and ends when it is told to, or when its standard input
+does, for then the supervisor is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from bertforge import __version__
+from bertforge.errors import BertforgeError
+from bertforge.serving import classify, metrics
+from bertforge.serving.door import Door, call_of
+from bertforge.serving.keys import Keys
+from bertforge.serving.models import Models
+from bertforge.serving.requests import RequestError
+from bertforge.serving.settings import FrontOrder
+
+_LAST = 0.5  # seconds from the word to end to the end of idle connections: what was on its way is answered
+
+
+def make_app(models: Models) -> FastAPI:
+    """The routes. Others join here: a function that takes `models` and returns an APIRouter."""
+    app = FastAPI(
+        title="bertforge",
+        version=__version__,
+        description="Labels for texts, from a fine-tuned BERT. With keys: `Authorization: Bearer KEY`.",
+        docs_url=None,  # pages that load from other servers
+        redoc_url=None,
+    )
+    for router in (classify.router(models),):
+        app.include_router(router)
+
+    @app.get("/healthz", tags=["operation"])
+    async def healthz() -> dict[str, str]:
+        """Whether this front runs."""
+        return {"status": "ok"}
+
+    @app.get("/readyz", tags=["operation"], responses={503: {"model": classify.Refused}})
+    async def readyz() -> dict[str, str]:
+        """Whether requests can be answered: the engine is there with all its models."""
+        models.get(None)
+        return {"status": "ready"}
+
+    @app.get("/metrics", tags=["operation"], responses=classify.refused())
+    async def prometheus() -> Response:
+        """For Prometheus."""
+        return Response(metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.exception_handler(RequestError)
+    async def refuse(request: Request, error: RequestError) -> Response:
+        return error.response(call_of(request).id)
+
+    @app.exception_handler(HTTPException)
+    async def refuse_http(request: Request, error: HTTPException) -> Response:
+        message = {
+            404: "there is no such address; GET /openapi.json lists all",
+            405: "this address takes another method",
+        }
+        response = RequestError(error.status_code, message.get(error.status_code, error.detail)).response(
+            call_of(request).id
+        )
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_field(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"][1:]))
+        return RequestError(422, f"{where}: {first['msg']}", where).response(call_of(request).id)
+
+    @app.exception_handler(Exception)
+    async def fail(request: Request, error: Exception) -> Response:  # the door logs it
+        return RequestError(500, "the service failed over this request").response(call_of(request).id)
+
+    return app
+
+
+async def serve(order: FrontOrder) -> None:
+    """Runs until it is told to end."""
+    models = Models(Path(order.engine), order.limits, lambda line: print(line, file=sys.stderr, flush=True))
+    keys = None if order.api_keys is None else Keys.read(Path(order.api_keys))
+    door = Door(make_app(models), order.limits, keys)
+    config = uvicorn.Config(
+        door, loop="uvloop", http="httptools", ws="none", lifespan="off", log_config=None, access_log=False,
+        server_header=False, proxy_headers=False,
+    )  # fmt: skip
+    server = uvicorn.Server(config)
+    loop = asyncio.get_running_loop()
+
+    def drain() -> None:
+        """The supervisor has stopped new connections; those that are open are told that they end."""
+        door.draining = True
+        loop.call_later(_LAST, setattr, server, "should_exit", True)
+
+    def read_keys() -> None:
+        try:
+            door.keys = None if order.api_keys is None else Keys.read(Path(order.api_keys))
+        except BertforgeError as error:
+            print(f"the keys stay as they were: {error}", file=sys.stderr, flush=True)
+
+    def hung_up() -> None:
+        loop.remove_reader(0)
+        drain()
+
+    models.start()
+    listening = socket.socket(fileno=order.listening)
+    serving = asyncio.create_task(server.serve(sockets=[listening]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.01)
+    # In the place of uvicorn's, which end idle connections at once.
+    for number, act in ((signal.SIGTERM, drain), (signal.SIGINT, lambda: None), (signal.SIGHUP, read_keys)):
+        loop.add_signal_handler(number, act)
+    loop.add_reader(0, hung_up)
+    while not models.ready and not serving.done():
+        await asyncio.sleep(0.02)
+    print("ready", flush=True)
+    await serving
+    await models.client.close()
+
+
+def main() -> None:
+    """The process."""
+    order = FrontOrder.from_json(sys.argv[1])
+    import uvloop
+
+    uvloop.run(serve(order))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Rows -> token ids and arrays, those of all waiting requests together.
+
+To tokenize one text takes 0.15 ms, and 16 texts 0.3 ms; to derive the columns of one row 6 ms, and of 16 as much. So
+what came in during one turn of the event loop is prepared in one go, and a turn of preparing takes a bounded number of
+rows and characters, some of each request: one of 1,000 texts lets single ones pass. All of it happens in the event
+loop's own thread, for most of the work holds the interpreter: a thread would only wait for its turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from bertforge.data.tokens import MAX_TOKENS
+from bertforge.inference.codec import Codec
+from bertforge.serving.inputs import Row
+
+_ROWS, _CHARACTERS = 64, 1 << 16  # of a turn, and it may go over by one row
+_SHARE = 16  # rows of one request in a turn, while others wait
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows as the engine takes them, in the order of the request."""
+
+    texts: list[str]
+    ids: np.ndarray
+    """[tokens] int32."""
+    lengths: np.ndarray
+    """[rows] int32."""
+    whole: np.ndarray
+    """[rows] int64: tokens of the texts before anything was cut."""
+    columns: dict[str, np.ndarray] | None
+    """[rows, width] of each kind; None where the model reads the text alone."""
+    problems: list[str]
+    """What is wrong with each row, "" for a good one."""
+
+
+@dataclass(slots=True)
+class _Job:
+    rows: Sequence[Row]
+    done: asyncio.Future[Prepared]
+    parts: list[Prepared] = field(default_factory=list)
+    begun: int = 0
+    """Rows that are prepared."""
+
+
+class Preparation:
+    """That of one model."""
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
+        self._waiting = deque[_Job]()
+        self._called = False
+
+    async def __call__(self, rows: Sequence[Row]) -> Prepared:
+        """Raises DataError for columns that cannot be read."""
+        loop = asyncio.get_running_loop()
+        job = _Job(rows, loop.create_future())
+        self._waiting.append(job)
+        if not self._called:
+            self._called = True
+            loop.call_soon(self._turn)
+        return await job.done
+
+    def _turn(self) -> None:
+        lots = {str: list[tuple[_Job, Sequence[Row]]](), dict: list[tuple[_Job, Sequence[Row]]]()}
+        room, characters, again = _ROWS, _CHARACTERS, list[_Job]()
+        while self._waiting and room > 0 and characters > 0:
+            job = self._waiting.popleft()
+            if job.done.done():  # the client hung up
+                continue
+            share = min(room, _SHARE if self._waiting or again else room)
+            stop = job.begun
+            while stop < len(job.rows) and stop < job.begun + share and characters > 0:
+                characters -= _characters(job.rows[stop])
+                stop += 1
+            taken, job.begun = job.rows[job.begun : stop], stop
+            room -= len(taken)
+            lots[type(taken[0])].append((job, taken))
+            if stop < len(job.rows):
+                again.append(job)
+        self._waiting.extend(again)
+        self._called = bool(self._waiting)
+        if self._called:
+            asyncio.get_running_loop().call_soon(self._turn)
+        for lot in lots.values():
+            if lot:
+                self._prepare(lot)
+
+    def _prepare(self, lot: list[tuple[_Job, Sequence[Row]]]) -> None:
+        try:
+            found = _prepare(self._codec, [row for _, rows in lot for row in rows])
+        except Exception as error:
+            if len(lot) > 1:  # one request's rows are to blame
+                for one in lot:
+                    self._prepare([one])
+            else:
+                lot[0][0].done.set_exception(error)
+            return
+        start = 0
+        for job, rows in lot:
+            job.parts.append(_part(found, start, start + len(rows)))
+            start += len(rows)
+            if job.begun == len(job.rows) and not job.done.done():
+                job.done.set_result(_joined(job.parts))
+
+
+def _prepare(codec: Codec, rows: list[Row]) -> Prepared:
+    given = codec.read(rows if isinstance(rows[0], str) else pd.DataFrame(rows, dtype=object))  # type: ignore[arg-type]
+    ids, offsets = codec.tokenizer.encode(given.texts)
+    lengths = np.diff(offsets)
+    whole = lengths.copy()
+    for row in np.flatnonzero(lengths == MAX_TOKENS):  # all that the tokenizer reads
+        whole[row] = codec.tokenizer.count(given.texts[row])
+    return Prepared(
+        texts=given.texts,
+        ids=ids.astype(np.int32),
+        lengths=lengths.astype(np.int32),
+        whole=whole,
+        columns=codec.arrays(given.columns),
+        problems=given.problems or [""] * len(rows),
+    )
+
+
+def _part(found: Prepared, start: int, stop: int) -> Prepared:
+    if (start, stop) == (0, len(found.texts)):
+        return found
+    first, last = (int(found.lengths[:row].sum()) for row in (start, stop))
+    return Prepared(
+        found.texts[start:stop],
+        found.ids[first:last],
+        found.lengths[start:stop],
+        found.whole[start:stop],
+        found.columns and {name: array[start:stop] for name, array in found.columns.items()},
+        found.problems[start:stop],
+    )
+
+
+def _joined(parts: list[Prepared]) -> Prepared:
+    if len(parts) == 1:
+        return parts[0]
+    columns = None
+    if parts[0].columns is not None:
+        columns = {name: _stacked([part.columns[name] for part in parts if part.columns]) for name in parts[0].columns}
+    return Prepared(
+        [text for part in parts for text in part.texts],
+        np.concatenate([part.ids for part in parts]),
+        np.concatenate([part.lengths for part in parts]),
+        np.concatenate([part.whole for part in parts]),
+        columns,
+        [problem for part in parts for problem in part.problems],
+    )
+
+
+def _stacked(arrays: list[np.ndarray]) -> np.ndarray:
+    """`[rows, width]` of all; a kind whose fullest row sets the width has zeros on the right."""
+    width = max(array.shape[1] for array in arrays)
+    return np.concatenate([np.pad(array, ((0, 0), (0, width - array.shape[1]))) for array in arrays])
+
+
+def _characters(row: Row) -> int:
+    return len(row) if isinstance(row, str) else sum(map(len, row.values()))

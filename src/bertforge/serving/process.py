@@ -1,0 +1,314 @@
+"""The engine process of `bertforge serve`: it loads engines, computes for every front, and swaps folders.
+
+    python -m bertforge.serving.process '{"socket": ..., "models": {"closed": "models/closed"}, ...}'
+
+It listens on its socket once all that it was told to serve has given its golden rows' logits; before that, and for a
+folder that does not, it says why in one line and ends with that error's exit code. It ends by itself
+
+- with FAILED, when an engine fails over a batch. A broken engine (a CUDA error above all) may be of no use from then
+  on, and only a new process is sure to mend it. The requests of that batch are told so; others see the connection end.
+- with 0, on SIGTERM or when its standard input ends, as it does when its supervisor is gone: what was asked by then is
+  answered first.
+
+On SIGHUP it reads the folders again. One that changed is loaded beside the old one and replayed, and takes its place;
+one that cannot be served leaves the old one where it is. An old one stays as long as a front may ask it (`channel`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from threading import Event
+from typing import Self
+
+import numpy as np
+
+from bertforge.artifact import hash_file
+from bertforge.errors import ArtifactError, BertforgeError, reason
+from bertforge.inference.codec import served
+from bertforge.inference.predictor import Predictor
+from bertforge.manifest import MANIFEST
+from bertforge.serving.batcher import Batcher, Lane, Limits, Sent
+from bertforge.serving.channel import (
+    Adopted,
+    Answer,
+    Ask,
+    Cancel,
+    Connection,
+    Message,
+    Refusal,
+    RefusedError,
+    Served,
+    State,
+)
+from bertforge.serving.golden import replay
+from bertforge.serving.queue import Request
+from bertforge.terminal import Terminal, VisibleFormatter
+
+FAILED = 70
+"""The exit code after which a new process may do better."""
+_EVERY = 1.0  # seconds between loads that are told
+_FLUSH = 2.0  # seconds for what is unsent when the process ends
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineOrder:
+    """What the engine process is to do."""
+
+    socket: str
+    """Path of the Unix socket it makes."""
+    models: dict[str, str]
+    """Folder of each model, by the name that clients use."""
+    precision: str = "auto"
+    """Of runs and merged models, as `Predictor.load` takes it."""
+    limits: Limits = field(default_factory=Limits)
+
+    def command(self) -> list[str]:
+        """Starts the process; it ends with its standard input, which should be a pipe."""
+        return [sys.executable, "-m", "bertforge.serving.process", json.dumps(asdict(self))]
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The inverse of `command`'s last argument."""
+        values = json.loads(text)
+        return cls(**values | {"limits": Limits(**values["limits"])})
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """An artifact that is ready to compute."""
+
+    models: dict[tuple[str, str], Served]
+    """By name and generation."""
+    batcher: Batcher
+
+
+@dataclass(eq=False)
+class _Front:
+    adopted: int
+    """The number of the oldest state whose generations it may still ask."""
+    requests: dict[int, tuple[Batcher, Request]] = field(default_factory=dict)
+
+
+class EngineProcess:
+    """The process's one object; all but loading and computing is done in its event loop."""
+
+    def __init__(self, order: EngineOrder) -> None:
+        self.order = order
+        self._loaded: dict[str, Loaded] = {}
+        self._routes: dict[tuple[str, str], Loaded] = {}
+        self._retired: list[tuple[int, Loaded]] = []  # by the number of the first state without it
+        self._fronts: dict[Connection, _Front] = {}
+        self._state = State(0)
+        self._reloading = asyncio.Lock()
+
+    async def run(self) -> int:
+        """Serves until it is told to end, and returns the exit code; raises BertforgeError where it cannot begin."""
+        self._loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[int] = self._loop.create_future()
+        for name in self.order.models:
+            self._loaded[name] = await asyncio.to_thread(self._load, name)
+        self._announce()
+        server = await self._loop.create_unix_server(
+            lambda: Connection(self._receive, self._opened, self._lost), self.order.socket
+        )
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._end, 0)
+        tasks = [self._loop.create_task(self._tell_loads())]
+        self._loop.add_signal_handler(signal.SIGHUP, lambda: tasks.append(self._loop.create_task(self.reload())))
+        code = await self._ended
+        server.close()
+        for task in tasks:
+            task.cancel()
+        if code == 0:
+            for loaded in {*self._loaded.values(), *(loaded for _, loaded in self._retired)}:
+                await asyncio.to_thread(loaded.batcher.close)
+            await asyncio.sleep(0)  # what the threads had to say
+        for connection in [*self._fronts]:
+            connection.close()
+        for _ in range(int(_FLUSH / 0.01)):
+            if not self._fronts:
+                break
+            await asyncio.sleep(0.01)
+        return code
+
+    async def reload(self) -> None:
+        """Takes over the folders that changed; says of each what came of it."""
+        async with self._reloading:
+            for name, old in [*self._loaded.items()]:
+                try:
+                    if {generation for _, generation in old.models} == set(self._generations(name)):
+                        log.info("%s is up to date", name)
+                        continue
+                    new = await asyncio.to_thread(self._load, name)
+                except Exception as error:  # a folder may be anything
+                    log.error("%s was not swapped, the one before it goes on: %s", name, reason(error))
+                    continue
+                self._loaded[name] = new
+                self._retired.append((self._state.number + 1, old))
+                log.info("%s was swapped", name)
+            self._announce()
+
+    def _generations(self, name: str) -> list[str]:
+        """Those of the folders as they are now."""
+        folder, _ = served(Path(self.order.models[name]))
+        return [hash_file(folder / MANIFEST)]
+
+    def _load(self, name: str) -> Loaded:
+        """Loads and replays; in a thread. Raises BertforgeError."""
+        folder, _ = served(Path(self.order.models[name]))
+        generation = hash_file(folder / MANIFEST)
+        predictor = Predictor.load(folder, self.order.precision)
+        engine = predictor.engine
+        lanes = {name: Lane(engine, predictor.tokenizer.sep_id, predictor.max_length)}
+        ready, errors = Event(), list[Exception]()
+
+        def broken(error: Exception) -> None:
+            errors.append(error)
+            if ready.is_set():
+                self._loop.call_soon_threadsafe(self._fail, name, error)
+
+        def deliver(sent: list[Sent]) -> None:
+            self._loop.call_soon_threadsafe(_deliver, sent)
+
+        batcher = Batcher(lanes, self.order.limits, deliver, broken)
+        try:
+            replay(folder, predictor.codec, engine.precision, partial(_asked, batcher, name))
+        except RefusedError as error:
+            batcher.close()
+            told = reason(errors[0]) if errors else str(error)
+            raise ArtifactError(f"{folder} cannot compute its golden rows: {told}") from error
+        except BaseException:
+            batcher.close()
+            raise
+        ready.set()
+        about = Served(name, generation, str(folder.absolute()), engine.precision, engine.name, engine.device)
+        return Loaded({(name, generation): about}, batcher)
+
+    def _announce(self) -> None:
+        """Tells all fronts what is served now."""
+        models = [about for loaded in self._loaded.values() for about in loaded.models.values()]
+        self._state = State(self._state.number + 1, tuple(models))
+        for loaded in (*(loaded for _, loaded in self._retired), *self._loaded.values()):
+            self._routes |= dict.fromkeys(loaded.models, loaded)
+        for connection in self._fronts:
+            connection.send(self._state)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Closes what no front asks any more."""
+        oldest = min((front.adopted for front in self._fronts.values()), default=self._state.number)
+        for until, loaded in [*self._retired]:
+            if oldest >= until:
+                self._retired.remove((until, loaded))
+                self._routes = {key: other for key, other in self._routes.items() if other is not loaded}
+                self._loop.run_in_executor(None, loaded.batcher.close)
+
+    def _opened(self, connection: Connection) -> None:
+        self._fronts[connection] = _Front(self._state.number)
+        connection.send(self._state)
+
+    def _lost(self, connection: Connection) -> None:
+        for batcher, request in self._fronts.pop(connection).requests.values():
+            batcher.cancel(request)
+        self._let_go()
+
+    def _receive(self, connection: Connection, message: Message) -> None:
+        front = self._fronts[connection]
+        if isinstance(message, Ask):
+            loaded = self._routes.get((message.model, message.generation))
+            if loaded is None:
+                told = "this model is served no longer; ask again"
+                connection.send(Refusal(message.number, "unknown model", told))
+                return
+            request = loaded.batcher.submit(message, message.model, partial(_reply, connection, front))
+            if request is not None:
+                front.requests[message.number] = loaded.batcher, request
+        elif isinstance(message, Cancel):
+            if (found := front.requests.pop(message.number, None)) is not None:
+                found[0].cancel(found[1])
+        elif isinstance(message, Adopted):
+            front.adopted = message.number
+            self._let_go()
+
+    async def _tell_loads(self) -> None:
+        while True:
+            await asyncio.sleep(_EVERY)
+            for name, loaded in self._loaded.items():
+                load = loaded.batcher.load(name)
+                for connection in self._fronts:
+                    connection.send(load)
+
+    def _fail(self, name: str, error: Exception) -> None:
+        log.error("the engine of %s failed, so its process ends: %s", name, reason(error))
+        self._end(FAILED)
+
+    def _end(self, code: int) -> None:
+        if not self._ended.done():
+            self._ended.set_result(code)
+
+    def end(self) -> None:
+        """As SIGTERM does."""
+        self._end(0)
+
+
+def _deliver(sent: list[Sent]) -> None:
+    for reply, message in sent:
+        reply(message)
+
+
+def _reply(connection: Connection, front: _Front, message: Answer | Refusal) -> None:
+    if front.requests.pop(message.number, None) is not None or isinstance(message, Refusal):
+        connection.send(message)
+
+
+def _asked(batcher: Batcher, lane: str, ask: Ask) -> np.ndarray:
+    """The logits of an ask, waited for in a thread that is not the loop's."""
+    answer: Future[Answer | Refusal] = Future()
+    batcher.submit(ask, lane, answer.set_result)
+    found = answer.result()
+    if isinstance(found, Refusal):
+        raise RefusedError(found.reason, found.message)
+    return found.logits
+
+
+def main(order: EngineOrder) -> int:
+    """Runs the process until it ends; returns the exit code."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(VisibleFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    try:
+        return asyncio.run(_with_input(EngineProcess(order)))
+    except BertforgeError as error:
+        Terminal(stderr=True).fail("error:", str(error))
+        return error.exit_code
+
+
+async def _with_input(process: EngineProcess) -> int:
+    """`process.run`, which ends when the standard input does."""
+    loop = asyncio.get_running_loop()
+
+    def read() -> None:
+        if not os.read(0, 1024):
+            loop.remove_reader(0)
+            process.end()
+
+    running = loop.create_task(process.run())
+    loop.add_reader(0, read)
+    return await running
+
+
+if __name__ == "__main__":
+    code = main(EngineOrder.from_json(sys.argv[1]))
+    sys.stderr.flush()
+    os._exit(code)  # threads within a broken engine never end

@@ -1,0 +1,71 @@
+"""What `bertforge serve` was told: the whole service, and the part of it that a front needs to know."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one request."""
+
+    max_body_mb: float = 8.0
+    """MiB of its body."""
+    max_texts: int = 1024
+    """Texts, or rows of columns."""
+    max_characters: int = 100_000
+    """Of each text or cell."""
+    max_depth: int = 16
+    """Of arrays and objects in each other."""
+
+    @property
+    def body(self) -> int:
+        """Bytes."""
+        return int(self.max_body_mb * (1 << 20))
+
+
+@dataclass(frozen=True)
+class Service:
+    """What is served, and how."""
+
+    models: Mapping[str, Path]
+    """Folders by the names that clients use; the first answers where a request names none."""
+    fronts: int = 1
+    limits: Limits = field(default_factory=Limits)
+    latency: float = 0.05
+    """Seconds that a batch may take."""
+    queue: float = 2.0
+    """Seconds of work that may wait."""
+    drain: float = 30.0
+    """Seconds for requests to be answered once the service is told to end."""
+    api_keys: Path | None = None
+    """None lets everybody in."""
+    precision: str = "auto"
+    """Of runs and merged models, as `Predictor.load` takes it."""
+
+
+@dataclass(frozen=True)
+class FrontOrder:
+    """What a front is to do."""
+
+    listening: int
+    """File descriptor of the socket that connections come from."""
+    engine: str
+    """Path of the engine's socket."""
+    limits: Limits
+    api_keys: str | None
+
+    def command(self) -> list[str]:
+        """Starts the process; it ends with its standard input, which should be a pipe."""
+        return [sys.executable, "-m", "bertforge.serving.front", json.dumps(asdict(self))]
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The inverse of `command`'s last argument."""
+        values: dict[str, Any] = json.loads(text)
+        return cls(**values | {"limits": Limits(**values["limits"])})

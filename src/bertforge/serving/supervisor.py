@@ -1,0 +1,164 @@
+"""`bertforge serve`: one engine process and some fronts, kept alive until the service is told to end.
+
+                         +--- front ---+
+    clients --- socket --+             +--- engine process
+                         +--- front ---+
+
+The supervisor itself computes nothing and reads no request. It makes the socket that all fronts accept from, so that a
+front that died leaves no connection behind that nobody would accept. What dies is started again: at once the first
+time, then after a pause that grows, for what dies at its start would otherwise do nothing else. A process that cannot
+start at all ends the service, with its own message and exit code.
+
+SIGTERM and Ctrl-C end it in order: the socket takes no new connections, the fronts answer what they have, and then the
+engine process ends. A second signal, or the time limit, ends it at once. SIGHUP has the engine process load the folders
+again, and the fronts their keys.
+
+Every process ends with its standard input, so none outlives a supervisor that was killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+import signal
+import socket
+import time
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable
+from contextlib import suppress
+from tempfile import TemporaryDirectory
+
+from bertforge.errors import UsageError
+from bertforge.serving.settings import FrontOrder, Service
+
+_BACKLOG = 2048  # connections that wait to be accepted
+_PAUSES = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)  # seconds before a process is started again, the first to the sixth time
+_STEADY = 60.0  # seconds after which a process counts as one that lives
+_ENGINE_END = 10.0  # seconds for the engine process to end
+# A front computes in one thread; those of its libraries would only take the cores from the engine.
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that takes connections; raises UsageError where there can be none."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(_BACKLOG)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UsageError(f"--host {host} --port {port}: {reason.lower()}; name another") from error
+    return listening
+
+
+def is_local(listening: socket.socket) -> bool:
+    """Whether only this machine reaches it."""
+    return ipaddress.ip_address(listening.getsockname()[0]).is_loopback
+
+
+class Supervisor:
+    """The processes of one service."""
+
+    def __init__(self, service: Service, listening: socket.socket, say: Callable[[str], object]) -> None:
+        """`say` is told what becomes of the processes."""
+        self._service, self._listening, self._say = service, listening, say
+        self._running: dict[str, Process] = {}
+        self._ready, self._ending = asyncio.Event(), asyncio.Event()
+        self._code = 0
+
+    async def run(self, ready: Callable[[], object]) -> int:
+        """Until the service has ended; `ready` is called when it answers. Returns the exit code."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end)
+        loop.add_signal_handler(signal.SIGHUP, self._swap)
+        with TemporaryDirectory(prefix="bertforge-serve-") as folder:
+            engine = asyncio.create_task(self._keep("the engine process", self._engine_command(folder)))
+            command = self._front_command(folder)
+            names = [f"front {number}" for number in range(1, self._service.fronts + 1)]
+            fronts = [asyncio.create_task(self._keep(name, command, folder)) for name in names]
+            first = asyncio.create_task(self._ready.wait())
+            ending = asyncio.create_task(self._ending.wait())
+            await asyncio.wait([first, ending], return_when=asyncio.FIRST_COMPLETED)
+            if self._ready.is_set():
+                ready()
+            await ending
+            first.cancel()
+            self._listening.listen(0)  # what is connected is accepted, and nobody else connects
+            await self._ended(fronts, self._service.drain, names)
+            self._listening.close()
+            await self._ended([engine], _ENGINE_END, ["the engine process"])
+        return self._code
+
+    def _engine_command(self, folder: str) -> list[str]:
+        from bertforge.serving.batcher import Limits as EngineLimits
+        from bertforge.serving.process import EngineOrder
+
+        service = self._service
+        models = {name: str(path) for name, path in service.models.items()}
+        limits = EngineLimits(service.latency, service.queue)
+        return EngineOrder(f"{folder}/engine", models, service.precision, limits).command()
+
+    def _front_command(self, folder: str) -> list[str]:
+        keys = self._service.api_keys
+        path = None if keys is None else str(keys.absolute())
+        return FrontOrder(self._listening.fileno(), f"{folder}/engine", self._service.limits, path).command()
+
+    async def _keep(self, name: str, command: list[str], metrics: str | None = None) -> None:
+        """Runs a process again and again until the service ends; a front where it is told a folder for `metrics`."""
+        own = {} if metrics is None else {**_ONE_THREAD, "PROMETHEUS_MULTIPROC_DIR": metrics}
+        deaths = 0
+        while not self._ending.is_set():
+            began = time.monotonic()
+            process = await asyncio.create_subprocess_exec(
+                *command, stdin=PIPE, stdout=PIPE, env={**os.environ, **own}, start_new_session=True,
+                pass_fds=[] if metrics is None else [self._listening.fileno()],
+            )  # fmt: skip
+            self._running[name] = process
+            if self._ending.is_set():
+                process.terminate()
+            assert process.stdout is not None
+            while line := await process.stdout.readline():
+                if line == b"ready\n":
+                    self._ready.set()
+            code = await process.wait()
+            del self._running[name]
+            if self._ending.is_set():
+                return
+            if not self._ready.is_set():  # it has said why
+                self._code = code if code > 0 else 1
+                self._ending.set()
+                return
+            deaths = 0 if time.monotonic() - began > _STEADY else deaths + 1
+            pause = _PAUSES[min(deaths, len(_PAUSES)) - 1] if deaths else 0.0
+            how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
+            self._say(f"{name} {how}; it is started again" + (f" in {pause:g} s" if pause else ""))
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._ending.wait(), pause)
+
+    async def _ended(self, kept: list[asyncio.Task[None]], seconds: float, names: list[str]) -> None:
+        """Tells processes to end, and kills them after so many seconds."""
+        for name in names:
+            if name in self._running:
+                self._running[name].terminate()
+        _, late = await asyncio.wait(kept, timeout=seconds)
+        if late:
+            self._say(f"{' and '.join(name for name in names if name in self._running)} did not end in {seconds:g} s")
+            self._kill()
+            await asyncio.wait(late)
+
+    def _end(self) -> None:
+        if self._ending.is_set():
+            self._kill()
+        self._ending.set()
+
+    def _kill(self) -> None:
+        for process in self._running.values():
+            process.kill()
+
+    def _swap(self) -> None:
+        for process in self._running.values():
+            process.send_signal(signal.SIGHUP)
