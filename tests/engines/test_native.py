@@ -187,8 +187,9 @@ def test_on_a_gpu_many_threads_get_their_own_answers(wide, tmp_path):
 @needs_a_gpu
 def test_without_memory_the_error_says_so(wide, tmp_path):
     compile_model(wide / "full", "native", "bf16", wide / "data", tmp_path / "engine")
+    torch.cuda.empty_cache()
     free, whole = torch.cuda.mem_get_info()
-    taken = torch.empty(free - 2**27, dtype=torch.uint8, device="cuda")
+    taken = torch.empty(free - 2**25, dtype=torch.uint8, device="cuda")  # this small model's engine takes 100 MB
     with pytest.raises(MachineError, match=r"does not fit into the memory of .* GB are free"):
         Predictor.load(tmp_path / "engine")
     assert len(taken) < whole
