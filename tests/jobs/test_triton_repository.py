@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from bertforge.triton_server.text import TextReader, cells_of
 from tests.jobs.triton import needs_triton, run_engines_in_python, serving
 from tests.runs import made_up, reseal, run_command
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "deploy.md"
 TYPES = {"TYPE_INT64": "int64", "TYPE_FP32": "float32"}
 TEXTS = [
     "How do I sort a list?",
@@ -236,10 +238,15 @@ def test_a_column_named_as_an_output_is_refused(engines, tmp_path):
         export_triton(tmp_path / "engine", tmp_path / "out")
 
 
-def ask(server, name, *texts):
+def ask(server, *texts):
+    return post(
+        server, json.dumps({"inputs": [{"name": "text", "shape": [len(texts)], "datatype": "BYTES", "data": texts}]})
+    )
+
+
+def post(server, body):
     """The outputs of the ensemble by their names."""
-    inputs = [{"name": "text", "shape": [len(texts)], "datatype": "BYTES", "data": texts}]
-    request = urllib.request.Request(f"{server}/v2/models/{name}/infer", json.dumps({"inputs": inputs}).encode())
+    request = urllib.request.Request(f"{server}/v2/models/classifier/infer", body.encode())
     with urllib.request.urlopen(request, timeout=60) as response:
         return {output["name"]: output["data"] for output in json.load(response)["outputs"]}
 
@@ -257,15 +264,18 @@ def test_a_triton_server_answers_as_predictor_does(runs, tmp_path, capsys):
         assert checked.stdout.startswith("16 golden rows: probabilities differ by ")
 
         texts = [text for text in TEXTS if text != "\x00"]
-        found, expected = ask(server, "classifier", *texts), Predictor.load(runs["full"], "fp32").predict(texts)
+        found, expected = ask(server, *texts), Predictor.load(runs["full"], "fp32").predict(texts)
         np.testing.assert_allclose(
             np.reshape(found["probabilities"], (len(texts), -1)), expected.iloc[:, 2:], atol=1e-4
         )
         assert found["label"] == expected["label"].tolist()
 
         with pytest.raises(urllib.error.HTTPError) as refused:
-            ask(server, "classifier", "fine", " ")
+            ask(server, "fine", " ")
         assert (refused.value.code, "row 1 has no text" in refused.value.read().decode()) == (400, True)
+
+        (body,) = re.findall(r"^curl .*/classifier/infer -d '(.*?)'$", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
+        assert len(post(server, body)["label"]) == 2
 
         golden = json.loads((repository / "golden.json").read_text())
         golden["rows"][7]["probabilities"].reverse()
