@@ -10,6 +10,7 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -18,10 +19,11 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from bertforge.engines.base import TritonBackend
 from bertforge.errors import ArtifactError, UsageError
 from bertforge.inference.predictor import Predictor
 from bertforge.jobs.compile import compile_model
-from bertforge.jobs.triton_repository import export_triton
+from bertforge.jobs.triton_repository import _Repository, export_triton
 from bertforge.manifest import check_folder, read_manifest
 from bertforge.triton_server.columns import TableReader
 from bertforge.triton_server.decision import decide
@@ -166,10 +168,25 @@ def test_rows_of_a_table_are_answered_as_predictor_answers_them(repositories, en
     assert np.abs(other.to_numpy() - expected).max() > 2e-4, "the columns count"
 
 
-def test_rows_are_padded_to_few_lengths(repositories):
+def test_rows_are_padded_to_few_lengths_where_requests_become_batches(repositories):
     read = TextReader(repositories["text"] / "text_reader" / "1")
     lengths = {read({"text": ["why " * words]})["input_ids"].shape[1] for words in range(1, 60)}
     assert lengths == {16, 32, 48}, "48 tokens is the most that this model reads"
+
+
+@pytest.mark.parametrize(
+    ("longest", "batches", "lengths"),
+    [
+        (128, True, [16, 32, 64, 128]),
+        (130, True, [16, 32, 64, 128, 130]),
+        (40, False, [16, 32, 40]),
+        (64, False, [16, 32, 48, 64]),
+        (9, True, [9]),
+    ],
+)
+def test_the_last_length_is_the_largest(longest, batches, lengths):
+    backend = TritonBackend("any", (), (), batches)
+    assert _Repository("any", SimpleNamespace(max_length=longest), Path(), backend).lengths == lengths
 
 
 @pytest.mark.parametrize(

@@ -116,10 +116,11 @@ class _Repository:
 
     @property
     def lengths(self) -> list[int]:
-        """That rows are padded to: powers of two, and the largest length."""
-        longest = self.predictor.max_length
-        powers = (1 << power for power in range(_SHORTEST.bit_length() - 1, longest.bit_length()))
-        return [*(length for length in powers if length < longest), longest]
+        """That rows are padded to: few where requests of one length become a batch, else all multiples of _SHORTEST."""
+        longest, lengths = self.predictor.max_length, [_SHORTEST]
+        while lengths[-1] < longest:
+            lengths.append(lengths[-1] * 2 if self.backend.batches else lengths[-1] + _SHORTEST)
+        return [*lengths[:-1], longest]
 
     @property
     def rows(self) -> int:

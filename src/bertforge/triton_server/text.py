@@ -3,8 +3,9 @@
 It is copied into the repository as `model.py` and needs `tokenizers` and NumPy, not bertforge, in the server's Python.
 `columns` is its twin for an engine that reads columns.
 
-Rows are padded up to the next of a few lengths, so that the requests that arrive together have one shape: Triton puts
-no others into one batch. A request that cannot be answered is refused alone; the others beside it are answered.
+Rows are padded up to the next of the lengths in `settings.json`. They are few where Triton makes one batch of several
+requests, for it does so with requests of one shape alone. A request that cannot be answered is refused, and the others
+beside it are answered.
 """
 
 from __future__ import annotations
