@@ -154,7 +154,7 @@ def test_texts_are_answered_as_predictor_answers_them(repositories, engines):
 
 def test_rows_of_a_table_are_answered_as_predictor_answers_them(repositories, engines):
     place = repositories["openvino"]
-    read = TableReader(place / "openvino_reader" / "1")
+    read = TableReader(place / "openvino_reader" / "1", declared(configs(place)["reader"].output))
     model = openvino.Core().compile_model(
         place / "openvino_engine" / "1" / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )
@@ -213,7 +213,7 @@ def test_a_bad_cell_of_a_column_is_told(repositories, column, value, reason):
     frame = made_up(2)
     frame.loc[1, column] = value
     with pytest.raises(ValueError, match=reason):
-        TableReader(repositories["openvino"] / "openvino_reader" / "1")(frame.to_dict("list"))
+        TableReader(repositories["openvino"] / "openvino_reader" / "1", ())(frame.to_dict("list"))
 
 
 def test_bytes_that_are_no_text_are_told():

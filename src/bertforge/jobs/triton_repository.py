@@ -72,7 +72,7 @@ def export_triton(artifact: Path, out: Path, name: str = "classifier", say: Say 
     adapters are not merged, and as `Predictor.load` does.
     """
     if not name.isascii() or not name.replace("-", "_").isidentifier():
-        raise UsageError(f"--name {name!r} cannot name a model; take letters, digits, - and _, such as classifier")
+        raise UsageError(f"--name {name!r} cannot name a model; take letters, digits, - and _, a letter first")
     with locked(out), TemporaryDirectory() as scratch:
         folder, manifest = served(artifact)
         if manifest["kind"] == "quantized":
@@ -165,10 +165,7 @@ def _write(folder: Path, of: _Repository) -> dict[str, Any]:
     place = _model(folder, reader, _python(reader, of.texts, of.tensors))
     shutil.copyfile(_CODE / ("columns.py" if columns else "text.py"), place / "model.py")
     predictor.tokenizer.save(place, predictor.max_length)
-    write_json(
-        place / "settings.json",
-        {"rows": of.rows, "lengths": of.lengths, "tensors": [tensor.name for tensor in of.tensors]},
-    )
+    write_json(place / "settings.json", {"rows": of.rows, "lengths": of.lengths})
     if columns:
         write_json(
             place / "codec.json", {name: predictor.manifest[name] for name in _CODEC if name in predictor.manifest}

@@ -7,7 +7,7 @@ As `text`, but by training's own code: the server's Python needs bertforge. A ce
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,12 @@ from bertforge.triton_server.text import check_texts, respond
 class TableReader:
     """The columns of the training table, the label aside -> the engine's tensors, `[rows, ...]`."""
 
-    def __init__(self, folder: Path) -> None:
-        """`folder` holds `settings.json`, and the tokenizer and `codec.json` of the engine."""
+    def __init__(self, folder: Path, tensors: Collection[str]) -> None:
+        """`folder` holds `settings.json`, and the tokenizer and `codec.json` of the engine, which reads `tensors`."""
         self.settings: dict[str, Any] = json.loads((folder / "settings.json").read_text())
         self.codec = Codec.load(folder, json.loads((folder / "codec.json").read_text()))
         self.shape = BatchShape(tokens=0, edges=tuple(self.settings["lengths"]))
+        self.tensors = tensors
 
     def __call__(self, given: dict[str, list[str]]) -> dict[str, np.ndarray]:
         """Raises ValueError for a row that `TextReader` would refuse, and for a number or date that cannot be read."""
@@ -46,7 +47,7 @@ class TableReader:
         store = TokenStore(*self.codec.tokenizer.encode(inputs.texts))
         rows = np.arange(len(store))
         examples = Examples(store, np.full(len(rows), -1), self.codec.tokenizer.sep_id, self.codec.max_length, arrays)
-        return feeds(batch_of(examples, rows, packed=False, shape=self.shape), self.settings["tensors"])
+        return feeds(batch_of(examples, rows, packed=False, shape=self.shape), self.tensors)
 
 
 class TritonPythonModel:
@@ -54,8 +55,9 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Standard."""
-        self.read = TableReader(Path(args["model_repository"], args["model_version"]))
-        self.names = [value["name"] for value in json.loads(args["model_config"])["input"]]
+        config = json.loads(args["model_config"])
+        self.names, tensors = ([value["name"] for value in config[side]] for side in ("input", "output"))
+        self.read = TableReader(Path(args["model_repository"], args["model_version"]), tensors)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Standard."""
