@@ -13,13 +13,14 @@ from bertforge.data.tokens import TokenStore
 from bertforge.engines.pytorch import PyTorchEngine
 from bertforge.engines.run import run
 from bertforge.hardware import Hardware
-from bertforge.serving.batcher import Batcher, Lane, Limits
+from bertforge.serving.batcher import Batcher, Lane
 from bertforge.serving.channel import Answer, Ask, Refusal
+from bertforge.serving.settings import Pace
 from tests.model.tiny import tiny_bert
 
 SEP, LONGEST = 3, 20
 HERE = Hardware(torch.device("cpu"), "a CPU", 1.0, 2, bf16=False)
-DEFAULTS = Limits()
+DEFAULTS = Pace()
 CLOSE = 1e-5  # float32, summed in other orders
 
 
@@ -64,10 +65,10 @@ class Held(PyTorchEngine):
 class Service:
     """A batcher, and what it says of each ask."""
 
-    def __init__(self, *engines, limits=DEFAULTS):
+    def __init__(self, *engines, pace=DEFAULTS):
         self.broken = []
         lanes = {f"lane {number}": Lane(engine, SEP, LONGEST) for number, engine in enumerate(engines)}
-        self.batcher = Batcher(lanes, limits, self._deliver, self.broken.append)
+        self.batcher = Batcher(lanes, pace, self._deliver, self.broken.append)
         self.said = {}  # number of an ask -> the messages it got
         self.lock = threading.Lock()
 
@@ -177,7 +178,7 @@ def test_what_is_too_late_is_refused_without_being_computed(model, texts):
 
 def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(model, texts):
     engine = Held(model, streams=1)
-    with Service(engine, limits=Limits(queue=1e-9)) as service:
+    with Service(engine, pace=Pace(queue=1e-9)) as service:
         assert isinstance(service.ask(0, [texts[0]])[0].result(60), Answer)  # now the rate is known
         engine.may.clear()
         engine.begun.clear()
@@ -229,11 +230,11 @@ def test_an_engine_that_fails_is_told_and_refuses_what_it_failed_over(model, tex
 
 
 def test_batches_are_as_large_as_the_latency_allows(model, texts):
-    with Service(Held(model, streams=1), limits=Limits(latency=1e-9)) as service:
+    with Service(Held(model, streams=1), pace=Pace(latency=1e-9)) as service:
         service.ask(0, [texts[0]])[0].result(60)  # now the rate is known
         service.ask(1, texts[:20])[0].result(60)
         assert service.batcher.lanes["lane 0"].engine.rows == [1] * 21
-    with Service(Held(model, streams=1), limits=Limits(latency=1e9)) as service:
+    with Service(Held(model, streams=1), pace=Pace(latency=1e9)) as service:
         service.ask(0, [texts[0]])[0].result(60)
         service.ask(1, texts[:20])[0].result(60)
         assert service.batcher.lanes["lane 0"].engine.rows == [1, 20]

@@ -113,13 +113,24 @@ def ask(client, **changes):
     return asyncio.ensure_future(client.ask(**given | changes))
 
 
+@pytest.fixture(params=["asyncio", "uvloop"])
+def play(request):
+    """Runs a coroutine in a loop of either kind."""
+    loop = pytest.importorskip(request.param).new_event_loop
+
+    def run(scene):
+        with asyncio.Runner(loop_factory=loop) as runner:
+            runner.run(scene)
+
+    return run
+
+
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # the path of a socket is short
-    return tmp_path.joinpath("engine").relative_to(tmp_path)
+def here(tmp_path):
+    return tmp_path / "engine"
 
 
-def test_answers_find_their_asks_in_any_order(here):
+def test_answers_find_their_asks_in_any_order(here, play):
     async def scene():
         async with Engine(here) as engine, client_of(here) as client:
             await connected(client)
@@ -133,10 +144,10 @@ def test_answers_find_their_asks_in_any_order(here):
                 Answer(engine.told[0].number, np.zeros((1, 2), np.float32), 0.0, 0.0)
             )  # once more: nobody waits
 
-    asyncio.run(scene())
+    play(scene())
 
 
-def test_a_refusal_is_raised_with_its_reason(here):
+def test_a_refusal_is_raised_with_its_reason(here, play):
     async def scene():
         async with Engine(here) as engine, client_of(here) as client:
             await connected(client)
@@ -147,10 +158,10 @@ def test_a_refusal_is_raised_with_its_reason(here):
                 await asked
             assert (refused.value.reason, refused.value.retry_after) == ("full", 1.5)
 
-    asyncio.run(scene())
+    play(scene())
 
 
-def test_whoever_hangs_up_is_cancelled_at_the_engine_and_so_is_a_deadline_that_passes(here):
+def test_whoever_hangs_up_is_cancelled_at_the_engine_and_so_is_a_deadline_that_passes(here, play):
     async def scene():
         async with Engine(here) as engine, client_of(here) as client:
             await connected(client)
@@ -166,10 +177,10 @@ def test_whoever_hangs_up_is_cancelled_at_the_engine_and_so_is_a_deadline_that_p
             assert engine.told[3] == Cancel(engine.told[2].number)
             assert engine.told[0].deadline == math.inf
 
-    asyncio.run(scene())
+    play(scene())
 
 
-def test_all_that_wait_fail_when_the_connection_breaks_and_it_comes_back_by_itself(here):
+def test_all_that_wait_fail_when_the_connection_breaks_and_it_comes_back_by_itself(here, play):
     async def scene():
         states = []
         async with client_of(here, states.append) as client:
@@ -195,4 +206,4 @@ def test_all_that_wait_fail_when_the_connection_breaks_and_it_comes_back_by_itse
                 assert engine.told[1] == Adopted(1)
                 assert states == [None, State(1)]
 
-    asyncio.run(scene())
+    play(scene())

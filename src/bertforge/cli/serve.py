@@ -83,7 +83,7 @@ def serve(
     from bertforge.errors import MachineError, UsageError
     from bertforge.inference.codec import served
     from bertforge.serving import installed
-    from bertforge.serving.settings import Limits, Service
+    from bertforge.serving.settings import Limits, Pace, Service
     from bertforge.threads import usable_cores
 
     if not installed():
@@ -110,8 +110,7 @@ def serve(
         models=models,
         fronts=fronts or (1 if cores <= 4 else cores // 4),
         limits=Limits(max_body_mb, max_texts, max_characters),
-        latency=latency_ms / 1000,
-        queue=queue_seconds,
+        pace=Pace(latency_ms / 1000, queue_seconds),
         drain=drain_seconds,
         api_keys=api_keys,
         precision=precision,

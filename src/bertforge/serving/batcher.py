@@ -25,22 +25,13 @@ from bertforge.engines.run import batch_of
 from bertforge.errors import is_out_of_memory
 from bertforge.serving.channel import Answer, Ask, Load, Reason, Refusal
 from bertforge.serving.queue import Queue, Request, Row
+from bertforge.serving.settings import Pace
 
 log = logging.getLogger(__name__)
 _KEPT = 0.9  # of the rate, when another batch is measured
 
 Reply = Callable[[Answer | Refusal], None]
 Sent = tuple[Reply, Answer | Refusal]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What `bertforge serve` was told."""
-
-    latency: float = 0.05
-    """Seconds that a batch may take."""
-    queue: float = 2.0
-    """Seconds of work that may wait."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +50,12 @@ class Batcher:
     def __init__(
         self,
         lanes: Mapping[str, Lane],
-        limits: Limits,
+        pace: Pace,
         deliver: Callable[[list[Sent]], object],
         broken: Callable[[Exception], object],
     ) -> None:
         """`deliver` is given what there is to say, by any thread; `broken` the exception of an engine that failed."""
-        self.lanes, self.limits, self._deliver, self._broken = lanes, limits, deliver, broken
+        self.lanes, self.pace, self._deliver, self._broken = lanes, pace, deliver, broken
         engine = next(iter(lanes.values())).engine
         self._queue = Queue(engine.shape, engine.packed)
         self._most = engine.shape.tokens  # that fit into memory
@@ -84,7 +75,7 @@ class Batcher:
         request = Request(ask, lane, reply, arrived, offsets, costs, waiting=len(costs), tokens=sum(costs))
         with self._changed:
             rate = self._rate * len(self._threads)
-            if rate and self._queue.full(ask.client, self.limits.queue * rate):
+            if rate and self._queue.full(ask.client, self.pace.queue * rate):
                 after = self._queue.tokens / rate
                 refusal = Refusal(ask.number, "full", "too many requests are waiting; try again later", after)
             else:
@@ -141,7 +132,7 @@ class Batcher:
                 return rows
 
     def _batch_tokens(self) -> int:
-        return int(min(self._most, max(1.0, self.limits.latency * self._rate))) if self._rate else self._most
+        return int(min(self._most, max(1.0, self.pace.latency * self._rate))) if self._rate else self._most
 
     def _compute(self, rows: list[Row]) -> None:
         """Computes a batch and answers what it completes. Raises what the engine raises, when its rows are refused."""

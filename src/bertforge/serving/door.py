@@ -170,7 +170,8 @@ class Door:
 
     def _account(self, call: Call, scope: Scope) -> None:
         seconds = time.monotonic() - call.arrived
-        route = getattr(scope.get("route"), "path", "unknown")
+        asked = str(scope["path"])
+        route: str = getattr(scope.get("route"), "path", asked if asked in _OPEN else "unknown")
         metrics.request(route, call.status)
         self._log(
             method=scope["method"], path=route, status=call.status, ms=round(seconds * 1000, 2), client=call.client,

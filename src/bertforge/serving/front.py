@@ -22,6 +22,7 @@ from starlette.responses import Response
 from bertforge import __version__
 from bertforge.errors import BertforgeError
 from bertforge.serving import classify, metrics
+from bertforge.serving.connection import Connection
 from bertforge.serving.door import Door, call_of
 from bertforge.serving.keys import Keys
 from bertforge.serving.models import Models
@@ -57,7 +58,7 @@ def make_app(models: Models) -> FastAPI:
     @app.get("/metrics", tags=["operation"], responses=classify.refused())
     async def prometheus() -> Response:
         """For Prometheus."""
-        return Response(metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(metrics.page(models.client.loads), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.exception_handler(RequestError)
     async def refuse(request: Request, error: RequestError) -> Response:
@@ -94,7 +95,7 @@ async def serve(order: FrontOrder) -> None:
     keys = None if order.api_keys is None else Keys.read(Path(order.api_keys))
     door = Door(make_app(models), order.limits, keys)
     config = uvicorn.Config(
-        door, loop="uvloop", http="httptools", ws="none", lifespan="off", log_config=None, access_log=False,
+        door, loop="uvloop", http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
         server_header=False, proxy_headers=False,
     )  # fmt: skip
     server = uvicorn.Server(config)

@@ -1,9 +1,9 @@
 """What Prometheus reads at `/metrics`, whole over all processes of the service.
 
-Each process counts in files of its own in the folder that PROMETHEUS_MULTIPROC_DIR names (prometheus-client's
-multiprocess mode), and any front adds them up when it is asked. So counts outlive the process that made them, and no
-message goes from one to another. The variable is read when this file is
-imported, for then the first metric is made.
+Each front counts in files of its own in the folder that PROMETHEUS_MULTIPROC_DIR names (prometheus-client's
+multiprocess mode), and any front adds them up when it is asked. So counts outlive the front that made them. What
+engines do, the engine process tells every front once a second, so any of them knows it. The variable is read when this
+file is imported, for then the first metric is made.
 
 Labels have few values: routes as they are declared, never addresses as they were asked for.
 """
@@ -11,17 +11,20 @@ Labels have few values: routes as they are declared, never addresses as they wer
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
-from prometheus_client.registry import REGISTRY
+from prometheus_client.registry import REGISTRY, Collector
 
+from bertforge.serving.channel import Load
 from bertforge.serving.requests import CODES
 
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 STAGES = ("read", "tokenize", "queue", "compute", "write")
 _SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
-_TOKENS = tuple(float(1 << power) for power in range(4, 18))
 
 _requests = Counter("bertforge_requests", "Requests answered, refused ones among them.", ["path", "status"])
 _refusals = Counter("bertforge_refusals", "Requests that were refused, by the code of the error.", ["reason"])
@@ -30,8 +33,6 @@ _stage = Histogram(
     "bertforge_stage_seconds", f"Seconds that a request spent in a stage: {', '.join(STAGES)}.", ["stage"],
     buckets=_SECONDS,
 )  # fmt: skip
-queue_tokens = Gauge("bertforge_queue_tokens", "Tokens that wait for the engine.", multiprocess_mode="livesum")
-batch_tokens = Histogram("bertforge_batch_tokens", "Tokens that the engine took at once.", buckets=_TOKENS)
 _stages = {name: _stage.labels(name) for name in STAGES}
 
 
@@ -52,10 +53,30 @@ def stage(name: str, seconds: float) -> None:
     _stages[name].observe(seconds)
 
 
-def page() -> bytes:
-    """Everything, as Prometheus reads it."""
-    if FOLDER not in os.environ:  # one process alone
-        return generate_latest(REGISTRY)
+def page(loads: Mapping[str, Load]) -> bytes:
+    """Everything, as Prometheus reads it; `loads` are those of the engines."""
     registry = CollectorRegistry()
-    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-    return generate_latest(registry)
+    registry.register(_Engines(loads))
+    if FOLDER in os.environ:
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return generate_latest(registry)
+    return generate_latest(REGISTRY) + generate_latest(registry)  # one process alone
+
+
+@dataclass(frozen=True, eq=False)
+class _Engines(Collector):
+    loads: Mapping[str, Load]
+
+    def collect(self) -> Iterator[Metric]:
+        """See Collector. Tokens a batch are one counter over another."""
+        for family, value in (
+            (GaugeMetricFamily("bertforge_queue_tokens", "Tokens that wait.", labels=["engine"]), "waiting"),
+            (GaugeMetricFamily("bertforge_tokens_per_second", "When it is busy.", labels=["engine"]), "rate"),
+            (CounterMetricFamily("bertforge_batches", "Computed.", labels=["engine"]), "batches"),
+            (CounterMetricFamily("bertforge_batch_rows", "In them.", labels=["engine"]), "rows"),
+            (CounterMetricFamily("bertforge_batch_tokens", "In them, with padding.", labels=["engine"]), "tokens"),
+            (CounterMetricFamily("bertforge_batch_seconds", "That they took.", labels=["engine"]), "seconds"),
+        ):
+            for engine, load in self.loads.items():
+                family.add_metric([engine], getattr(load, value))
+            yield family

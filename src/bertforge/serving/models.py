@@ -18,8 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from bertforge.errors import BertforgeError, DataError, reason
+from bertforge.artifact import hash_file
+from bertforge.errors import ArtifactError, BertforgeError, DataError, reason
 from bertforge.inference.codec import Codec, is_blank, served
+from bertforge.manifest import MANIFEST
 from bertforge.serving import metrics
 from bertforge.serving.channel import EngineClient, RefusedError, Served, State
 from bertforge.serving.door import Call
@@ -45,7 +47,10 @@ class Model:
     @classmethod
     def load(cls, model: Served) -> Model:
         """Reads its folder; raises ArtifactError where that is damaged, or is no longer the one that was loaded."""
-        codec = Codec.load(*served(Path(model.folder)))
+        folder, manifest = served(Path(model.folder))
+        if hash_file(folder / MANIFEST) != model.generation:
+            raise ArtifactError(f"{folder} was changed since its engine was loaded; have it loaded: kill -HUP PID")
+        codec = Codec.load(folder, manifest)
         return cls(model, codec, Columns.of(codec), Preparation(codec))
 
     @property

@@ -100,7 +100,7 @@ class Preparation:
             if len(lot) > 1:  # one request's rows are to blame
                 for one in lot:
                     self._prepare([one])
-            else:
+            elif not lot[0][0].done.done():
                 lot[0][0].done.set_exception(error)
             return
         start = 0

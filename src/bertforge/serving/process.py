@@ -17,17 +17,15 @@ one that cannot be served leaves the old one where it is. An old one stays as lo
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import signal
 import sys
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import Self
 
 import numpy as np
 
@@ -36,7 +34,7 @@ from bertforge.errors import ArtifactError, BertforgeError, reason
 from bertforge.inference.codec import served
 from bertforge.inference.predictor import Predictor
 from bertforge.manifest import MANIFEST
-from bertforge.serving.batcher import Batcher, Lane, Limits, Sent
+from bertforge.serving.batcher import Batcher, Lane, Sent
 from bertforge.serving.channel import (
     Adopted,
     Answer,
@@ -51,6 +49,7 @@ from bertforge.serving.channel import (
 )
 from bertforge.serving.golden import replay
 from bertforge.serving.queue import Request
+from bertforge.serving.settings import EngineOrder
 from bertforge.terminal import Terminal, VisibleFormatter
 
 FAILED = 70
@@ -59,29 +58,6 @@ _EVERY = 1.0  # seconds between loads that are told
 _FLUSH = 2.0  # seconds for what is unsent when the process ends
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class EngineOrder:
-    """What the engine process is to do."""
-
-    socket: str
-    """Path of the Unix socket it makes."""
-    models: dict[str, str]
-    """Folder of each model, by the name that clients use."""
-    precision: str = "auto"
-    """Of runs and merged models, as `Predictor.load` takes it."""
-    limits: Limits = field(default_factory=Limits)
-
-    def command(self) -> list[str]:
-        """Starts the process; it ends with its standard input, which should be a pipe."""
-        return [sys.executable, "-m", "bertforge.serving.process", json.dumps(asdict(self))]
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """The inverse of `command`'s last argument."""
-        values = json.loads(text)
-        return cls(**values | {"limits": Limits(**values["limits"])})
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +157,7 @@ class EngineProcess:
         def deliver(sent: list[Sent]) -> None:
             self._loop.call_soon_threadsafe(_deliver, sent)
 
-        batcher = Batcher(lanes, self.order.limits, deliver, broken)
+        batcher = Batcher(lanes, self.order.pace, deliver, broken)
         try:
             replay(folder, predictor.codec, engine.precision, partial(_asked, batcher, name))
         except RefusedError as error:

@@ -1,4 +1,4 @@
-"""What `bertforge serve` was told: the whole service, and the part of it that a front needs to know."""
+"""What `bertforge serve` was told: the whole service, and what each process needs to know of it."""
 
 from __future__ import annotations
 
@@ -30,6 +30,16 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Pace:
+    """How much the engine process takes on at a time."""
+
+    latency: float = 0.05
+    """Seconds that a batch may take."""
+    queue: float = 2.0
+    """Seconds of work that may wait."""
+
+
+@dataclass(frozen=True)
 class Service:
     """What is served, and how."""
 
@@ -37,16 +47,36 @@ class Service:
     """Folders by the names that clients use; the first answers where a request names none."""
     fronts: int = 1
     limits: Limits = field(default_factory=Limits)
-    latency: float = 0.05
-    """Seconds that a batch may take."""
-    queue: float = 2.0
-    """Seconds of work that may wait."""
+    pace: Pace = field(default_factory=Pace)
     drain: float = 30.0
     """Seconds for requests to be answered once the service is told to end."""
     api_keys: Path | None = None
     """None lets everybody in."""
     precision: str = "auto"
     """Of runs and merged models, as `Predictor.load` takes it."""
+
+
+@dataclass(frozen=True)
+class EngineOrder:
+    """What the engine process is to do."""
+
+    socket: str
+    """Path of the Unix socket it makes."""
+    models: dict[str, str]
+    """Folder of each model, by the name that clients use."""
+    precision: str = "auto"
+    """Of runs and merged models, as `Predictor.load` takes it."""
+    pace: Pace = field(default_factory=Pace)
+
+    def command(self) -> list[str]:
+        """Starts the process; it ends with its standard input, which should be a pipe."""
+        return [sys.executable, "-m", "bertforge.serving.process", json.dumps(asdict(self))]
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The inverse of `command`'s last argument."""
+        values: dict[str, Any] = json.loads(text)
+        return cls(**values | {"pace": Pace(**values["pace"])})
 
 
 @dataclass(frozen=True)

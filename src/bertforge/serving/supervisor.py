@@ -19,10 +19,12 @@ Every process ends with its standard input, so none outlives a supervisor that w
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import ipaddress
 import os
 import signal
 import socket
+import struct
 import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable
@@ -30,11 +32,12 @@ from contextlib import suppress
 from tempfile import TemporaryDirectory
 
 from bertforge.errors import UsageError
-from bertforge.serving.settings import FrontOrder, Service
+from bertforge.serving.settings import EngineOrder, FrontOrder, Service
 
 _BACKLOG = 2048  # connections that wait to be accepted
 _PAUSES = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)  # seconds before a process is started again, the first to the sixth time
 _STEADY = 60.0  # seconds after which a process counts as one that lives
+_ATTACH_FILTER, _RETURN = 26, 0x06  # SO_ATTACH_FILTER of Linux, and BPF_RET | BPF_K
 _ENGINE_END = 10.0  # seconds for the engine process to end
 # A front computes in one thread; those of its libraries would only take the cores from the engine.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -57,6 +60,20 @@ def listen(host: str, port: int) -> socket.socket:
 def is_local(listening: socket.socket) -> bool:
     """Whether only this machine reaches it."""
     return ipaddress.ip_address(listening.getsockname()[0]).is_loopback
+
+
+def deafen(listening: socket.socket) -> None:
+    """Nobody connects from now on, and who is connected can still be accepted.
+
+    To close the socket would reset connections that wait to be accepted, with requests in them. A filter that drops
+    every packet stops new ones alone: who tries to connect tries again a second later, and is refused then. Systems
+    other than Linux have no such filter, and go on to take connections until the fronts end.
+    """
+    program = ctypes.create_string_buffer(struct.pack("HBBI", _RETURN, 0, 0, 0))  # of BPF: keep 0 bytes of it
+    with suppress(OSError):
+        listening.setsockopt(
+            socket.SOL_SOCKET, _ATTACH_FILTER, struct.pack("HP", 1, ctypes.addressof(program))
+        )  # https://docs.kernel.org/networking/filter.html
 
 
 class Supervisor:
@@ -87,20 +104,16 @@ class Supervisor:
                 ready()
             await ending
             first.cancel()
-            self._listening.listen(0)  # what is connected is accepted, and nobody else connects
+            deafen(self._listening)
             await self._ended(fronts, self._service.drain, names)
             self._listening.close()
             await self._ended([engine], _ENGINE_END, ["the engine process"])
         return self._code
 
     def _engine_command(self, folder: str) -> list[str]:
-        from bertforge.serving.batcher import Limits as EngineLimits
-        from bertforge.serving.process import EngineOrder
-
         service = self._service
         models = {name: str(path) for name, path in service.models.items()}
-        limits = EngineLimits(service.latency, service.queue)
-        return EngineOrder(f"{folder}/engine", models, service.precision, limits).command()
+        return EngineOrder(f"{folder}/engine", models, service.precision, service.pace).command()
 
     def _front_command(self, folder: str) -> list[str]:
         keys = self._service.api_keys

@@ -1,0 +1,113 @@
+import asyncio
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from bertforge.data.schema import QUESTIONS
+from bertforge.errors import DataError
+from bertforge.inference.codec import Codec, served
+from bertforge.serving.inputs import Columns, read_inputs
+from bertforge.serving.preparing import Preparation
+from bertforge.serving.settings import Limits
+from tests.runs import made_up
+
+
+@pytest.fixture(scope="module")
+def text(runs):
+    return Codec.load(*served(runs["full"]))
+
+
+@pytest.fixture(scope="module")
+def columns(runs):
+    return Codec.load(*served(runs["columns"]))
+
+
+def together(codec, requests):
+    """What is made of requests that come at the same time."""
+
+    async def run():
+        prepare = Preparation(codec)
+        return await asyncio.gather(*map(prepare, requests), return_exceptions=True)
+
+    return asyncio.run(run())
+
+
+def equal(codec, prepared, given):
+    """Whether rows were prepared as `Predictor.predict` prepares them."""
+    ids, offsets = codec.tokenizer.encode(given.texts)
+    assert prepared.texts == given.texts
+    np.testing.assert_array_equal(prepared.ids, ids)
+    np.testing.assert_array_equal(prepared.lengths, np.diff(offsets))
+    for name, array in (codec.arrays(given.columns) or {}).items():
+        width = array.shape[1]
+        np.testing.assert_array_equal(prepared.columns[name][:, :width], array)
+        assert not prepared.columns[name][:, width:].any(), "zeros, where rows beside these have more names"
+
+
+def test_each_request_gets_its_own_rows_however_many_are_prepared_together(text):
+    requests = [[f"request {number}, text {row}" for row in range(rows)] for number, rows in enumerate((1, 200, 3, 70))]
+    for prepared, rows in zip(together(text, requests), requests, strict=True):
+        equal(text, prepared, text.read(rows))
+
+
+def test_rows_of_columns_mean_the_same_beside_any_others(columns):
+    frame = made_up(90)[list(QUESTIONS.required_columns)]
+    known, rows = Columns.of(columns), frame.to_dict("records")
+    requests = [[row] for row in rows[:5]] + [rows[5:]]
+    found = together(columns, [read_inputs(request, known, Limits()) for request in requests])
+    for prepared, request in zip(found, requests, strict=True):
+        equal(columns, prepared, columns.read(pd.DataFrame(request)))
+
+
+def test_tokens_that_are_cut_are_counted(text):
+    (prepared,) = together(text, [["word", "word " * 3000, "", "Größe, 東京! " * 400]])
+    assert prepared.lengths.tolist() == [3, 512, 2, 512]
+    alone = [text.tokenizer.count(one) for one in prepared.texts]
+    assert prepared.whole.tolist() == alone
+    assert prepared.whole[1] == 3002
+
+
+def test_one_request_of_many_rows_lets_another_pass(text):
+    async def run():
+        prepare, done = Preparation(text), []
+
+        async def ask(name, rows):
+            await prepare(rows)
+            done.append(name)
+
+        await asyncio.gather(ask("many", ["text"] * 1000), *(ask(f"one {number}", ["text"]) for number in range(40)))
+        return done
+
+    assert asyncio.run(run())[-1] == "many"
+
+
+class Breaking:
+    """A tokenizer with a defect."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def encode(self, texts):
+        if "break" in texts:
+            raise DataError("a defect")
+        return self.tokenizer.encode(texts)
+
+
+def test_a_request_whose_rows_cannot_be_read_fails_alone(text):
+    broken = replace(text, tokenizer=Breaking(text.tokenizer))
+    good, bad, same = together(broken, [["one"], ["two", "break"], ["three"]])
+    assert isinstance(bad, DataError)
+    assert (good.texts, same.texts) == (["one"], ["three"])
+
+
+def test_a_request_that_nobody_waits_for_is_left_out(text):
+    async def run():
+        prepare = Preparation(text)
+        gone = asyncio.create_task(prepare(["text"] * 1000))
+        await asyncio.sleep(0)
+        gone.cancel()
+        return await prepare(["another"])
+
+    assert asyncio.run(run()).texts == ["another"]
