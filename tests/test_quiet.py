@@ -35,6 +35,7 @@ prepare questions.csv --out data --model base --folds 2
 train --data data --out run {TRAIN}
 cross-validate --data data --out folds {TRAIN}
 evaluate run --data data --json metrics.json
+threshold run --data data --precision 0.1 --prior closed=0.4 --json threshold.json
 predict run questions.csv --out predictions.csv
 merge run --out model
 quantize model --data data --out quantized --calibration max --preset ffn
@@ -43,6 +44,7 @@ compile model --data data --target openvino --precision fp32 --out openvino
 predict openvino questions.csv --out predictions.parquet
 predict onnxruntime questions.csv --out rechecked.csv --recheck openvino
 serve openvino --port 0
+export-triton onnxruntime --out repository
 benchmark model --data data --targets openvino-fp32 --rows 32 --repeats 1 --out benchmark
 fit mails.csv --label-column folder --minutes 1 --out fitted --model base
 check fitted

@@ -110,6 +110,15 @@ def test_the_service_and_its_models_describe_themselves(protocols, client):
     assert [kind.shape for kind in told.outputs] == [[-1], [-1], [-1, 2]]
 
 
+def test_a_model_with_thresholds_gives_decisions(server):
+    """The model of these tests always wants a person."""
+    described = Description.model_validate_json(server.http.get("/v2/models/sure").text)
+    assert [kind.name for kind in described.outputs] == ["label", "probability", "probabilities", "decision"]
+    sent = [{"name": kind.name, "shape": [1], "datatype": "BYTES", "data": ["1"]} for kind in described.inputs]
+    told = server.http.post("/v2/models/sure/infer", json={"inputs": sent}).json()
+    assert told["outputs"][3] == {"name": "decision", "shape": [1], "datatype": "BYTES", "data": ["abstain"]}
+
+
 def test_a_version_is_the_model_that_was_asked_for(client):
     (version,) = client.get_model_metadata("text")["versions"]
     sent = [tensor("text", TEXTS)]

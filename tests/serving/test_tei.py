@@ -5,7 +5,6 @@ import pytest
 
 from bertforge.inference.predictor import Predictor
 from bertforge.serving.tei import Info, Prediction, Refused
-from tests.serving.service import service
 
 CLOSE = 2e-6  # float32, summed beside other rows
 LONG = "word " * 100  # the model reads 48 tokens
@@ -121,9 +120,8 @@ def test_other_refusals_have_the_same_form(protocols):
         refused(protocols.http.post(path, json={"inputs": "a"}, headers={"authorization": "Bearer nobody"}), 401)
 
 
-def test_a_model_that_reads_columns_is_refused(runs, tmp_path):
-    with service(tmp_path / "log", runs["columns"], "--precision", "fp32") as live:
-        said = refused(predict(live, "a"), 424, "Backend")
-        assert "columns reads Title, BodyMarkdown" in said
-        assert "ask it at /v1/classify" in said
-        refused(live.http.get("/info"), 424, "Backend")
+def test_a_model_that_reads_columns_is_refused(server):
+    said = refused(predict(server, "a"), 424, "Backend")
+    assert "sure reads Title, BodyMarkdown" in said
+    assert "ask it at /v1/classify" in said
+    refused(server.http.get("/info"), 424, "Backend")

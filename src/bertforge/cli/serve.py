@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bertforge.cli.threshold import Prior, by_label
 from bertforge.terminal import Terminal
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -47,6 +48,7 @@ def serve(
     precision: Annotated[
         str, typer.Option(help="Of runs and merged models: fp32, bf16 or auto. Engines have their own.")
     ] = "auto",
+    prior: Prior = None,
     latency_ms: Annotated[
         float, typer.Option(min=1, max=10_000, help="What a batch may take: longer ones hold more rows.")
     ] = 50,
@@ -68,6 +70,10 @@ def serve(
 
         curl http://127.0.0.1:8080/v1/classify \\
             -H 'Content-Type: application/json' -d '{"inputs": "How do I sort a list?"}'
+
+    Where `bertforge threshold` chose thresholds, each answer has a decision.
+    /v1/monitor shows whether what is asked still looks like what the model
+    was trained on.
 
     /openapi.json describes every address. /v1/models lists the models and
     the columns they read, /readyz tells whether requests are answered, and
@@ -129,6 +135,7 @@ def serve(
         drain=drain_seconds,
         api_keys=api_keys,
         precision=precision,
+        prior=by_label("--prior", prior),
     )
     console = Terminal()
 

@@ -63,6 +63,9 @@ class Categorical(Kind[CategoricalSettings, CategoricalLearnt, CategoricalShape]
     def shape(self, settings: CategoricalSettings, learnt: CategoricalLearnt) -> CategoricalShape:
         return CategoricalShape(tuple(len(known) + 1 for known in learnt.vocabularies))
 
+    def names(self, learnt: CategoricalLearnt) -> tuple[tuple[str, ...], ...]:
+        return learnt.vocabularies
+
     def width(self, shape: CategoricalShape) -> int:
         return len(shape.categorical)
 

@@ -88,6 +88,10 @@ class Kind(ABC, Generic[S, L, H]):
         """Those numbers of `learnt` that stand in the modules' buffers, by `module.buffer`."""
         return {}
 
+    def names(self, learnt: L) -> Sequence[Sequence[str]]:
+        """The names that each column may hold, by their numbers from 1 on; none where cells hold numbers."""
+        return ()
+
     def every_name(self, shape: H) -> np.ndarray:
         """`[rows, columns]` of `dtype`: rows that together hold every name that the modules know."""
         return np.zeros((0, 0), self.dtype)

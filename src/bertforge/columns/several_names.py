@@ -70,6 +70,9 @@ class SeveralNames(Kind[SeveralNamesSettings, SeveralNamesLearnt, SeveralNamesSh
     def shape(self, settings: SeveralNamesSettings, learnt: SeveralNamesLearnt) -> SeveralNamesShape:
         return SeveralNamesShape(len(learnt.multi_vocabulary) + 1 if settings.multi else 0)
 
+    def names(self, learnt: SeveralNamesLearnt) -> tuple[tuple[str, ...], ...]:
+        return (learnt.multi_vocabulary,)
+
     def width(self, shape: SeveralNamesShape) -> int | Literal["values"]:
         return VALUES if shape.multi else 0
 

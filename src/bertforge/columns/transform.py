@@ -5,7 +5,7 @@ What was learnt is saved with the model, so prediction prepares columns exactly 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -83,6 +83,18 @@ class TabularTransform:
     def __call__(self, frame: pd.DataFrame) -> dict[str, np.ndarray]:
         """Any rows, with every column of the spec -> the array of each kind, `[rows, width]`, by its name."""
         return {name: kind.encode(frame, self.spec.kinds[name], self.learnt[name]) for name, kind in KINDS.items()}
+
+    def cells(self, arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray, Sequence[str] | None]]:
+        """Each column of the `arrays` that `__call__` made: its name, its numbers `[rows]` and None, or the numbers of
+        its names, `[rows]`, or `[rows, width]` where a cell holds several, and these names.
+        """
+        for kind_name, kind in KINDS.items():
+            array, columns = arrays[kind_name], kind.columns(self.spec.kinds[kind_name])
+            if kind.holds == "number":
+                yield from ((name, array[:, place], None) for place, name in enumerate(columns))
+                continue
+            for place, (name, known) in enumerate(zip(columns, kind.names(self.learnt[kind_name]), strict=False)):
+                yield name, array if kind.holds == "names" else array[:, place], known
 
     @property
     def config(self) -> TabularConfig:

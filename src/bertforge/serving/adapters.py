@@ -46,7 +46,7 @@ def carriers(models: Mapping[str, str], adapters: Mapping[str, str]) -> dict[str
     return found
 
 
-def load_beside(base: Predictor, name: str, folder: Path) -> Predictor:
+def load_beside(base: Predictor, name: str, folder: Path, prior: Mapping[str, float] | None = None) -> Predictor:
     """The adapter in `folder` on the engine of `base`, checked as `Predictor.load` does; raises BertforgeError."""
     _, manifest = served(folder)
     assert isinstance(base.engine, Host), "the target says so"
@@ -55,7 +55,7 @@ def load_beside(base: Predictor, name: str, folder: Path) -> Predictor:
         engine = base.engine.beside(model)
     except UsageError as error:
         raise UsageError(f"--adapter {name}={folder} cannot be served beside the model: {error}") from error
-    loaded = Predictor(engine, Codec.load(folder, manifest))
+    loaded = Predictor(engine, Codec.load(folder, manifest, prior))
     loaded.check_inputs(folder)
     return loaded
 

@@ -71,6 +71,9 @@ class Result(Told):
     label: str | int | bool | None = Field(description="Null for a text that is blank.")
     probability: float | None = Field(description="Of the label.")
     probabilities: dict[str, float] | None = Field(description="Of every label.")
+    decision: str | int | bool | None = Field(
+        None, description="The label, or `abstain`: a person should look. Absent where no thresholds were chosen."
+    )
     tokens: int = Field(description="That the model read.")
     tokens_cut: int = Field(description="That it did not, from the end of the text.")
     problem: str | None = Field(None, description="What could not be read and counts as missing; absent where all was.")
@@ -97,6 +100,8 @@ class ModelCard(Told):
     text_columns: list[str] = Field(description="Joined by a space, they are the text.")
     columns: list[str] = Field(description="Others that an input must hold; none where a text is enough.")
     max_length: int = Field(description="Tokens a text is cut to.")
+    thresholds: dict[str, float] | None = Field(description="From which probability on a label is decided.")
+    prior: dict[str, float] | None = Field(description="Shares of the labels; null where those of training are taken.")
     adapter_of: str | None = Field(description="The model on whose base this adapter runs.")
 
 
@@ -182,5 +187,7 @@ def _card(model: Model) -> dict[str, Any]:
         "text_columns": list(model.columns.texts),
         "columns": list(model.columns.needed),
         "max_length": codec.max_length,
+        "thresholds": codec.policy and dict(zip(codec.label_names, codec.policy.thresholds, strict=True)),
+        "prior": codec.prior and dict(zip(codec.label_names, codec.prior, strict=True)),
         "adapter_of": told.adapter_of,
     }

@@ -22,11 +22,12 @@ from starlette.responses import Response
 
 from bertforge import __version__
 from bertforge.errors import BertforgeError
-from bertforge.serving import classify, metrics, open_inference, tei
+from bertforge.serving import classify, explain, metrics, monitor, open_inference, tei
 from bertforge.serving.connection import Connection
 from bertforge.serving.door import Door, call_of
 from bertforge.serving.keys import Keys
 from bertforge.serving.models import Models
+from bertforge.serving.page import page_routes
 from bertforge.serving.requests import RequestError
 from bertforge.serving.settings import FrontOrder
 
@@ -43,8 +44,9 @@ def make_app(models: Models) -> FastAPI:
         docs_url=None,  # pages that load from other servers
         redoc_url=None,
     )
-    for router in (classify.router(models), open_inference.router(models), tei.router(models)):
-        app.include_router(router)
+    for api in (classify, explain, monitor, open_inference, tei):
+        app.include_router(api.router(models))
+    app.router.routes += page_routes()
 
     @app.get("/healthz", tags=["operation"])
     async def healthz() -> dict[str, str]:
@@ -60,7 +62,8 @@ def make_app(models: Models) -> FastAPI:
     @app.get("/metrics", tags=["operation"], responses=classify.refused())
     async def prometheus() -> Response:
         """For Prometheus."""
-        return Response(metrics.page(models.client.loads), media_type="text/plain; version=0.0.4; charset=utf-8")
+        page = await asyncio.to_thread(metrics.page, models.client.loads, monitor.Drift(models))
+        return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.exception_handler(RequestError)
     async def refuse(request: Request, error: RequestError) -> Response:
@@ -92,7 +95,13 @@ def make_app(models: Models) -> FastAPI:
 
 async def serve(order: FrontOrder) -> None:
     """Runs until it is told to end."""
-    models = Models(Path(order.engine), order.limits, lambda line: print(line, file=sys.stderr, flush=True))
+    models = Models(
+        Path(order.engine),
+        order.limits,
+        lambda line: print(line, file=sys.stderr, flush=True),
+        counters=Path(order.counters),
+        prior=order.prior,
+    )
     keys = None if order.api_keys is None else Keys.read(Path(order.api_keys))
     door = Door(make_app(models), order.limits, keys, _FORMS)
     config = uvicorn.Config(

@@ -3,9 +3,9 @@
     https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_rest.md
 
 Every column that a model reads is a tensor with a cell for each row; a model that reads a text alone has one tensor,
-`text`. The answer holds `label`, `probability` and `probabilities`. Only the two ends differ from `/v1/classify`:
-tensors become `inputs`, and answers become tensors (`tensors.py`). What lies between, limits, queue and deadline, is
-that of `Models.answer`.
+`text`. The answer holds `label`, `probability`, `probabilities` and, where thresholds were chosen, `decision`. Only the
+two ends differ from `/v1/classify`: tensors become `inputs`, and answers become tensors (`tensors.py`). What lies
+between, limits, queue and deadline, is that of `Models.answer`.
 
 The version of a model is the digest of its folder, so who names one is never answered by another model. Parameters that
 mean nothing here are ignored, as the protocol has it, but for those that would change the answer: they are refused.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,6 @@ from bertforge.serving.requests import RequestError, check_fields, check_media_t
 from bertforge.serving.tensors import objects, parameters_of, read_tensors, written
 
 _HEADER = "inference-header-content-length"
-_OUTPUTS = ("label", "probability", "probabilities")
 _TEXT = {"type": "string"}
 _MICROSECOND = 1e-6  # the unit of Triton's `timeout`
 Parameters = dict[str, str | int | float | bool]
@@ -160,16 +160,15 @@ def router(models: Models) -> APIRouter:
     async def describe(request: Request) -> Response:
         """What a model reads and answers."""
         model = _asked(models, request)
-        told, labels = model.served, len(model.codec.label_names)
+        told = model.served
         content = {
             "name": told.name,
             "versions": [told.generation],
             "platform": f"bertforge_{told.engine}",
             "inputs": [{"name": name, "datatype": "BYTES", "shape": [-1]} for name in _names(model)],
             "outputs": [
-                {"name": "label", "datatype": "BYTES", "shape": [-1]},
-                {"name": "probability", "datatype": "FP32", "shape": [-1]},
-                {"name": "probabilities", "datatype": "FP32", "shape": [-1, labels]},
+                {"name": name, "datatype": datatype, "shape": [-1, *more]}
+                for name, (datatype, *more) in _outputs(model).items()
             ],
         }
         return _json(content)
@@ -185,10 +184,11 @@ def router(models: Models) -> APIRouter:
         request_id = text_of(given, "id")
         parameters = parameters_of(given, "the request")
         deadline = call.arrived + seconds_of(parameters, "timeout", _MICROSECOND)
-        wanted = _wanted(given.get("outputs"), parameters.get("binary_data_output") is True)
         rows, field = _rows(given, blob, model), "rows" if model.columns.beside else "text"
         answers = await models.answer(call, rows, model.served.name, name=field, deadline=deadline)
         _check_version(answers.model, request)
+        binary = parameters.get("binary_data_output") is True
+        wanted = _wanted(given.get("outputs"), tuple(_outputs(answers.model)), binary)  # it may have been swapped
         return _response(answers, wanted, request_id)
 
     name, version = ({"name": name, "in": "path", "required": True, "schema": _TEXT} for name in ("name", "version"))
@@ -243,14 +243,24 @@ async def _read(request: Request, models: Models) -> tuple[dict[str, Any], memor
     return given, memoryview(body)[int(end) :]
 
 
-def _wanted(given: Any, binary: bool) -> dict[str, bool]:
+def _outputs(model: Model) -> dict[str, tuple[Any, ...]]:
+    """Of a model: by its name the datatype of each tensor, and the size of a row where it has one."""
+    found: dict[str, tuple[Any, ...]] = {
+        "label": ("BYTES",),
+        "probability": ("FP32",),
+        "probabilities": ("FP32", len(model.codec.label_names)),
+    }
+    return found if model.codec.policy is None else found | {"decision": ("BYTES",)}
+
+
+def _wanted(given: Any, names: tuple[str, ...], binary: bool) -> dict[str, bool]:
     """The tensors of the answer, and which of them as bytes."""
     if given is None or given == []:
-        return dict.fromkeys(_OUTPUTS, binary)
+        return dict.fromkeys(names, binary)
     found = {}
     for place, output in enumerate(objects(given, "outputs")):
-        if output.get("name") not in _OUTPUTS:
-            raise RequestError(422, f"outputs[{place}] names no tensor of the model; it has {', '.join(_OUTPUTS)}")
+        if output.get("name") not in names:
+            raise RequestError(422, f"outputs[{place}] names no tensor of the model; it has {', '.join(names)}")
         parameters = parameters_of(output, f"outputs[{place}]")
         found[output["name"]] = parameters.get("binary_data", binary) is True
     return found
@@ -266,14 +276,19 @@ def _rows(given: dict[str, Any], blob: memoryview, model: Model) -> list[Any]:
 
 
 def _response(answers: Answers, wanted: dict[str, bool], request_id: str | None) -> Response:
-    chances, told, names = answers.probabilities, answers.model.served, answers.model.codec.label_names
+    chances, told, codec = answers.probabilities, answers.model.served, answers.model.codec
     blank = np.isnan(chances).any(axis=1)
-    best = zip(chances.argmax(axis=1), blank, strict=True)
+
+    def texts(names: Sequence[Any]) -> list[str]:
+        return ["" if none else str(name) for name, none in zip(names, blank, strict=True)]
+
     tensors: dict[str, list[str] | np.ndarray] = {
-        "label": ["" if none else names[label] for label, none in best],
+        "label": texts([codec.label_names[label] for label in chances.argmax(axis=1)]),
         "probability": chances.max(axis=1),
         "probabilities": chances,
     }
+    if codec.policy is not None:
+        tensors["decision"] = texts(codec.policy.names(codec.policy.decide(chances), codec.label_names))
     parts = [written(name, tensors[name], binary=binary) for name, binary in wanted.items()]
     content: dict[str, Any] = {"model_name": told.name, "model_version": told.generation}
     content |= {} if request_id is None else {"id": request_id}

@@ -108,7 +108,7 @@ class Preparation:
             job.parts.append(_part(found, start, start + len(rows)))
             start += len(rows)
             if job.begun == len(job.rows) and not job.done.done():
-                job.done.set_result(_joined(job.parts))
+                job.done.set_result(joined(job.parts))
 
 
 def _prepare(codec: Codec, rows: list[Row]) -> Prepared:
@@ -142,7 +142,8 @@ def _part(found: Prepared, start: int, stop: int) -> Prepared:
     )
 
 
-def _joined(parts: list[Prepared]) -> Prepared:
+def joined(parts: list[Prepared]) -> Prepared:
+    """The rows of all parts, which is not empty."""
     if len(parts) == 1:
         return parts[0]
     columns = None

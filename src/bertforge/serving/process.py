@@ -139,8 +139,12 @@ class EngineProcess:
     def _load(self, name: str) -> Loaded:
         """Loads and replays; in a thread. Raises BertforgeError."""
         folders, generations = self._folders(name), self._generations(name)
-        base = Predictor.load(folders[name], self.order.precision)
-        beside = {other: load_beside(base, other, folder) for other, folder in folders.items() if other != name}
+        base = Predictor.load(folders[name], self.order.precision, prior=self.order.prior)
+        beside = {
+            other: load_beside(base, other, folder, self.order.prior)
+            for other, folder in folders.items()
+            if other != name
+        }
         predictors = {name: base, **beside}
         lanes = {
             own: Lane(predictor.engine, predictor.tokenizer.sep_id, predictor.max_length)

@@ -56,6 +56,8 @@ class Service:
     """None lets everybody in."""
     precision: str = "auto"
     """Of runs and merged models, as `Predictor.load` takes it."""
+    prior: Mapping[str, float] | None = None
+    """Shares of labels in what is asked; None for those of training, or of the folder's thresholds."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class EngineOrder:
     precision: str = "auto"
     """Of runs and merged models, as `Predictor.load` takes it."""
     pace: Pace = field(default_factory=Pace)
+    prior: dict[str, float] | None = None
+    """Shares of labels in what is asked: a folder whose thresholds were chosen for others is not served."""
 
     def command(self) -> list[str]:
         """Starts the process; it ends with its standard input, which should be a pipe."""
@@ -92,7 +96,10 @@ class FrontOrder:
     engine: str
     """Path of the engine's socket."""
     limits: Limits
+    counters: str
+    """File of its own for the counters of `monitor`."""
     api_keys: str | None
+    prior: Mapping[str, float] | None
 
     def command(self) -> list[str]:
         """Starts the process; it ends with its standard input, which should be a pipe."""

@@ -19,20 +19,16 @@ import json
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from bertforge import __version__
 from bertforge.inference.codec import is_blank
-from bertforge.serving.classify import PlainRoute, json_body, refused
+from bertforge.serving.classify import PlainRoute, Told, json_body, refused
 from bertforge.serving.door import call_of
 from bertforge.serving.models import Answers, Model, Models
 from bertforge.serving.requests import RequestError, check_fields, kind_of, read_json
 
 _TYPES = {424: "Backend", 429: "Overloaded", 500: "Backend", 503: "Unhealthy"}  # others: Validation
-
-
-class Told(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
 class Refused(Told):
