@@ -31,7 +31,8 @@ from bertforge.serving.page import page_routes
 from bertforge.serving.requests import RequestError
 from bertforge.serving.settings import FrontOrder
 
-_FORMS = {"/v2": open_inference.form, "/predict": tei.form, "/info": tei.form, "/": tei.form}
+FORMS = {"/v2": open_inference.form, "/predict": tei.form, "/info": tei.form, "/": tei.form}
+"""Of errors, by the first part of the address: of those that speak another protocol than ours."""
 _LAST = 0.5  # seconds from the word to end to the end of idle connections: what was on its way is answered
 
 
@@ -103,7 +104,7 @@ async def serve(order: FrontOrder) -> None:
         prior=order.prior,
     )
     keys = None if order.api_keys is None else Keys.read(Path(order.api_keys))
-    door = Door(make_app(models), order.limits, keys, _FORMS)
+    door = Door(make_app(models), order.limits, keys, FORMS)
     config = uvicorn.Config(
         door, loop="uvloop", http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
         server_header=False, proxy_headers=False,
