@@ -109,6 +109,15 @@ def read_manifest(directory: Path, *kinds: str) -> dict[str, Any]:
     return manifest
 
 
+def served(directory: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder that is loaded for `directory`, another one for a folder made by `fit`, and its manifest."""
+    manifest = read_manifest(directory, "run", "model", "quantized", "engine", "fit")
+    if manifest["kind"] != "fit":
+        return directory, manifest
+    directory = Path(directory, manifest["serves"])
+    return directory, read_manifest(directory, "run", "model", "engine")
+
+
 def put_right(directory: Path) -> None:
     """What a reader of `directory` does first: what a killed command left there is put back or removed.
 

@@ -4,13 +4,15 @@ import sys
 import numpy as np
 import torch
 
-from bertforge.inference.codec import Codec, served
+from bertforge.inference.codec import Codec
+from bertforge.manifest import served
 
 PROGRAM = """
 import sys
 from pathlib import Path
 import pandas as pd
-from bertforge.inference.codec import Codec, served
+from bertforge.inference.codec import Codec
+from bertforge.manifest import served
 codec = Codec.load(*served(Path(sys.argv[1])))
 given = codec.read(pd.DataFrame(codec.manifest["inputs"]))
 codec.tokenizer.encode(given.texts)

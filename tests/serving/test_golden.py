@@ -66,5 +66,5 @@ def test_what_is_no_number_is_told(runs):
     wanted = np.zeros((16, 2), np.float32)
     broken = wanted.copy()
     broken[3] = np.nan
-    assert _mismatch(runs["full"], manifest, "int8", wanted, broken).endswith("2 of them no numbers")
+    assert _mismatch(runs["full"], manifest, "int8", wanted, broken).endswith("with 2 that are no number")
     assert _mismatch(runs["full"], manifest, "int8", wanted, wanted[:, :1]) is not None

@@ -7,7 +7,8 @@ import pytest
 
 from bertforge.data.schema import QUESTIONS
 from bertforge.errors import DataError
-from bertforge.inference.codec import Codec, served
+from bertforge.inference.codec import Codec
+from bertforge.manifest import served
 from bertforge.serving.inputs import Columns, read_inputs
 from bertforge.serving.preparing import Preparation
 from bertforge.serving.settings import Limits

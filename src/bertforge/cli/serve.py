@@ -95,7 +95,7 @@ def serve(
     import asyncio
 
     from bertforge.errors import MachineError, UsageError
-    from bertforge.inference.codec import served
+    from bertforge.manifest import served
     from bertforge.serving import installed
     from bertforge.serving.settings import Limits, Pace, Service
     from bertforge.threads import usable_cores

@@ -25,7 +25,6 @@ from bertforge.evaluation.decisions import Policy
 from bertforge.evaluation.prior import as_text, complete_shares, shifts, train_shares
 from bertforge.evaluation.scores import softmax
 from bertforge.inference.inputs import Given, Inputs, read_inputs
-from bertforge.manifest import read_manifest
 
 
 @dataclass(frozen=True)
@@ -143,12 +142,3 @@ class Codec:
 def is_blank(text: str) -> bool:
     """Whether a row has no text, and so no label."""
     return not text or text.isspace()
-
-
-def served(directory: Path) -> tuple[Path, dict[str, Any]]:
-    """The folder that is loaded for `directory`, another one for a folder made by `fit`, and its manifest."""
-    manifest = read_manifest(directory, "run", "model", "quantized", "engine", "fit")
-    if manifest["kind"] != "fit":
-        return directory, manifest
-    directory = Path(directory, manifest["serves"])
-    return directory, read_manifest(directory, "run", "model", "engine")

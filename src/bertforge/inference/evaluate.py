@@ -25,9 +25,9 @@ from bertforge.evaluation.scores import softmax
 from bertforge.evaluation.standing import Standing, standing
 from bertforge.hardware import detect
 from bertforge.inference.cascade import Recheck
-from bertforge.inference.codec import served
 from bertforge.inference.predictor import Predictor
 from bertforge.inference.scoring import Scored, score
+from bertforge.manifest import served
 
 _OF_ONE_PRECISION = ("engine", "quantized")  # kinds of folder
 

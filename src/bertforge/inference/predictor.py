@@ -28,12 +28,12 @@ from bertforge.engines.run import run, run_each
 from bertforge.errors import ArtifactError, DataError, MachineError, UsageError
 from bertforge.hardware import Hardware, choose_precision, detect
 from bertforge.inference.cascade import Recheck, margin_between
-from bertforge.inference.codec import Codec, served
+from bertforge.inference.codec import Codec
 from bertforge.inference.inputs import Given
 from bertforge.lora.adapter_io import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
 from bertforge.lora.inject import merge
 from bertforge.lora.layer import LoraLinear
-from bertforge.manifest import compile_command, remake
+from bertforge.manifest import compile_command, remake, served
 from bertforge.model import weights
 from bertforge.model.classifier import BertForSequenceClassification, check_size
 from bertforge.model.config import BertConfig

@@ -19,9 +19,10 @@ from bertforge.engines.base import Host
 from bertforge.engines.registry import TARGETS
 from bertforge.errors import UsageError
 from bertforge.hardware import detect
-from bertforge.inference.codec import Codec, served
+from bertforge.inference.codec import Codec
 from bertforge.inference.predictor import Predictor, plain, verified_model
 from bertforge.lora.adapter_io import ADAPTER_CONFIG
+from bertforge.manifest import served
 
 
 def carriers(models: Mapping[str, str], adapters: Mapping[str, str]) -> dict[str, str]:

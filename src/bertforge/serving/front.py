@@ -8,6 +8,7 @@ does, for then the supervisor is gone.
 from __future__ import annotations
 
 import asyncio
+import resource
 import signal
 import socket
 import sys
@@ -144,6 +145,8 @@ def main() -> None:
     order = FrontOrder.from_json(sys.argv[1])
     import uvloop
 
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each connection takes a file descriptor
     uvloop.run(serve(order))
 
 

@@ -20,8 +20,8 @@ import numpy as np
 
 from bertforge.artifact import hash_file
 from bertforge.errors import ArtifactError, BertforgeError, DataError, reason
-from bertforge.inference.codec import Codec, is_blank, served
-from bertforge.manifest import MANIFEST
+from bertforge.inference.codec import Codec, is_blank
+from bertforge.manifest import MANIFEST, served
 from bertforge.serving import metrics
 from bertforge.serving.channel import EngineClient, RefusedError, Served, State
 from bertforge.serving.door import Call

@@ -31,9 +31,8 @@ import numpy as np
 
 from bertforge.artifact import hash_file
 from bertforge.errors import ArtifactError, BertforgeError, reason
-from bertforge.inference.codec import served
 from bertforge.inference.predictor import Predictor
-from bertforge.manifest import MANIFEST
+from bertforge.manifest import MANIFEST, served
 from bertforge.serving.adapters import carriers, load_beside
 from bertforge.serving.batcher import Batcher, Lane, Sent
 from bertforge.serving.channel import (
