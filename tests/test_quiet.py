@@ -44,6 +44,7 @@ compile model --data data --target openvino --precision fp32 --out openvino
 predict openvino questions.csv --out predictions.parquet
 predict onnxruntime questions.csv --out rechecked.csv --recheck openvino
 serve openvino --port 0
+export-triton onnxruntime --out repository
 benchmark model --data data --targets openvino-fp32 --rows 32 --repeats 1 --out benchmark
 fit mails.csv --label-column folder --minutes 1 --out fitted --model base
 check fitted

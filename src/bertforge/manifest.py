@@ -53,6 +53,7 @@ _FIELDS = {
     "quantized": (*_MODEL, "quantization"),
     "engine": (*_MODEL, "target", "precision", "spared"),
     "fit": ("serves",),
+    "triton": ("model",),
 }
 _MADE_BY = {
     "data": "bertforge prepare TABLE --out {}",
@@ -61,6 +62,7 @@ _MADE_BY = {
     "quantized": "bertforge quantize MODEL --data DATA --out {}",
     "engine": "bertforge compile MODEL --target openvino --precision bf16 --out {}",
     "fit": "bertforge fit TABLE --label-column L --out {}",
+    "triton": "bertforge export-triton ARTIFACT --out {}",
 }
 
 _TOKENS = "remove them, and the next command tokenizes again"

@@ -48,10 +48,12 @@ def evaluate(
 ) -> None:
     """Measure a run: loss, accuracy, precision, recall, F1, ROC-AUC, calibration, each with a 95% interval.
 
-    Writes a self-contained HTML report. Choose settings by the validation
-    rows; read the test rows once, for the final figures. With --prior, rows
-    of labels that are too many are left out, until the others have the
-    shares that you name.
+    Writes a self-contained HTML report, and beside it a file with the
+    mistakes that the model was surest of, texts included, which `bertforge
+    serve` shows beside similar texts. Choose settings by the validation rows;
+    read the test rows once, for the final figures. With --prior, rows of
+    labels that are too many are left out, until the others have the shares
+    that you name.
 
     Example:
 
@@ -59,6 +61,7 @@ def evaluate(
     """
     from bertforge.artifact import output_files, write_json
     from bertforge.errors import MachineError
+    from bertforge.evaluation.mistakes import mistakes_beside
     from bertforge.evaluation.report import metrics_markdown
     from bertforge.inference.evaluate import evaluate_run
     from bertforge.manifest import MANIFEST
@@ -66,7 +69,8 @@ def evaluate(
     console = Terminal()
     scored = split or "test" if (data / MANIFEST).is_file() else f"table-{data.stem}"
     written = report or run / f"report-{scored}.html"
-    with output_files(written if run.is_dir() else report, json_file):
+    mistakes = mistakes_beside(written)
+    with output_files(*((written, mistakes) if run.is_dir() else (report,)), json_file):
         shares = by_label("--prior", prior)
         found = evaluate_run(run, data, split, against, dialect(encoding, separator), recheck=recheck, prior=shares)
         console.print(f"{run} on {found.scored.source}: {len(found.scored.labels):,} rows")
@@ -86,6 +90,7 @@ def evaluate(
             console.print(found.comparison.verdict)
         if json_file:
             console.print(f"wrote {write_json(json_file, found.to_dict())}")
+        console.print(f"wrote {found.write_mistakes(written)}")
         try:
             console.print(f"wrote {found.write_report(written)}")
         except MachineError as error:

@@ -29,6 +29,7 @@ from bertforge.cli import (
     serve,
     threshold,
     train,
+    triton_repository,
 )
 from bertforge.errors import ArtifactError, BertforgeError, MachineError, is_out_of_memory
 from bertforge.terminal import Terminal, VisibleFormatter, visible
@@ -106,6 +107,7 @@ app.command("quantize")(quantize.quantize)
 app.command("compile")(engines.compile_)
 app.command("benchmark")(engines.benchmark)
 app.command("serve")(serve.serve)
+app.command("export-triton")(triton_repository.export_triton)
 app.command("check")(check.check)
 
 

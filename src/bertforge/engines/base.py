@@ -129,6 +129,22 @@ class Order:
     """Told each stage."""
 
 
+@dataclass(frozen=True)
+class TritonBackend:
+    """How NVIDIA's Triton Inference Server runs an engine's files."""
+
+    name: str
+    """Of the backend."""
+    files: tuple[str, ...]
+    """Those that the server reads."""
+    precisions: tuple[str, ...]
+    """Those that the server computes in as the engine does."""
+    batches: bool
+    """Whether the backend takes batches that the server made of several requests; else each request is a batch."""
+    streams: str = ""
+    """The backend's parameter for `Engine.streams`."""
+
+
 def _anywhere(hardware: Hardware) -> str | None:
     return None
 
@@ -177,6 +193,8 @@ class Target:
     """What runs is made anew for each device: what was proved on one says nothing of another."""
     hosts: tuple[str, ...] = ()
     """Precisions in which its engines are a `Host`."""
+    triton: TritonBackend | None = None
+    """None where Triton does not run its files."""
 
     def on(self, hardware: Hardware) -> tuple[str, ...]:
         """What it computes in on a device."""

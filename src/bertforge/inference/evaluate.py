@@ -19,6 +19,7 @@ from bertforge.evaluation.curves import reliability, roc_curves
 from bertforge.evaluation.decisions import Outcome, outcome
 from bertforge.evaluation.groups import by_length, by_month, confident_mistakes
 from bertforge.evaluation.metrics import Metrics, calibration_error, classification_metrics
+from bertforge.evaluation.mistakes import CHARACTERS, KEPT, write_mistakes
 from bertforge.evaluation.prior import as_text
 from bertforge.evaluation.report import Report, write_report
 from bertforge.evaluation.scores import softmax
@@ -131,6 +132,20 @@ class Evaluation:
             quantization=self.manifest.get("quantization"),
         )
         return write_report(path, report)
+
+    def write_mistakes(self, report: Path) -> Path:
+        """The surer half of the mistakes, KEPT at most, in a file beside `report`: what `serve` shows of them."""
+        wrong = int((self.scored.logits.argmax(axis=1) != self.scored.labels).sum())
+        found = confident_mistakes(
+            self.scored.logits,
+            self.scored.labels,
+            self.metrics.label_names,
+            texts=self.scored.texts,
+            row_ids=self.scored.lines.tolist(),
+            top=min(KEPT, -(-wrong // 2)),
+            characters=CHARACTERS,
+        )
+        return write_mistakes(report, self.scored.source, found)
 
 
 def evaluate_run(

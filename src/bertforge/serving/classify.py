@@ -25,11 +25,11 @@ Cell = str | int | float | bool | None
 Input = str | dict[str, Cell]
 
 
-class _Told(BaseModel):
+class Told(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
-class Refusal(_Told):
+class Refusal(Told):
     """What went wrong."""
 
     code: str = Field(description="For programs; one for each status.")
@@ -37,14 +37,14 @@ class Refusal(_Told):
     field: str | None = Field(description="Where, such as inputs[3].Title; null where it is no field.")
 
 
-class Refused(_Told):
+class Refused(Told):
     """Every error."""
 
     error: Refusal
     id: str = Field(description="The request's, as in the header X-Request-Id.")
 
 
-class Question(_Told):
+class Question(Told):
     """What to classify."""
 
     inputs: Input | list[Input] = Field(
@@ -57,7 +57,7 @@ class Question(_Told):
     )
 
 
-class ModelTold(_Told):
+class ModelTold(Told):
     """Which model answered."""
 
     name: str
@@ -65,7 +65,7 @@ class ModelTold(_Told):
     precision: str
 
 
-class Result(_Told):
+class Result(Told):
     """Of one input."""
 
     label: str | int | bool | None = Field(description="Null for a text that is blank.")
@@ -79,7 +79,7 @@ class Result(_Told):
     problem: str | None = Field(None, description="What could not be read and counts as missing; absent where all was.")
 
 
-class Classified(_Told):
+class Classified(Told):
     """The answer."""
 
     id: str
@@ -87,7 +87,7 @@ class Classified(_Told):
     results: list[Result] = Field(description="In the order of the inputs.")
 
 
-class ModelCard(_Told):
+class ModelCard(Told):
     """One model."""
 
     name: str
@@ -105,7 +105,7 @@ class ModelCard(_Told):
     adapter_of: str | None = Field(description="The model on whose base this adapter runs.")
 
 
-class ModelCards(_Told):
+class ModelCards(Told):
     """All models."""
 
     models: list[ModelCard]

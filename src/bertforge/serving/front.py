@@ -22,11 +22,12 @@ from starlette.responses import Response
 
 from bertforge import __version__
 from bertforge.errors import BertforgeError
-from bertforge.serving import classify, metrics, monitor
+from bertforge.serving import classify, explain, metrics, monitor
 from bertforge.serving.connection import Connection
 from bertforge.serving.door import Door, call_of
 from bertforge.serving.keys import Keys
 from bertforge.serving.models import Models
+from bertforge.serving.page import page_routes
 from bertforge.serving.requests import RequestError
 from bertforge.serving.settings import FrontOrder
 
@@ -42,8 +43,9 @@ def make_app(models: Models) -> FastAPI:
         docs_url=None,  # pages that load from other servers
         redoc_url=None,
     )
-    for router in (classify.router(models), monitor.router(models)):
+    for router in (classify.router(models), explain.router(models), monitor.router(models)):
         app.include_router(router)
+    app.router.routes += page_routes()
 
     @app.get("/healthz", tags=["operation"])
     async def healthz() -> dict[str, str]:

@@ -132,11 +132,19 @@ class Models:
         return self.models[name]
 
     async def answer(
-        self, call: Call, inputs: Any, model: str | None = None, *, name: str = "inputs", deadline: float = np.inf
+        self,
+        call: Call,
+        inputs: Any,
+        model: str | None = None,
+        *,
+        name: str = "inputs",
+        deadline: float = np.inf,
+        watched: bool = True,
     ) -> Answers:
         """What a model says of `inputs`, one input or a list, the value of the field `name` of a request.
 
-        `deadline` is by `time.monotonic()`. Raises RequestError.
+        `deadline` is by `time.monotonic()`. What is not `watched` leaves no trace in `/v1/monitor`: rows that nobody
+        wrote. Raises RequestError.
         """
         while True:
             asked, began = self.get(model), time.monotonic()
@@ -161,7 +169,8 @@ class Models:
         metrics.stage("queue", answer.queued)
         metrics.stage("compute", answer.computed)
         metrics.rows(asked.served.name, len(rows))
-        self.counters.add(asked.served.name, asked.served.generation, asked.codec, prepared, answer.logits)
+        if watched:
+            self.counters.add(asked.served.name, asked.served.generation, asked.codec, prepared, answer.logits)
         return Answers(asked, prepared, asked.codec.probabilities(prepared.texts, answer.logits))
 
     def _changed(self, state: State | None) -> None:
