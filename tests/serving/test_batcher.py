@@ -244,11 +244,11 @@ def test_a_batch_that_an_engine_does_not_take_leaves_the_engine_serving(model, t
     assert service.broken == []
 
 
-def test_batches_are_as_large_as_the_latency_allows(model, texts):
+def test_batches_are_as_large_as_the_latency_and_the_longest_text_allow(model, texts):
     with Service(Held(model, streams=1), pace=Pace(latency=1e-9)) as service:
         service.ask(0, [texts[0]])[0].result(60)  # now the rate is known
-        service.ask(1, texts[:20])[0].result(60)
-        assert service.batcher.lanes["lane 0"].engine.rows == [1] * 21
+        service.ask(1, [text[:5] for text in texts[:20]])[0].result(60)
+        assert service.batcher.lanes["lane 0"].engine.rows == [1, *[LONGEST // 5] * 5]  # as much as the longest text
     with Service(Held(model, streams=1), pace=Pace(latency=1e9)) as service:
         service.ask(0, [texts[0]])[0].result(60)
         service.ask(1, texts[:20])[0].result(60)
