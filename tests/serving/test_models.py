@@ -99,7 +99,12 @@ OPEN_INFERENCE, TEI = ("/v2/models/text/infer", [TENSOR]), ("/predict", "a secre
         (OPEN_INFERENCE, KeyError("a secret text"), 500, {"error": "the service failed over this request"}),
         (TEI, RefusedError("full", "said", 3), 429, {"error": "said", "error_type": "Overloaded"}),
         (TEI, RefusedError("away", "said"), 503, {"error": "said", "error_type": "Unhealthy"}),
-        (TEI, KeyError("a secret text"), 500, {"error": "the service failed over this request", "error_type": "Backend"}),
+        (
+            TEI,
+            KeyError("a secret text"),
+            500,
+            {"error": "the service failed over this request", "error_type": "Backend"},
+        ),
     ],
 )
 def test_another_protocol_has_the_same_refusals_in_its_own_form(front, asked, error, status, told):

@@ -12,6 +12,7 @@ import resource
 import signal
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import uvicorn
@@ -33,6 +34,7 @@ from bertforge.serving.settings import FrontOrder
 
 FORMS = {"/v2": open_inference.form, "/predict": tei.form, "/info": tei.form, "/": tei.form}
 """Of errors, by the first part of the address: of those that speak another protocol than ours."""
+_PATIENCE = 5.0  # seconds to wait for the engine before connections are accepted
 _LAST = 0.5  # seconds from the word to end to the end of idle connections: what was on its way is answered
 
 
@@ -128,6 +130,8 @@ async def serve(order: FrontOrder) -> None:
         drain()
 
     models.start()
+    with suppress(TimeoutError):  # where the engine takes longer, who asks is told so
+        await asyncio.wait_for(_ready(models), _PATIENCE)
     listening = socket.socket(fileno=order.listening)
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     while not server.started and not serving.done():
@@ -136,11 +140,20 @@ async def serve(order: FrontOrder) -> None:
     for number, act in ((signal.SIGTERM, drain), (signal.SIGINT, lambda: None), (signal.SIGHUP, read_keys)):
         loop.add_signal_handler(number, act)
     loop.add_reader(0, hung_up)
-    while not models.ready and not serving.done():
-        await asyncio.sleep(0.02)
-    print("ready", flush=True)
+    telling = asyncio.create_task(_tell(models))
     await serving
+    telling.cancel()
     await models.client.close()
+
+
+async def _ready(models: Models) -> None:
+    while not models.ready:
+        await asyncio.sleep(0.02)
+
+
+async def _tell(models: Models) -> None:
+    await _ready(models)
+    print("ready", flush=True)
 
 
 def main() -> None:
