@@ -16,7 +16,7 @@ here reads two, and so is truncation from the left: models are trained on the be
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
@@ -28,6 +28,7 @@ from bertforge.serving.door import call_of
 from bertforge.serving.models import Answers, Model, Models
 from bertforge.serving.requests import RequestError, check_fields, kind_of, read_json
 
+One = Annotated[list[str], Field(min_length=1, max_length=1)]
 _TYPES = {424: "Backend", 429: "Overloaded", 500: "Backend", 503: "Unhealthy"}  # others: Validation
 
 
@@ -48,7 +49,7 @@ class HubParameters(Told):
 class PredictRequest(Told):
     """What to classify."""
 
-    inputs: str | list[str | list[str]] = Field(description="A text, or a list of lists of one text.")
+    inputs: str | One | list[One] = Field(description="A text, or a list of lists of one text.")
     raw_scores: bool = Field(False, description="Logits in the place of calibrated probabilities.")
     truncate: bool | None = Field(None, description="False refuses a text that is longer than the model reads.")
     truncation_direction: Literal["left", "Left", "right", "Right"] = Field("right", description="The text's end goes.")
