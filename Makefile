@@ -1,10 +1,11 @@
 # Two commands on a fresh machine: `make demo` runs the main job, `make test` runs the tests.
-# Each sets up a virtual environment in .venv first; nothing outside this folder is touched.
+# Each sets up a virtual environment in .venv first. Nothing outside this folder is touched, but for Debian's Chromium,
+# which `make test` installs where it is missing and may be installed.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-portable lint check clean help
+.PHONY: demo test test-portable lint browser clean help
 
 help:
 	@echo "make demo   the main job on bundled data and model: about 4 minutes on 2 CPU cores"
@@ -24,8 +25,20 @@ demo: $(VENV)/.installed-demo
 # The tests run on one thread each. A file stays in one process, for its fixtures take longer than most of its tests.
 PROCESSES := -n auto --maxprocesses 4 --dist loadfile
 
-test: $(VENV)/.installed-dev
+test: $(VENV)/.installed-dev $(VENV)/triton browser
 	$(BIN)/python -m pytest $(PROCESSES)
+
+# The page is tested in a real browser. Where there is none and none can be installed, its tests skip and say so.
+AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo -n)
+browser:
+	@command -v chromium >/dev/null || { $(AS_ROOT) apt-get update -qq && \
+	  $(AS_ROOT) env DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends chromium; } >/dev/null 2>&1 || \
+	  echo "note: no chromium, and it cannot be installed here: the tests of the page are skipped"
+
+# A Triton server, and the NumPy of its Python. Where there is none for this machine, the test of it is skipped.
+$(VENV)/triton: $(VENV)/.installed-dev
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off --no-deps --target $@ \
+	  nvidia-pytriton==0.7.0 "numpy==1.26.4; python_version < '3.13'"
 
 # Other kernels than this CPU's best, and four threads whatever its cores: results round and interleave otherwise.
 test-portable: $(VENV)/.installed-dev

@@ -150,18 +150,8 @@ def _train_rate(name: str) -> str:
 
 @table
 def train_rate_gpu() -> str:
-    """Training on a GPU beside the peer padded to 512 tokens."""
-    return _train_rates("train_rate_gpu")
-
-
-@table
-def train_rate_gpu_by_length() -> str:
-    """The same beside the peer in batches of like length."""
-    return _train_rates("train_rate_gpu_by_length")
-
-
-def _train_rates(name: str) -> str:
-    found = _record(name)
+    """Training on a GPU beside the peer, padded to 512 tokens and in batches of like length."""
+    found = _record("train_rate_gpu")
     rows = [
         [
             _run(row),
@@ -181,7 +171,7 @@ def _train_rates(name: str) -> str:
     ]
     speed = ["questions/s", "112,217 questions", "TFLOP/s", f"of {found['ceiling_tflops']}"]
     header = ["variant", "system", "precision", "batch", *speed, "memory", "padding", "set-up"]
-    return _markdown(header, rows) + _absent(found, "variant", "system") + _source(name, found)
+    return _markdown(header, rows) + _absent(found, "variant", "system") + _source("train_rate_gpu", found)
 
 
 def _run(row: dict[str, Any]) -> str:
@@ -305,67 +295,61 @@ def sensitivity() -> str:
 
 @table
 def inference_gpu() -> str:
-    """Systems on a GPU, in their own best precision there."""
-    return _inference_gpu("inference_gpu")
-
-
-@table
-def inference_gpu_h200() -> str:
-    """The same on another GPU, with the peer's best ways."""
-    return _inference_gpu("inference_gpu_h200")
+    """Systems on a GPU, BERT-base with random weights."""
+    found = _record("inference_gpu")
+    timed = [row for row in found["rows"] if row.get("model") == "bert-base" and "questions_per_s" in row]
+    rows = [[*_gpu_system(row), f"{row['max_logit_difference']:.4f}"] for row in timed]
+    return _markdown([*_GPU_SYSTEM, "largest logit difference"], rows) + _source("inference_gpu", found)
 
 
 @table
 def inference_gpu_minilm() -> str:
-    """Our engine with a small model that is fine-tuned."""
-    found = _record("inference_gpu_minilm")
+    """The same with a small model that is fine-tuned."""
+    found = _record("inference_gpu")
+    timed = [row for row in found["rows"] if row.get("model") == "minilm" and "questions_per_s" in row]
     rows = [
-        [
-            row["precision"],
-            row["batch"],
-            f"{row['questions_per_s']:,.0f}",
-            f"{row['share_of_ceiling']:.0%}",
-            f"{row['peak_memory_gb']:.1f} GB",
-            f"{row['changed_labels']:,} of {row['rows']:,}",
-            _percent(row["accuracy"]),
-        ]
-        for row in found["rows"]
-        if "questions_per_s" in row
+        [*_gpu_system(row), f"{row['changed_labels']:,} of {row['rows']:,}", _percent(row["accuracy"])] for row in timed
     ]
-    header = ["precision", "packs", "questions/s", "of the ceiling", "memory", "labels changed", "accuracy"]
-    return _markdown(header, rows) + _source("inference_gpu_minilm", found)
+    return _markdown([*_GPU_SYSTEM, "labels changed", "accuracy"], rows) + _source("inference_gpu", found)
+
+
+_GPU_SYSTEM = ["system", "framework", "precision", "batch", "questions/s", "of the ceiling", "padding", "memory"]
+
+
+def _gpu_system(row: dict[str, Any]) -> list[str]:
+    return [
+        row["system"],
+        row["framework"],
+        row["precision"],
+        row["batch"],
+        f"{row['questions_per_s']:,.0f}",
+        f"{row['share_of_ceiling']:.0%}",
+        f"{row['padding_waste']:.0%}",
+        f"{row['peak_memory_gb']:.1f} GB",
+    ]
 
 
 @table
 def one_question_gpu() -> str:
     """Milliseconds of one question of 128 tokens, from ids on the host to logits on the host."""
-    records = {name: _record(name) for name in ("inference_gpu_h200", "inference_gpu_minilm")}
-    named = ("model", "system", "framework", "precision")
+    found, named = _record("inference_gpu"), ("model", "system", "framework", "precision")
     rows = [
-        [
-            row["model"],
-            row["system"],
-            row["framework"],
-            row["precision"],
-            *(f"{row[f'p{p}_ms']:.2f}" for p in (50, 95, 99)),
-        ]
-        for found in records.values()
+        [*(row[name] for name in named), *(f"{row[f'p{p}_ms']:.2f}" for p in (50, 95, 99))]
         for row in found["rows"]
         if "p50_ms" in row
     ]
-    return _markdown([*named, "p50 ms", "p95 ms", "p99 ms"], rows) + "".join(
-        _source(name, found) for name, found in records.items()
-    )
+    return _markdown([*named, "p50 ms", "p95 ms", "p99 ms"], rows) + _source("inference_gpu", found)
 
 
 @table
 def kernel_time_gpu() -> str:
     """Where our engine's time goes."""
-    found = _record("inference_gpu_h200")
+    found = _record("inference_gpu")
     shared = [row for row in found["rows"] if "time_shares" in row]
     families = list(shared[0]["time_shares"])
     rows = [
         [
+            row["model"],
             row["precision"],
             row["batch"],
             *(f"{row['time_shares'][family]:.0%}" for family in families),
@@ -373,9 +357,8 @@ def kernel_time_gpu() -> str:
         ]
         for row in shared
     ]
-    return _markdown(["precision", "packs", *families, "TFLOP/s of the whole"], rows) + _source(
-        "inference_gpu_h200", found
-    )
+    header = ["model", "precision", "packs", *families, "TFLOP/s of the whole"]
+    return _markdown(header, rows) + _source("inference_gpu", found)
 
 
 @table
@@ -425,38 +408,6 @@ def cascade_gpu() -> str:
     return _markdown(["system", "questions/s", "asked again", "labels changed", "accuracy"], rows) + _source(
         "cascade", found
     )
-
-
-def _inference_gpu(name: str) -> str:
-    found = _record(name)
-    rows = [
-        [
-            row["model"],
-            row["system"],
-            row["framework"],
-            row["precision"],
-            row["batch"],
-            f"{row['questions_per_s']:,.0f}",
-            f"{row['share_of_ceiling']:.0%}",
-            f"{row['padding_waste']:.0%}",
-            f"{row['peak_memory_gb']:.1f} GB",
-            f"{row['max_logit_difference']:.4f}",
-        ]
-        for row in found["rows"]
-        if "questions_per_s" in row
-    ]
-    header = [
-        "model",
-        "system",
-        "framework",
-        "precision",
-        "batch",
-        "questions/s",
-        "of the ceiling",
-        "padding",
-        "memory",
-    ]
-    return _markdown([*header, "largest logit difference"], rows) + _source(name, found)
 
 
 @table

@@ -29,10 +29,14 @@ MAY_IMPORT = {
     "training": {"model", "lora", "data", "columns", "evaluation", "proof"},
     "quantize": {"model", "data", "evaluation", "proof"},
     "inference": {"model", "lora", "data", "columns", "evaluation", "quantize", "engines", "proof"},
-    "jobs": {"model", "lora", "data", "evaluation", "quantize", "engines", "proof", "inference"},
+    "triton_server": {"data", "engines", "inference"},
+    "jobs": {
+        *("model", "lora", "data", "columns", "evaluation", "quantize", "engines", "proof", "inference"),
+        "triton_server",
+    },
     "benchmark": {"model", "engines", "inference", "data", "evaluation", "jobs"},
     "autofit": {"model", "lora", "data", "columns", "evaluation", "training", "engines", "inference", "jobs"},
-    "serving": {"data", "columns", "model", "lora", "native", "engines", "proof", "inference"},
+    "serving": {"data", "columns", "model", "lora", "evaluation", "native", "engines", "proof", "inference"},
     "cli": PARTS - {"cli"},
 }
 # Libraries a part is there for; nobody imports the part before it is asked for.
@@ -59,6 +63,7 @@ OPTIONAL = {
         "tensorrt",
         "tensorrt_rtx",
         "openpyxl",
+        "triton_python_backend_utils",
         "fastapi",
         "starlette",
         "pydantic",

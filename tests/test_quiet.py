@@ -35,6 +35,7 @@ prepare questions.csv --out data --model base --folds 2
 train --data data --out run {TRAIN}
 cross-validate --data data --out folds {TRAIN}
 evaluate run --data data --json metrics.json
+threshold run --data data --precision 0.1 --prior closed=0.4 --json threshold.json
 predict run questions.csv --out predictions.csv
 merge run --out model
 quantize model --data data --out quantized --calibration max --preset ffn
@@ -42,6 +43,8 @@ compile model --data data --target onnxruntime --precision int8 --out onnxruntim
 compile model --data data --target openvino --precision fp32 --out openvino
 predict openvino questions.csv --out predictions.parquet
 predict onnxruntime questions.csv --out rechecked.csv --recheck openvino
+serve openvino --port 0
+export-triton onnxruntime --out repository
 benchmark model --data data --targets openvino-fp32 --rows 32 --repeats 1 --out benchmark
 fit mails.csv --label-column folder --minutes 1 --out fitted --model base
 check fitted
@@ -78,15 +81,22 @@ def test_no_command_calls_anybody_or_leaves_a_file_outside_the_named_folder(fold
     shutil.copytree(base, folder / "named" / "base")
     mails(120)[["message", "folder"]].to_csv(folder / "named" / "mails.csv", index=False)
     program = """
-import json, sys
+import json, os, signal, sys
 from bertforge.autofit import fit, search
 from bertforge.benchmark import roofline
 from bertforge.cli.main import main
 from bertforge.engines import measure
 from bertforge.engines.fastest import Candidate
+from bertforge.terminal import Terminal
 roofline._SECONDS = measure.PAUSE_S = 0
 search.candidates = lambda columns: [search.Candidate(True, 0.2, False)]  # one of each is enough
 fit.candidates = lambda *arguments: [Candidate("onnxruntime", "fp32")]
+shown = Terminal.print
+def end_when_ready(self, *said, **options):
+    shown(self, *said, **options)
+    if str(*said[:1]).startswith("curl "):  # the last line of `serve` when it answers
+        os.kill(os.getpid(), signal.SIGTERM)
+Terminal.print = end_when_ready
 for command in json.loads(sys.argv[1]):
     sys.argv = ["bertforge", *command.split()]
     try:

@@ -88,7 +88,12 @@ def write_atomic(path: Path, content: str | bytes) -> Path:
 
 def write_json(path: Path, value: Any) -> Path:
     """Atomically writes `value` as indented JSON; NaN and infinities are refused, for they are not JSON."""
-    return write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    return write_atomic(path, to_json(value))
+
+
+def to_json(value: Any) -> str:
+    """What `write_json` writes."""
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 @contextmanager

@@ -15,6 +15,7 @@ stamps of those that were whole.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -25,7 +26,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from bertforge.artifact import versions
+from bertforge.artifact import to_json, versions
 from bertforge.digests import digest_file, read_sealed, sealed, write_sealed
 from bertforge.errors import ArtifactError, removal
 from bertforge.locks import OLD, PATIENCE, BusyError, beside, leftovers, locked
@@ -39,7 +40,10 @@ _CHECKED = ".checked.json"
 _WEIGHTS = "model.safetensors"
 _STAMPED = ("data", "tokens")  # kinds that are not read whole each time
 _SETTLED = 1.0  # seconds: a file that changes twice within a tick of the clock keeps its stamp
-_MODEL = ("recipe", "labels", "schema", "tabular", "data", "base", "golden", "inputs")
+DECISION = "decision"
+_READING = ("recipe", "labels", "schema", "tabular", "data", "base", "inputs")  # how rows are put to a model
+_ANSWERING = ("temperature", "label_shares", DECISION, "reference")  # what is made of its logits
+_MODEL = (*_READING, "golden")
 # What every reader of a kind relies on.
 _FIELDS = {
     "data": ("fingerprint", "source", "schema", "rows", "label_counts", "columns", "splits", "made_up"),
@@ -49,6 +53,7 @@ _FIELDS = {
     "quantized": (*_MODEL, "quantization"),
     "engine": (*_MODEL, "target", "precision", "spared"),
     "fit": ("serves",),
+    "triton": ("model",),
 }
 _MADE_BY = {
     "data": "bertforge prepare TABLE --out {}",
@@ -57,6 +62,7 @@ _MADE_BY = {
     "quantized": "bertforge quantize MODEL --data DATA --out {}",
     "engine": "bertforge compile MODEL --target openvino --precision bf16 --out {}",
     "fit": "bertforge fit TABLE --label-column L --out {}",
+    "triton": "bertforge export-triton ARTIFACT --out {}",
 }
 
 _TOKENS = "remove them, and the next command tokenizes again"
@@ -78,6 +84,21 @@ def amend_manifest(directory: Path, manifest: dict[str, Any]) -> Path:
     return write_sealed(directory / MANIFEST, manifest)
 
 
+def carried(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a model's manifest that every folder made of the model keeps."""
+    return {name: manifest[name] for name in (*_READING, *_ANSWERING) if name in manifest}
+
+
+def identity(directory: Path) -> str:
+    """What a folder calls its `parent`, of which it was made: the hash of the manifest.
+
+    Thresholds, which may be chosen anew at any time, are left out of it: an engine does not hang on them.
+    """
+    fields = read_sealed(directory / MANIFEST)
+    fields.pop(DECISION, None)
+    return "sha256:" + hashlib.sha256(to_json(sealed(fields)).encode()).hexdigest()
+
+
 def read_manifest(directory: Path, *kinds: str) -> dict[str, Any]:
     """The manifest of a folder of one of `kinds` whose every file is as it was written.
 
@@ -88,6 +109,15 @@ def read_manifest(directory: Path, *kinds: str) -> dict[str, Any]:
     if damage := next(_damages(directory, manifest), None):
         raise ArtifactError(f"{damage}; {remake(directory, manifest['kind'], manifest)}")
     return manifest
+
+
+def served(directory: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder that is loaded for `directory`, another one for a folder made by `fit`, and its manifest."""
+    manifest = read_manifest(directory, "run", "model", "quantized", "engine", "fit")
+    if manifest["kind"] != "fit":
+        return directory, manifest
+    directory = Path(directory, manifest["serves"])
+    return directory, read_manifest(directory, "run", "model", "engine")
 
 
 def put_right(directory: Path) -> None:

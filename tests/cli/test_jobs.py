@@ -187,6 +187,7 @@ READ = [
     ("compile", "MODEL", "--target", "onnxruntime", "--precision", "fp32", "--verify"),
     ("evaluate", "MODEL", "--data", "DATA", "--report", "reports/r.html", "--json", "json/m.json"),
     ("predict", "MODEL", "DATA", "--out", "predictions/p.csv"),
+    ("threshold", "MODEL", "--data", "DATA", "--precision", "0.5", "--json", "json/t.json"),
     ("quantize", "MODEL", "--data", "DATA", "--out", "models/q", "--json", "json/q.json"),
     ("benchmark", "MODEL", "--data", "DATA", "--out", "benchmarks"),
     ("merge", "MODEL", "--out", "models/merged"),

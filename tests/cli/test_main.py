@@ -9,7 +9,19 @@ import torch
 from bertforge.cli import main as module
 from tests.runs import run_command
 
-COMMANDS = ("demo", "doctor", "sample-data", "prepare", "train", "evaluate", "predict", "merge")
+COMMANDS = (
+    "demo",
+    "doctor",
+    "sample-data",
+    "prepare",
+    "train",
+    "evaluate",
+    "threshold",
+    "predict",
+    "merge",
+    "serve",
+    "export-triton",
+)
 
 
 def test_importing_the_command_line_loads_no_heavy_library():

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bertforge.columns.encoder import TabularEncoder
-from bertforge.columns.numeric import ColumnScaler, Numeric, NumericSettings, NumericShape, PiecewiseLinear
+from bertforge.columns.numeric import Numeric, NumericSettings, NumericShape
+from bertforge.columns.parts import ColumnScaler, PiecewiseLinear
 from bertforge.columns.transform import TabularSpec, TabularTransform
 from bertforge.errors import ArtifactError, DataError, UsageError
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from bertforge.columns.kind import Kind, Part, as_array
+from bertforge.columns.kind import Kind
+from bertforge.columns.parts import Part, as_array
 from bertforge.columns.registry import KINDS
 from bertforge.data.prepared import PreparedData
 from bertforge.errors import UsageError

@@ -3,7 +3,8 @@
 import pandas as pd
 import torch
 
-from bertforge.columns.several_names import MeanEmbedding, SeveralNames, SeveralNamesSettings, SeveralNamesShape
+from bertforge.columns.parts import MeanEmbedding
+from bertforge.columns.several_names import SeveralNames, SeveralNamesSettings, SeveralNamesShape
 
 KIND, SETTINGS = SeveralNames(), SeveralNamesSettings("m")
 

@@ -30,7 +30,7 @@ from bertforge.proof.tolerances import STRUCTURE
 from bertforge.quantize.ranges import find_ranges
 from bertforge.training.finetune import finetune
 from tests.engines.building import CPU, built
-from tests.native.models import model, pack, ranges
+from tests.native.models import adapted, model, pack, ranges
 from tests.runs import made_up, make_base, prepare_frame, quick_recipe
 
 GPU = replace(detect(), device=torch.device("cuda"), name="Some GPU", bf16=True, capability=(8, 6))
@@ -185,10 +185,24 @@ def test_on_a_gpu_many_threads_get_their_own_answers(wide, tmp_path):
 
 
 @needs_a_gpu
+def test_on_a_gpu_models_of_one_base_take_turns_in_one_engine(tmp_path):
+    models = [adapted(1), adapted(2, ("query", "value", "dense")), model()]
+    engines = [built("native", bert, tmp_path / str(i), "bf16", hardware=detect()) for i, bert in enumerate(models)]
+    wanted = [engine.logits(pack()) for engine in engines]
+    assert np.abs(wanted[0] - wanted[1]).max() > 0.1
+    together = [*(engines[2].beside(bert) for bert in models[:2]), engines[2]]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda place: together[place % 3].logits(pack()), range(300)))
+    for place, logits in enumerate(found):
+        assert np.array_equal(logits, wanted[place % 3])
+
+
+@needs_a_gpu
 def test_without_memory_the_error_says_so(wide, tmp_path):
     compile_model(wide / "full", "native", "bf16", wide / "data", tmp_path / "engine")
+    torch.cuda.empty_cache()
     free, whole = torch.cuda.mem_get_info()
-    taken = torch.empty(free - 2**27, dtype=torch.uint8, device="cuda")
+    taken = torch.empty(free - 2**25, dtype=torch.uint8, device="cuda")  # this small model's engine takes 100 MB
     with pytest.raises(MachineError, match=r"does not fit into the memory of .* GB are free"):
         Predictor.load(tmp_path / "engine")
     assert len(taken) < whole

@@ -70,7 +70,7 @@ def test_two_labels_agree_with_scikit_learn(decimals):
     assert values(found) == pytest.approx(expected, abs=1e-12, rel=0)
     cells = [[cell.value for cell in row] for row in found.confusion]
     assert cells == sk.confusion_matrix(true, predicted).tolist()
-    assert calibration_error(logits, true) == found.calibration_error.value
+    assert calibration_error(logits, true).value == found.calibration_error.value
     assert macro_f1(true, predicted, 2) == found.macro_f1.value
     assert found.average == "label 'closed'"
 

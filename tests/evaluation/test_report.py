@@ -15,9 +15,11 @@ from bertforge.evaluation import figures
 from bertforge.evaluation.bootstrap import Estimate
 from bertforge.evaluation.compare import compare
 from bertforge.evaluation.curves import reliability, roc_curves
+from bertforge.evaluation.decisions import Policy, outcome
 from bertforge.evaluation.groups import by_length, by_month, confident_mistakes
 from bertforge.evaluation.metrics import classification_metrics
 from bertforge.evaluation.report import Report, metrics_markdown, write_report
+from bertforge.evaluation.scores import log_softmax
 from bertforge.evaluation.standing import Rival, Standing
 
 HOSTILE = "<script>alert('x')</script><img src=http://example.com/x onerror=alert(1)> $a_b$ & \"q\""
@@ -27,6 +29,7 @@ SECTIONS = [
     "Loss curves",
     "ROC",
     "Calibration",
+    "Decisions",
     "Confusion matrix",
     "Accuracy by text length",
     "Accuracy by month",
@@ -93,6 +96,8 @@ def _made_report(labels: int, names: tuple[str, ...]) -> Report:
         ],
         roc=roc_curves(logits, true, names),
         reliability=reliability(logits, true),
+        uncalibrated=reliability(3 * logits, true),
+        decisions=outcome(Policy(names, (0.7,) * labels), np.exp(log_softmax(logits)), true),
         by_length=by_length(logits, true, generator.integers(1, 512, size=300)),
         by_month=by_month(logits, true, dates),
         mistakes=confident_mistakes(logits, true, names, texts=["Why does it fail?"] * 300),

@@ -55,7 +55,7 @@ def test_the_validation_loss_of_training_is_found_again(data, runs, kind):
     # `evaluate` chooses its own precision, and training used float32. The temperature lowers the loss further.
     raw = classification_metrics(found.scored.logits * found.temperature, found.scored.labels, "ab", bootstrap=1)
     assert raw.loss.value == pytest.approx(metrics["validation_loss"], abs=2e-3)
-    assert raw.calibration_error.value == pytest.approx(found.raw_calibration_error, abs=1e-9)
+    assert raw.calibration_error.value == pytest.approx(found.raw_calibration_error.value, abs=1e-9)
     assert found.metrics.loss.value <= raw.loss.value
     exact = score(Predictor.load(runs[kind], "fp32"), data, "validation")
     surprise = np.log(np.exp(exact.logits).sum(1)) - exact.logits[np.arange(len(exact.labels)), exact.labels]

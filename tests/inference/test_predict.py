@@ -49,7 +49,7 @@ def read(path):
 
 
 def test_every_row_comes_out_in_order(tmp_path, predictor, table):
-    assert predict_table(predictor, table, tmp_path / "p.parquet") == (30, 1, True)
+    assert predict_table(predictor, table, tmp_path / "p.parquet") == (30, 1, True, None)
     found = read(tmp_path / "p.parquet")
     assert list(found.columns) == ["line", "label", "probability", "p_open", "p_closed", "problem"]
     assert found["line"].tolist() == list(range(1, 31))
@@ -117,7 +117,8 @@ def labelled(predictor, *labels):
 def test_labels_are_as_the_table_gave_them_and_safe_for_a_spreadsheet_when_asked(tmp_path, predictor, table, label):
     changed = labelled(predictor, label, f"{label}0")
     given, safe = tmp_path / "given.csv", tmp_path / "safe.csv"
-    assert predict_table(changed, table, given) == predict_table(changed, table, safe, safe_csv=True) == (30, 1, True)
+    written = predict_table(changed, table, given)
+    assert written == predict_table(changed, table, safe, safe_csv=True) == (30, 1, True, None)
     one, other = read(given), read(safe)
     known = set(one["label"].dropna().map(str))
     assert known <= {label, f"{label}0"}
@@ -142,7 +143,7 @@ def test_chunks_leave_no_trace(tmp_path, predictor, table, monkeypatch, name):
     read_raw, read_chunks = module.read_raw, tables.read_chunks
     monkeypatch.setattr("bertforge.data.raw.read_chunks", lambda source, **named: read_chunks(source, 3))
     assert len(list(read_raw(table, predictor.schema, require_labels=False))) == 10
-    assert predict_table(predictor, table, tmp_path / name) == (30, 1, True)
+    assert predict_table(predictor, table, tmp_path / name) == (30, 1, True, None)
     whole, pieces = read(tmp_path / f"whole_{name}"), read(tmp_path / name)
     pd.testing.assert_frame_equal(pieces, whole, atol=1e-5)
 
@@ -155,7 +156,7 @@ def test_rows_that_cannot_be_read_keep_their_line(tmp_path, predictor):
     lines = path.read_bytes().split(b"\n")
     lines[3] = lines[3].replace(b"one line", b"one l\xefne")
     path.write_bytes(b"\n".join(lines))
-    assert predict_table(predictor, path, tmp_path / "p.csv") == (6, 1, True)
+    assert predict_table(predictor, path, tmp_path / "p.csv") == (6, 1, True, None)
     found = read(tmp_path / "p.csv")
     assert found["line"].tolist() == [2, 3, 4, 5, 6, 7]
     assert found["problem"].tolist() == ["", "", "not UTF-8", "", "", ""]
@@ -166,7 +167,7 @@ def test_a_table_without_any_text_is_all_unlabelled(tmp_path, predictor):
     frame = made_up(3, seed=3).assign(Title="", BodyMarkdown="")
     frame.to_csv(tmp_path / "t.csv", index=False)
     for suffix in (".csv", ".parquet", ".jsonl"):
-        assert predict_table(predictor, tmp_path / "t.csv", tmp_path / f"p{suffix}") == (3, 3, True)
+        assert predict_table(predictor, tmp_path / "t.csv", tmp_path / f"p{suffix}") == (3, 3, True, None)
         assert read(tmp_path / f"p{suffix}")["label"].isna().all()
 
 
@@ -270,10 +271,10 @@ def test_what_fails_on_the_way_leaves_no_file_an_older_one_alone_and_no_thread(t
 def test_a_run_without_columns_needs_the_texts_alone(tmp_path, runs):
     made_up(4)[["Title", "BodyMarkdown"]].to_csv(tmp_path / "t.csv", index=False)
     text_only = Predictor.load(runs["full"], "fp32")
-    assert predict_table(text_only, tmp_path / "t.csv", tmp_path / "p.csv") == (4, 0, True)
+    assert predict_table(text_only, tmp_path / "t.csv", tmp_path / "p.csv") == (4, 0, True, None)
     title = replace(text_only.schema, text_columns=("Title",))
     one_label = replace(text_only, codec=replace(text_only.codec, schema=title))
-    assert predict_table(one_label, tmp_path / "t.csv", tmp_path / "q.csv") == (4, 0, True)
+    assert predict_table(one_label, tmp_path / "t.csv", tmp_path / "q.csv") == (4, 0, True, None)
     assert (tmp_path / "q.csv").read_text() != (tmp_path / "p.csv").read_text()
 
 

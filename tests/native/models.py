@@ -4,6 +4,8 @@ import numpy as np
 import torch
 
 from bertforge.batch import PackedBatch
+from bertforge.lora.config import LoraConfig
+from bertforge.lora.inject import inject_lora, merge
 from bertforge.model.points import linears, shared, units
 from bertforge.scales import Scales
 from tests.model.tiny import tiny_bert
@@ -15,6 +17,18 @@ def model(**changes):
     """Two heads of 32, three layers."""
     values = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "initializer_range": 0.2} | changes
     return tiny_bert(**values)
+
+
+def adapted(seed, targets=("query", "value"), **changes):
+    """`model` with a merged adapter and a head of its own."""
+    plain = model(**changes)
+    torch.manual_seed(seed)
+    whole = inject_lora(plain, LoraConfig(r=2, lora_alpha=4, target_modules=targets, modules_to_save=("classifier",)))
+    with torch.no_grad():
+        for name, parameter in whole.named_parameters():
+            if "lora_B" in name or name.startswith("classifier"):
+                parameter.normal_()
+    return merge(whole).eval()
 
 
 def pack(lengths=LENGTHS, vocabulary=50, seed=0):

@@ -50,6 +50,10 @@ class Service:
         """One request."""
         return self.http.post("/v1/classify", json={"inputs": inputs, **fields})
 
+    def connection(self) -> httpx.Client:
+        """A client of its own, which another front may serve."""
+        return httpx.Client(base_url=self.address, timeout=PATIENCE)
+
     def processes(self, module: str) -> list[int]:
         """Ids of its processes that run a module."""
         found = []

@@ -1,5 +1,6 @@
 """Asks from many sides through the threads of a real engine, told apart by the content of their answers."""
 
+import math
 import threading
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
@@ -12,6 +13,7 @@ from bertforge.data.loader import Examples
 from bertforge.data.tokens import TokenStore
 from bertforge.engines.pytorch import PyTorchEngine
 from bertforge.engines.run import run
+from bertforge.errors import UsageError
 from bertforge.hardware import Hardware
 from bertforge.serving.batcher import Batcher, Lane
 from bertforge.serving.channel import Answer, Ask, Refusal
@@ -20,7 +22,7 @@ from tests.model.tiny import tiny_bert
 
 SEP, LONGEST = 3, 20
 HERE = Hardware(torch.device("cpu"), "a CPU", 1.0, 2, bf16=False)
-DEFAULTS = Pace()
+DEFAULTS = Pace(queue=math.inf)
 CLOSE = 1e-5  # float32, summed in other orders
 
 
@@ -229,11 +231,24 @@ def test_an_engine_that_fails_is_told_and_refuses_what_it_failed_over(model, tex
     assert len(service.said[0]) == 1
 
 
-def test_batches_are_as_large_as_the_latency_allows(model, texts):
+def test_a_batch_that_an_engine_does_not_take_leaves_the_engine_serving(model, texts):
+    def fails_over(rows):
+        if rows == 2:
+            raise UsageError("this model reads columns")
+
+    engine = Held(model, streams=1)
+    engine.fails_over = fails_over
+    with Service(engine) as service:
+        assert service.ask(0, texts[:2])[0].result(60).reason == "failed"
+        assert isinstance(service.ask(1, texts[:3])[0].result(60), Answer)
+    assert service.broken == []
+
+
+def test_batches_are_as_large_as_the_latency_and_the_longest_text_allow(model, texts):
     with Service(Held(model, streams=1), pace=Pace(latency=1e-9)) as service:
         service.ask(0, [texts[0]])[0].result(60)  # now the rate is known
-        service.ask(1, texts[:20])[0].result(60)
-        assert service.batcher.lanes["lane 0"].engine.rows == [1] * 21
+        service.ask(1, [text[:5] for text in texts[:20]])[0].result(60)
+        assert service.batcher.lanes["lane 0"].engine.rows == [1, *[LONGEST // 5] * 5]  # as much as the longest text
     with Service(Held(model, streams=1), pace=Pace(latency=1e9)) as service:
         service.ask(0, [texts[0]])[0].result(60)
         service.ask(1, texts[:20])[0].result(60)

@@ -1,7 +1,8 @@
 import pytest
 
 from bertforge.data.schema import QUESTIONS
-from bertforge.inference.codec import Codec, served
+from bertforge.inference.codec import Codec
+from bertforge.manifest import served
 from bertforge.serving.inputs import Columns, read_inputs
 from bertforge.serving.requests import RequestError
 from bertforge.serving.settings import Limits

@@ -7,7 +7,8 @@ import pytest
 
 from bertforge.data.schema import QUESTIONS
 from bertforge.errors import DataError
-from bertforge.inference.codec import Codec, served
+from bertforge.inference.codec import Codec
+from bertforge.manifest import served
 from bertforge.serving.inputs import Columns, read_inputs
 from bertforge.serving.preparing import Preparation
 from bertforge.serving.settings import Limits
@@ -69,18 +70,32 @@ def test_tokens_that_are_cut_are_counted(text):
     assert prepared.whole[1] == 3002
 
 
-def test_one_request_of_many_rows_lets_another_pass(text):
+class Counting:
+    """A tokenizer that keeps how many texts it was given at a time."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.batches = tokenizer, []
+
+    def encode(self, texts):
+        self.batches.append(len(texts))
+        return self.tokenizer.encode(texts)
+
+
+def test_requests_of_many_rows_let_another_pass(text):
+    counting = Counting(text.tokenizer)
+
     async def run():
-        prepare, done = Preparation(text), []
+        prepare = Preparation(replace(text, tokenizer=counting))
+        many = [asyncio.create_task(prepare(["text"] * 1000)) for _ in range(8)]
+        await asyncio.sleep(0)  # they come first
+        await prepare(["another"])
+        before = len(counting.batches)
+        await asyncio.gather(*many)
+        return before
 
-        async def ask(name, rows):
-            await prepare(rows)
-            done.append(name)
-
-        await asyncio.gather(ask("many", ["text"] * 1000), *(ask(f"one {number}", ["text"]) for number in range(40)))
-        return done
-
-    assert asyncio.run(run())[-1] == "many"
+    assert asyncio.run(run()) <= 3, "each of the eight gave up a part of its turn"
+    assert sum(counting.batches) == 8001
+    assert max(counting.batches) <= 64, "of the event loop's time"
 
 
 class Breaking:
@@ -103,11 +118,14 @@ def test_a_request_whose_rows_cannot_be_read_fails_alone(text):
 
 
 def test_a_request_that_nobody_waits_for_is_left_out(text):
+    counting = Counting(text.tokenizer)
+
     async def run():
-        prepare = Preparation(text)
+        prepare = Preparation(replace(text, tokenizer=counting))
         gone = asyncio.create_task(prepare(["text"] * 1000))
         await asyncio.sleep(0)
         gone.cancel()
         return await prepare(["another"])
 
     assert asyncio.run(run()).texts == ["another"]
+    assert sum(counting.batches) <= 65, "what was begun, and the other"

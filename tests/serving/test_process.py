@@ -54,8 +54,9 @@ class Front:
 
 
 @contextlib.asynccontextmanager
-async def serving(socket, **models):
-    process = EngineProcess(EngineOrder(str(socket), {name: str(folder) for name, folder in models.items()}, "fp32"))
+async def serving(socket, adapters=None, **models):
+    folders = [{name: str(folder) for name, folder in group.items()} for group in (models, adapters or {})]
+    process = EngineProcess(EngineOrder(str(socket), *folders, precision="fp32"))
     running = asyncio.create_task(process.run())
     front = Front(socket)
     front.client.start()
@@ -241,7 +242,7 @@ def test_an_engine_that_fails_over_its_golden_rows_is_not_served(runs, socket, m
 
 def test_an_engine_that_fails_refuses_that_batch_and_ends_the_process_with_a_code_of_its_own(runs, socket, monkeypatch):
     async def scene():
-        process = EngineProcess(EngineOrder(str(socket), {"a": str(runs["full"])}, "fp32"))
+        process = EngineProcess(EngineOrder(str(socket), {"a": str(runs["full"])}, precision="fp32"))
         running = asyncio.create_task(process.run())
         front = Front(socket)
         front.client.start()
@@ -290,7 +291,7 @@ def test_loads_are_told(runs, socket, monkeypatch):
 
 def test_the_process_itself_begins_swaps_and_ends(model, socket):
     process = subprocess.Popen(
-        EngineOrder(str(socket), {"a": str(model)}, "fp32", Pace(latency=0.01)).command(),
+        EngineOrder(str(socket), {"a": str(model)}, precision="fp32", pace=Pace(latency=0.01)).command(),
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

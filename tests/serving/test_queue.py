@@ -69,6 +69,17 @@ def test_who_comes_back_again_and_again_gets_no_more_than_who_waits(packed):
     assert abs(given["again", 50] - given["steady", 50]) <= 1
 
 
+def test_who_comes_later_is_given_nothing_for_the_time_before():
+    queue = Queue(PACKS, packed=True)
+    request(queue, "early", [10] * 1000)
+    for _ in range(50):
+        taken(queue)
+    request(queue, "late", [10] * 1000)
+    for _ in range(10):
+        clients = Counter(client for client, _ in taken(queue))
+        assert clients == {"early": 5, "late": 5}
+
+
 def test_rows_of_one_client_are_taken_in_their_order():
     queue = Queue(PACKS, packed=True)
     lengths = [30, 50, 40, 20, 60, 10]

@@ -185,6 +185,7 @@ def _all_stages(table: Path, out: Path, options: FitOptions, state: _State, say:
         state.save()
     ranked = sorted(state.log.trials, key=lambda trial: (-trial.rows_seen, trial.loss))
     trials = [{"name": trial.candidate.name, **trial.to_dict()} for trial in ranked]
+    evaluation.write_mistakes(out / "report.html")
     try:
         evaluation.write_report(out / "report.html", trials, state.engines)
     except MachineError as error:

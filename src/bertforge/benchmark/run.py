@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bertforge.artifact import hash_file, versions
+from bertforge.artifact import versions
 from bertforge.benchmark.fresh import fresh_process
 from bertforge.benchmark.roofline import add_shares, needed_flops, product_rate
 from bertforge.benchmark.workload import PADDED, Workload, load
@@ -30,7 +30,7 @@ from bertforge.evaluation.groups import wilson_interval
 from bertforge.hardware import Hardware, detect
 from bertforge.inference.predictor import Predictor, check_merged
 from bertforge.jobs.compile import compile_model, default_folder
-from bertforge.manifest import MANIFEST, read_manifest
+from bertforge.manifest import MANIFEST, identity, read_manifest
 from bertforge.model.config import BertConfig
 from bertforge.scales import Scales
 
@@ -129,7 +129,7 @@ def _check_parentage(model: Path, quantized: Path | None) -> None:
             f"{model} is a quantized folder, and is measured beside its model: "
             f"bertforge benchmark MODEL --data DIR --quantized {model}"
         )
-    if quantized and read_manifest(quantized, "quantized").get("parent") != hash_file(model / MANIFEST):
+    if quantized and read_manifest(quantized, "quantized").get("parent") != identity(model):
         raise UsageError(
             f"{quantized} was not made from {model} as it is now; make it again: "
             f"bertforge quantize {model} --data DIR --out Q"
@@ -192,7 +192,7 @@ def compiled(model: Path, target: str, precision: str, data: Path, say: Callable
     """The folder of an engine of `model` as it is now, compiled if need be."""
     folder = default_folder(model, target, precision)
     if (folder / MANIFEST).is_file():
-        if read_manifest(folder, "engine").get("parent") == hash_file(model / MANIFEST):
+        if read_manifest(folder, "engine").get("parent") == identity(model):
             return folder
         raise UsageError(f"{folder} was compiled from other weights; remove it: {removal(folder)}")
     say(f"compiling {target} {precision}")

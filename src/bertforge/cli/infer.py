@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from bertforge.cli.tables import KINDS, Encoding, Separator, dialect
+from bertforge.cli.threshold import Prior, by_label
 from bertforge.terminal import Terminal
 
 _MADE_UP = (
@@ -35,6 +36,7 @@ def evaluate(
         typer.Option(help="Another run, model or engine to compare with, on the same rows, by a paired test."),
     ] = None,
     recheck: Recheck = None,
+    prior: Prior = None,
     report: Annotated[
         Path | None, typer.Option(help="HTML report to write.", show_default="RUN/report-SPLIT.html")
     ] = None,
@@ -46,8 +48,12 @@ def evaluate(
 ) -> None:
     """Measure a run: loss, accuracy, precision, recall, F1, ROC-AUC, calibration, each with a 95% interval.
 
-    Writes a self-contained HTML report. Choose settings by the validation
-    rows; read the test rows once, for the final figures.
+    Writes a self-contained HTML report, and beside it a file with the
+    mistakes that the model was surest of, texts included, which `bertforge
+    serve` shows beside similar texts. Choose settings by the validation rows;
+    read the test rows once, for the final figures. With --prior, rows of
+    labels that are too many are left out, until the others have the shares
+    that you name.
 
     Example:
 
@@ -55,6 +61,7 @@ def evaluate(
     """
     from bertforge.artifact import output_files, write_json
     from bertforge.errors import MachineError
+    from bertforge.evaluation.mistakes import mistakes_beside
     from bertforge.evaluation.report import metrics_markdown
     from bertforge.inference.evaluate import evaluate_run
     from bertforge.manifest import MANIFEST
@@ -62,8 +69,10 @@ def evaluate(
     console = Terminal()
     scored = split or "test" if (data / MANIFEST).is_file() else f"table-{data.stem}"
     written = report or run / f"report-{scored}.html"
-    with output_files(written if run.is_dir() else report, json_file):
-        found = evaluate_run(run, data, split, against, dialect(encoding, separator), recheck=recheck)
+    mistakes = mistakes_beside(written)
+    with output_files(*((written, mistakes) if run.is_dir() else (report,)), json_file):
+        shares = by_label("--prior", prior)
+        found = evaluate_run(run, data, split, against, dialect(encoding, separator), recheck=recheck, prior=shares)
         console.print(f"{run} on {found.scored.source}: {len(found.scored.labels):,} rows")
         if found.scored.made_up:
             console.print(_MADE_UP)
@@ -73,12 +82,15 @@ def evaluate(
             console.print(str(found.recheck))
         console.print(metrics_markdown(found.metrics))
         console.print(found.calibration)
+        if found.decisions:
+            console.print(f"\n{found.decisions.markdown()}")
         if found.standing:
             console.print(f"\n{found.standing.markdown()}")
         if found.comparison:
             console.print(found.comparison.verdict)
         if json_file:
             console.print(f"wrote {write_json(json_file, found.to_dict())}")
+        console.print(f"wrote {found.write_mistakes(written)}")
         try:
             console.print(f"wrote {found.write_report(written)}")
         except MachineError as error:
@@ -92,6 +104,7 @@ def predict(
     table: Annotated[Path, typer.Argument(help=f"{KINDS}; labels are not needed.")],
     out: Annotated[Path, typer.Option(help="File to write: .csv, .parquet or .jsonl.")],
     recheck: Recheck = None,
+    prior: Prior = None,
     safe_csv: Annotated[
         bool,
         typer.Option(
@@ -104,8 +117,9 @@ def predict(
     """Predict the label of every row of a table.
 
     The output has a row for each row of the table, in its order: line, label,
-    probability, the probability of each label, and what was wrong with the
-    row. A row without text has no label. Labels are as the training table
+    probability, the probability of each label, the decision where `bertforge
+    threshold` chose thresholds, and what was wrong with the row. A row
+    without text has no label. Labels are as the training table
     had them, also those that start with =, +, - or @; see --safe-csv.
 
     Example:
@@ -121,13 +135,15 @@ def predict(
     from bertforge.inference.predict import predict_table
     from bertforge.inference.predictor import Predictor
 
-    predictor = Predictor.load(run, recheck=recheck)
+    predictor = Predictor.load(run, recheck=recheck, prior=by_label("--prior", prior))
     done = predict_table(predictor, table, out, dialect(encoding, separator), safe_csv=safe_csv)
     console = Terminal()
     if done.made_up:
         console.print(_MADE_UP)
     if done.unlabelled:
         console.print(f"{done.unlabelled:,} rows have no readable text and so no label; see the column `problem`")
+    if done.abstained is not None:
+        console.print(f"{done.abstained:,} rows go to a person: their decision is `abstain`")
     if predictor.recheck:
         console.print(str(predictor.recheck))
     console.print(f"wrote {out}: {done.rows:,} rows")

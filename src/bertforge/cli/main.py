@@ -27,7 +27,9 @@ from bertforge.cli import (
     quantize,
     sample,
     serve,
+    threshold,
     train,
+    triton_repository,
 )
 from bertforge.errors import ArtifactError, BertforgeError, MachineError, is_out_of_memory
 from bertforge.terminal import Terminal, VisibleFormatter, visible
@@ -98,12 +100,14 @@ app.command("prepare")(data.prepare)
 app.command("train")(train.train)
 app.command("cross-validate")(cross_validate.cross_validate)
 app.command("evaluate")(infer.evaluate)
+app.command("threshold")(threshold.threshold)
 app.command("predict")(infer.predict)
 app.command("merge")(infer.merge)
 app.command("quantize")(quantize.quantize)
 app.command("compile")(engines.compile_)
 app.command("benchmark")(engines.benchmark)
 app.command("serve")(serve.serve)
+app.command("export-triton")(triton_repository.export_triton)
 app.command("check")(check.check)
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bertforge.cli.threshold import Prior, by_label
 from bertforge.terminal import Terminal
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -24,6 +25,14 @@ def serve(
             "another name than the folder's. Requests that name no model get the first.",
         ),
     ],
+    adapter: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=RUN",
+            help="LoRA run to compute on the weights of an artifact of the same base, which are held once; "
+            "requests name it as a model. Give one for each.",
+        ),
+    ] = [],  # noqa: B006  # typer makes a list of its own
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
     api_keys: Annotated[
@@ -39,6 +48,7 @@ def serve(
     precision: Annotated[
         str, typer.Option(help="Of runs and merged models: fp32, bf16 or auto. Engines have their own.")
     ] = "auto",
+    prior: Prior = None,
     latency_ms: Annotated[
         float, typer.Option(min=1, max=10_000, help="What a batch may take: longer ones hold more rows.")
     ] = 50,
@@ -61,6 +71,10 @@ def serve(
         curl http://127.0.0.1:8080/v1/classify \\
             -H 'Content-Type: application/json' -d '{"inputs": "How do I sort a list?"}'
 
+    Where `bertforge threshold` chose thresholds, each answer has a decision.
+    /v1/monitor shows whether what is asked still looks like what the model
+    was trained on.
+
     /openapi.json describes every address. /v1/models lists the models and
     the columns they read, /readyz tells whether requests are answered, and
     /metrics is for Prometheus. The log has a line of JSON for each request,
@@ -81,7 +95,7 @@ def serve(
     import asyncio
 
     from bertforge.errors import MachineError, UsageError
-    from bertforge.inference.codec import served
+    from bertforge.manifest import served
     from bertforge.serving import installed
     from bertforge.serving.settings import Limits, Pace, Service
     from bertforge.threads import usable_cores
@@ -97,6 +111,12 @@ def serve(
         if name in models:
             raise UsageError(f"two models are called {name}; give one another name: NAME={folder}")
         models[name] = folder
+    adapters: dict[str, Path] = {}
+    for given in adapter:
+        name, folder = _named(given)
+        if name in models or name in adapters:
+            raise UsageError(f"two models are called {name}; give --adapter {given} another name: NAME={folder}")
+        adapters[name] = folder
     manifests = [served(folder)[1] for folder in models.values()]
     if api_keys is not None:
         Keys.read(api_keys)
@@ -108,12 +128,14 @@ def serve(
     cores = usable_cores()
     service = Service(
         models=models,
+        adapters=adapters,
         fronts=fronts or (1 if cores <= 4 else cores // 4),
         limits=Limits(max_body_mb, max_texts, max_characters),
         pace=Pace(latency_ms / 1000, queue_seconds),
         drain=drain_seconds,
         api_keys=api_keys,
         precision=precision,
+        prior=by_label("--prior", prior),
     )
     console = Terminal()
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from bertforge.columns.kind import Kind, Nodes, Part, as_array
+from bertforge.columns.kind import Kind
 from bertforge.columns.vocabulary import names, numbers_of, vocabulary
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from bertforge.columns.parts import Part
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,9 @@ class Categorical(Kind[CategoricalSettings, CategoricalLearnt, CategoricalShape]
     def shape(self, settings: CategoricalSettings, learnt: CategoricalLearnt) -> CategoricalShape:
         return CategoricalShape(tuple(len(known) + 1 for known in learnt.vocabularies))
 
+    def names(self, learnt: CategoricalLearnt) -> tuple[tuple[str, ...], ...]:
+        return learnt.vocabularies
+
     def width(self, shape: CategoricalShape) -> int:
         return len(shape.categorical)
 
@@ -71,27 +74,6 @@ class Categorical(Kind[CategoricalSettings, CategoricalLearnt, CategoricalShape]
         return np.minimum(numbers, np.array(shape.categorical, self.dtype) - 1)  # [rows, columns]
 
     def modules(self, shape: CategoricalShape, embedding_size: int) -> dict[str, Part]:
+        from bertforge.columns.parts import Embeddings
+
         return {"categorical": Embeddings(shape.categorical, embedding_size)} if shape.categorical else {}
-
-
-class Embeddings(Part):
-    """A table of embeddings for each column, side by side in the result."""
-
-    def __init__(self, sizes: tuple[int, ...], embedding_size: int) -> None:
-        super().__init__()
-        self.out_features = len(sizes) * embedding_size
-        for column, values in enumerate(sizes):
-            self.add_module(str(column), nn.Embedding(values, embedding_size))
-
-    def forward(self, value: Tensor) -> Tensor:
-        """`[sequences, columns]` -> `[sequences, columns * embedding]`."""
-        return torch.cat([embed(value[:, column]) for column, embed in enumerate(self.children())], dim=1)
-
-    def onnx(self, graph: Nodes, value: str) -> str:
-        embedded = []
-        for column, embedding in enumerate(self.children()):
-            assert isinstance(embedding, nn.Embedding)
-            table = graph.constant(f"tabular.categorical.{column}", as_array(embedding.weight))
-            number = graph.add("Gather", value, graph.constant(f"column_{column}", np.array(column)), axis=1)
-            embedded.append(graph.add("Gather", table, number))  # [batch, embedding]
-        return embedded[0] if len(embedded) == 1 else graph.add("Concat", *embedded, axis=1)

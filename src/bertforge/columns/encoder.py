@@ -13,7 +13,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from bertforge.columns.kind import Nodes, Part, as_array
+from bertforge.columns.kind import Nodes
+from bertforge.columns.parts import Part, as_array
 from bertforge.columns.registry import KINDS, flat, records
 from bertforge.errors import ArtifactError
 

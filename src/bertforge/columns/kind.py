@@ -21,10 +21,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
-from torch import Tensor, nn
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from bertforge.columns.parts import Part
 
 S = TypeVar("S")
 L = TypeVar("L")
@@ -87,6 +88,10 @@ class Kind(ABC, Generic[S, L, H]):
         """Those numbers of `learnt` that stand in the modules' buffers, by `module.buffer`."""
         return {}
 
+    def names(self, learnt: L) -> Sequence[Sequence[str]]:
+        """The names that each column may hold, by their numbers from 1 on; none where cells hold numbers."""
+        return ()
+
     def every_name(self, shape: H) -> np.ndarray:
         """`[rows, columns]` of `dtype`: rows that together hold every name that the modules know."""
         return np.zeros((0, 0), self.dtype)
@@ -94,21 +99,6 @@ class Kind(ABC, Generic[S, L, H]):
     def is_plain(self, shape: H) -> bool:
         """Whether the result may join the text's vector directly, without hidden layers."""
         return self.width(shape) == 0
-
-
-class Part(nn.Module):
-    """A module of a kind, and the same as nodes of a graph."""
-
-    out_features: int
-    """Width of the result."""
-
-    def forward(self, value: Tensor) -> Tensor:
-        """-> `[sequences, out_features]`."""
-        raise NotImplementedError
-
-    def onnx(self, graph: Nodes, value: str) -> str:
-        """The nodes that compute `forward` of `value` `[batch, ...]`, in float32; returns the result's name."""
-        raise NotImplementedError
 
 
 class Nodes(Protocol):
@@ -120,9 +110,3 @@ class Nodes(Protocol):
     def cast(self, value: str, dtype: np.dtype[Any]) -> str: ...
     def dense(self, value: str, name: str, weight: np.ndarray, bias: np.ndarray) -> str: ...
     def input(self, name: str, dtype: Any, shape: Sequence[str | int]) -> str: ...
-
-
-def as_array(tensor: Tensor) -> np.ndarray:
-    """A weight as the float32 constant of a graph."""
-    values: np.ndarray = tensor.detach().float().cpu().numpy()
-    return values

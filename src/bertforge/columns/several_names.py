@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from bertforge.columns.kind import VALUES, Kind, Nodes, Part, as_array
+from bertforge.columns.kind import VALUES, Kind
 from bertforge.columns.vocabulary import names, numbers_of, vocabulary
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from bertforge.columns.parts import Part
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,9 @@ class SeveralNames(Kind[SeveralNamesSettings, SeveralNamesLearnt, SeveralNamesSh
     def shape(self, settings: SeveralNamesSettings, learnt: SeveralNamesLearnt) -> SeveralNamesShape:
         return SeveralNamesShape(len(learnt.multi_vocabulary) + 1 if settings.multi else 0)
 
+    def names(self, learnt: SeveralNamesLearnt) -> tuple[tuple[str, ...], ...]:
+        return (learnt.multi_vocabulary,)
+
     def width(self, shape: SeveralNamesShape) -> int | Literal["values"]:
         return VALUES if shape.multi else 0
 
@@ -77,29 +80,6 @@ class SeveralNames(Kind[SeveralNamesSettings, SeveralNamesLearnt, SeveralNamesSh
         return np.arange(shape.multi, dtype=self.dtype)[:, None]  # [rows, 1]
 
     def modules(self, shape: SeveralNamesShape, embedding_size: int) -> dict[str, Part]:
+        from bertforge.columns.parts import MeanEmbedding
+
         return {"multi": MeanEmbedding(shape.multi, embedding_size)} if shape.multi else {}
-
-
-class MeanEmbedding(Part):
-    """The mean of the embeddings of a row's values, zeros when there are none. The row of number 0 stays zeros."""
-
-    def __init__(self, values: int, embedding_size: int) -> None:
-        super().__init__()
-        self.out_features = embedding_size
-        self.weight = nn.Parameter(torch.empty(values, embedding_size))
-        nn.init.normal_(self.weight)
-        with torch.no_grad():
-            self.weight[0] = 0
-
-    def forward(self, value: Tensor) -> Tensor:
-        """`[sequences, values]`, 0 where there is none -> `[sequences, embedding]`."""
-        present = (value > 0).sum(1, keepdim=True).clamp_min(1)  # [sequences, 1]
-        total: Tensor = nn.functional.embedding(value, self.weight, padding_idx=0).sum(1)
-        return total / present
-
-    def onnx(self, graph: Nodes, value: str) -> str:
-        table = graph.constant("tabular.multi", as_array(self.weight))
-        total = graph.add("ReduceSum", graph.add("Gather", table, value), graph.ints(1), keepdims=0)
-        given = graph.cast(graph.add("Greater", value, graph.constant("none", np.array(0))), np.dtype(np.float32))
-        count = graph.add("ReduceSum", given, graph.ints(1), keepdims=1)  # [batch, 1]
-        return graph.add("Div", total, graph.add("Max", count, graph.constant("one", np.array(1, np.float32))))

@@ -5,19 +5,20 @@ What was learnt is saved with the model, so prediction prepares columns exactly 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from bertforge.columns.encoder import TabularConfig
 from bertforge.columns.kind import Holds
 from bertforge.columns.registry import KINDS, flat, records
 from bertforge.errors import UsageError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from bertforge.columns.encoder import TabularConfig
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,23 @@ class TabularTransform:
         """Any rows, with every column of the spec -> the array of each kind, `[rows, width]`, by its name."""
         return {name: kind.encode(frame, self.spec.kinds[name], self.learnt[name]) for name, kind in KINDS.items()}
 
+    def cells(self, arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray, Sequence[str] | None]]:
+        """Each column of the `arrays` that `__call__` made: its name, its numbers `[rows]` and None, or the numbers of
+        its names, `[rows]`, or `[rows, width]` where a cell holds several, and these names.
+        """
+        for kind_name, kind in KINDS.items():
+            array, columns = arrays[kind_name], kind.columns(self.spec.kinds[kind_name])
+            if kind.holds == "number":
+                yield from ((name, array[:, place], None) for place, name in enumerate(columns))
+                continue
+            for place, (name, known) in enumerate(zip(columns, kind.names(self.learnt[kind_name]), strict=False)):
+                yield name, array if kind.holds == "names" else array[:, place], known
+
     @property
     def config(self) -> TabularConfig:
         """The shape of the model's branch for these columns."""
+        from bertforge.columns.encoder import TabularConfig
+
         return TabularConfig(
             kinds={name: kind.shape(self.spec.kinds[name], self.learnt[name]) for name, kind in KINDS.items()},
             embedding_size=self.spec.embedding_size,

@@ -57,6 +57,7 @@ class Tokenizer:
         self._backend = backend
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.cls_id, self.sep_id, self.pad_id = (self._special(token) for token in ("[CLS]", "[SEP]", "[PAD]"))
+        self.unk_id: int = -1 if (unknown := backend.token_to_id("[UNK]")) is None else unknown
         self._breaks = Breaks.of(backend) if backend.encode("").ids == [self.cls_id, self.sep_id] else None
         self._longest_word = _longest_word(backend)
         self._serialised: str = backend.to_str()

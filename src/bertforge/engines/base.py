@@ -14,7 +14,7 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from importlib import util
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -81,6 +81,16 @@ class Engine(Protocol):
         ...
 
 
+@runtime_checkable
+class Host(Protocol):
+    """An engine that computes other models of its base too, without another copy of what they share."""
+
+    def beside(self, model: BertForSequenceClassification) -> Engine:
+        """An engine of a plain `model` in float32, with the shape, streams and precision of this one, whose threads
+        they share. Raises UsageError for a model that shares nothing or does not fit."""
+        ...
+
+
 @dataclass(frozen=True)
 class Rows:
     """Rows of prepared data for one purpose."""
@@ -117,6 +127,22 @@ class Order:
     """The folder of an earlier engine in this one's place, for a target that takes over what still fits."""
     say: Callable[[str], object] = lambda text: None
     """Told each stage."""
+
+
+@dataclass(frozen=True)
+class TritonBackend:
+    """How NVIDIA's Triton Inference Server runs an engine's files."""
+
+    name: str
+    """Of the backend."""
+    files: tuple[str, ...]
+    """Those that the server reads."""
+    precisions: tuple[str, ...]
+    """Those that the server computes in as the engine does."""
+    batches: bool
+    """Whether the backend takes batches that the server made of several requests; else each request is a batch."""
+    streams: str = ""
+    """The backend's parameter for `Engine.streams`."""
 
 
 def _anywhere(hardware: Hardware) -> str | None:
@@ -165,6 +191,10 @@ class Target:
     """Files of an engine that change as it is used."""
     compiles_at_load: bool = False
     """What runs is made anew for each device: what was proved on one says nothing of another."""
+    hosts: tuple[str, ...] = ()
+    """Precisions in which its engines are a `Host`."""
+    triton: TritonBackend | None = None
+    """None where Triton does not run its files."""
 
     def on(self, hardware: Hardware) -> tuple[str, ...]:
         """What it computes in on a device."""

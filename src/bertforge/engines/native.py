@@ -33,11 +33,13 @@ from bertforge.engines.receipt import Product
 from bertforge.errors import ArtifactError, MachineError, UsageError, is_out_of_memory
 from bertforge.hardware import Hardware
 from bertforge.kernels.attention import TRITON_HEAD_DIMS, Bounds
+from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.config import BertConfig
 from bertforge.native.choices import Choices
 from bertforge.native.ladder import USUAL, Ladder, sizes
 from bertforge.native.network import Network, Operations
 from bertforge.native.plain import PlainOperations
+from bertforge.native.variants import Variant, Variants
 from bertforge.native.weights import TYPES, Linear, NativeWeights
 
 log = logging.getLogger(__name__)
@@ -95,6 +97,7 @@ class NativeEngine:
             weights = NativeWeights.load(folder, hardware.device)
             self.network = Network(weights, TritonOperations.on(hardware.device, choices))
             self.ladder = Ladder(self.network, rungs, self.streams)
+        self.variants = Variants(weights)
         self.head = _Head(weights)
         if choices.unmeasured(weights):
             log.warning(
@@ -107,9 +110,18 @@ class NativeEngine:
     def logits(self, batch: PaddedBatch | PackedBatch) -> np.ndarray:
         """See `base.Engine`."""
         assert isinstance(batch, PackedBatch)
+        return self.head(self.found(batch, self.variants.own), batch)
+
+    def found(self, batch: PackedBatch, variant: Variant) -> np.ndarray:
+        """What the network gives with a variant of its weights in place."""
         if self.ladder is None:
             raise UsageError("this engine was closed; load it again: Predictor.load(ENGINE)")
-        return self.head(self.ladder(batch), batch)
+        return self.ladder(batch, partial(self.variants.put, variant))
+
+    @torch.inference_mode()
+    def beside(self, model: BertForSequenceClassification) -> NativeVariant:
+        """See `base.Host`; in bf16 alone."""
+        return NativeVariant(self, self.variants.of(model), _Head(NativeWeights.of(model, None)))
 
     @torch.inference_mode()
     def products(self, batch: PaddedBatch | PackedBatch) -> list[Product]:
@@ -124,6 +136,31 @@ class NativeEngine:
         """Drops the graphs and the memory that they write to."""
         self.ladder = self.network = None
         torch.cuda.empty_cache()
+
+
+class NativeVariant:
+    """Another model in a NativeEngine's place, while it computes."""
+
+    name = "native"
+    packed = True
+    streams = NativeEngine.streams
+
+    def __init__(self, engine: NativeEngine, variant: Variant, head: _Head) -> None:
+        self.shape, self.device, self.precision = engine.shape, engine.device, engine.precision
+        self._engine, self._variant, self._head = engine, variant, head
+
+    @torch.inference_mode()
+    def logits(self, batch: PaddedBatch | PackedBatch) -> np.ndarray:
+        """See `base.Engine`."""
+        assert isinstance(batch, PackedBatch)
+        return self._head(self._engine.found(batch, self._variant), batch)
+
+    def products(self, batch: PaddedBatch | PackedBatch) -> list[Product]:
+        """See `base.Engine`."""
+        return self._engine.products(batch)
+
+    def close(self) -> None:
+        """Its memory is the engine's."""
 
 
 @contextmanager
@@ -290,4 +327,5 @@ TARGET = Target(
     unfit=_unfit,
     calibrates=("int8", "fp8"),
     compiles_at_load=True,
+    hosts=("bf16",),
 )

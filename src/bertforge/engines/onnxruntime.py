@@ -20,7 +20,7 @@ import torch
 
 from bertforge import quiet
 from bertforge.batch import PackedBatch, PaddedBatch
-from bertforge.engines.base import BatchShape, Order, Target, feeds
+from bertforge.engines.base import BatchShape, Order, Target, TritonBackend, feeds
 from bertforge.engines.receipt import Product
 from bertforge.errors import ArtifactError, MachineError
 from bertforge.hardware import Hardware
@@ -260,4 +260,5 @@ TARGET = Target(
     dynamic=True,
     # Its float16 is emulated on a CPU; its int8 products are a CPU's, and on a GPU many times slower than float32.
     only={"cpu": ("fp32", "int8"), "cuda": ("fp32", "fp16")},
+    triton=TritonBackend("onnxruntime", (_FILE,), ("fp32", "fp16", "int8"), batches=True),
 )

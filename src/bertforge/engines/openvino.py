@@ -35,7 +35,7 @@ from bertforge import quiet
 from bertforge.artifact import write_atomic
 from bertforge.batch import PackedBatch, PaddedBatch
 from bertforge.data.streaming import in_a_thread
-from bertforge.engines.base import BatchShape, Order, Target, feeds
+from bertforge.engines.base import BatchShape, Order, Target, TritonBackend, feeds
 from bertforge.engines.receipt import Product
 from bertforge.errors import ArtifactError
 from bertforge.hardware import Hardware
@@ -226,4 +226,7 @@ TARGET = Target(
     rest=lambda hardware: "bf16" if hardware.bf16 else "fp32",
     only={"cuda": ()},
     unfit=_unfit,
+    # Of a batch of several requests Triton's backend would fix the size. It takes bfloat16 wherever the CPU has it, so
+    # an engine in float32 would not stay one.
+    triton=TritonBackend("openvino", (_FILE, "model.bin"), ("bf16", "int8"), batches=False, streams="NUM_STREAMS"),
 )

@@ -18,6 +18,7 @@ from bertforge.batch import PackedBatch, PaddedBatch
 from bertforge.data.loader import PackShape
 from bertforge.engines.base import BatchShape
 from bertforge.engines.receipt import Product
+from bertforge.errors import UsageError
 from bertforge.hardware import Hardware, autocast
 from bertforge.model.classifier import BertForSequenceClassification
 
@@ -31,7 +32,7 @@ class PyTorchEngine:
         self, model: BertForSequenceClassification, hardware: Hardware, precision: str, *, packed: bool = True
     ) -> None:
         """`precision` is fp32 or bf16: weights on CUDA, autocast on a CPU."""
-        cuda = hardware.device.type == "cuda"
+        self.hardware, cuda = hardware, hardware.device.type == "cuda"
         self.packed = packed
         self.model = model.to(hardware.device).eval()
         self.cast = precision if not cuda else "fp32"
@@ -52,6 +53,18 @@ class PyTorchEngine:
         with autocast(self.target, self.cast):
             found: np.ndarray = self.model(batch.to(self.target)).float().cpu().numpy()
         return found[:rows]
+
+    def beside(self, model: BertForSequenceClassification) -> PyTorchEngine:
+        """See `base.Host`: each weight that is equal here is the same memory from then on."""
+        other = PyTorchEngine(model, self.hardware, self.precision, packed=self.packed)
+        own = self.model.state_dict()
+        for name, tensor in (*other.model.named_parameters(), *other.model.named_buffers()):
+            if name in own and torch.equal(own[name], tensor):
+                tensor.data = own[name]
+        words = (engine.model.bert.embeddings.word_embeddings.weight.data_ptr() for engine in (self, other))
+        if len({*words}) > 1:
+            raise UsageError("its embeddings are not the engine's: one of both was trained in full")
+        return other
 
     def products(self, batch: PaddedBatch | PackedBatch) -> list[Product]:
         """None are told: nothing was compiled."""

@@ -5,7 +5,9 @@ read prepared data, and the last two run a model.
 
 - `metrics`: loss, accuracy, precision, recall, F1, ROC-AUC, calibration error and confusion matrix, with intervals.
 - `compare`: a paired test between two runs on the same rows.
-- `temperature`: the one number that makes probabilities honest.
+- `temperature`: the one number that makes probabilities honest; `prior`: the same where labels have other shares.
+- `decisions`: thresholds, and what they do to rows; `binomial`: the bound they are chosen by.
+- `drift`: whether served rows look like those of training.
 - `baselines`, `boosting`: what word counts and the columns alone reach on prepared data; `standing`: a model beside it.
 - `groups`: accuracy by text length and by month; the most confident mistakes.
 - `curves`: the points of the ROC curve and of the reliability diagram.

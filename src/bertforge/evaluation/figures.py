@@ -138,12 +138,20 @@ def roc(figure: Figure, curves: Sequence[RocCurve]) -> None:
 
 
 @_svg(_SMALL)
-def calibration(figure: Figure, bins: Sequence[ReliabilityBin]) -> None:
-    """Accuracy against confidence by bin, with the diagonal of perfect calibration, above the share of rows."""
+def calibration(figure: Figure, bins: Sequence[ReliabilityBin], before: Sequence[ReliabilityBin] = ()) -> None:
+    """Accuracy against confidence by bin, with the diagonal of perfect calibration, above the share of rows; `before`
+    is what they were without the temperature.
+    """
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     start = 100 * bins[0].above
     top.plot((start, 100), (start, 100), color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+    if before:
+        points = [100 * b.confidence for b in before], [100 * b.accuracy.accuracy for b in before]
+        top.plot(*points, "s--", color=SECOND, alpha=0.55, linewidth=1, label="without the temperature")
     _whiskers(top, [100 * b.confidence for b in bins], [b.accuracy for b in bins])
+    if before:
+        top.plot([], [], "o", color=ACCENT, label="with it")
+        top.legend(loc="upper left")
     total = sum(b.accuracy.rows for b in bins)
     middles = [50 * (b.above + b.up_to) for b in bins]
     shares, width = [100 * b.accuracy.rows / total for b in bins], 88 * (bins[0].up_to - bins[0].above)

@@ -104,8 +104,10 @@ def confident_mistakes(
     texts: Sequence[str] | None = None,
     row_ids: Sequence[object] | None = None,
     top: int = 20,
+    characters: int = EXCERPT_CHARACTERS,
 ) -> tuple[Mistake, ...]:
-    """The `top` wrong rows of highest predicted probability, highest first, ties in row order.
+    """The `top` wrong rows of highest predicted probability, highest first, ties in row order, each with so many
+    `characters` of its text.
 
     `texts` and `row_ids` are `[rows]`; without ids a row is named by its position, from 0.
     """
@@ -122,19 +124,19 @@ def confident_mistakes(
             probability=float(scores.confidence[row]),
             true=label_names[scores.true[row]],
             predicted=label_names[scores.predicted[row]],
-            text="" if text_of is None else excerpt(str(text_of[row])),
+            text="" if text_of is None else excerpt(str(text_of[row]), characters),
         )
         for row in wrong[np.argsort(-certainty, kind="stable")[:top]].tolist()
     )
 
 
-def excerpt(text: str) -> str:
+def excerpt(text: str, characters: int = EXCERPT_CHARACTERS) -> str:
     """The start of a text on one line, without control characters, cut at a word where it can be."""
-    visible = "".join(character if character.isprintable() else " " for character in text[: 4 * EXCERPT_CHARACTERS])
+    visible = "".join(character if character.isprintable() else " " for character in text[: 4 * characters])
     line = " ".join(visible.split())
-    if len(line) <= EXCERPT_CHARACTERS:
+    if len(line) <= characters:
         return line
-    cut = line[:EXCERPT_CHARACTERS]
+    cut = line[:characters]
     return (cut[: cut.rfind(" ")] if " " in cut else cut) + " …"
 
 

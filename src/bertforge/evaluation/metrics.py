@@ -176,11 +176,18 @@ class Ranking:
         return float(above @ negative / pairs) if pairs else float("nan")
 
 
-def calibration_error(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
-    """The expected calibration error of `logits` `[rows, classes]`, without an interval; raises as `scores.score`."""
+def calibration_error(
+    logits: npt.ArrayLike, labels: npt.ArrayLike, *, bootstrap: int = 1000, seed: int = 42
+) -> Estimate:
+    """The expected calibration error of `logits` `[rows, classes]` alone; raises as `scores.score`."""
     scores = score(logits, labels)
-    gaps = np.bincount(calibration_bins(scores.confidence), scores.confidence - scores.correct, CALIBRATION_BINS)
-    return float(np.abs(gaps).sum() / scores.rows)
+    bins, gap = calibration_bins(scores.confidence), scores.confidence - scores.correct
+
+    def error(weights: Floats) -> float:
+        return float(np.abs(np.bincount(bins, weights * gap, CALIBRATION_BINS)).sum() / scores.rows)
+
+    samples = np.array([error(weights) for weights in resample_weights(scores.rows, bootstrap, seed)])
+    return mirrored(estimate(error(np.ones(scores.rows)), samples, scores.rows))
 
 
 def calibration_bins(confidence: Floats) -> Ints:

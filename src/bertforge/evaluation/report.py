@@ -21,6 +21,7 @@ from bertforge.errors import MachineError
 from bertforge.evaluation.bootstrap import Estimate
 from bertforge.evaluation.compare import Comparison
 from bertforge.evaluation.curves import ReliabilityBin, RocCurve
+from bertforge.evaluation.decisions import Outcome
 from bertforge.evaluation.groups import GroupAccuracy, Mistake
 from bertforge.evaluation.metrics import MOST_LABELS, Metrics
 from bertforge.evaluation.standing import Standing
@@ -72,6 +73,10 @@ class Report:
     epochs: Sequence[Mapping[str, float]] | None = None
     roc: Sequence[RocCurve] | None = None
     reliability: Sequence[ReliabilityBin] | None = None
+    uncalibrated: Sequence[ReliabilityBin] = ()
+    """The same without the temperature."""
+    decisions: Outcome | None = None
+    """What thresholds do to these rows."""
     by_length: Sequence[GroupAccuracy] | None = None
     by_month: Sequence[GroupAccuracy] | None = None
     mistakes: Sequence[Mistake] | None = None
@@ -159,7 +164,7 @@ def _figures(report: Report) -> dict[str, Any]:
     if report.roc:
         drawn["roc"] = figures.roc(report.roc)
     if report.reliability:
-        drawn["calibration"] = figures.calibration(report.reliability)
+        drawn["calibration"] = figures.calibration(report.reliability, report.uncalibrated)
     accuracy = report.metrics.accuracy.value or 0.0  # never None: any row defines it
     if report.by_length:
         drawn["length"] = figures.groups(report.by_length, accuracy, "length in tokens")

@@ -72,6 +72,13 @@ def log_softmax(logits: npt.NDArray[np.floating]) -> Floats:
     return log_probability
 
 
+def softmax(logits: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+    """Probabilities `[rows, classes]` of float32 `logits` `[rows, classes]`, as they are served: in float32."""
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    chances: npt.NDArray[np.float32] = powers / powers.sum(axis=1, keepdims=True)
+    return chances
+
+
 def _check(values: Floats, labels: npt.NDArray[np.generic]) -> None:
     if values.ndim != 2 or values.shape[1] < 2:
         raise DataError(f"logits have shape {list(values.shape)}; give [rows, labels] with two labels or more")

@@ -13,16 +13,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
+from bertforge.columns.transform import TabularTransform
 from bertforge.data.raw import read_raw
 from bertforge.data.schema import STACK_OVERFLOW, Schema, require_columns
 from bertforge.errors import DataError, UsageError
-
-if TYPE_CHECKING:
-    from bertforge.columns.transform import TabularTransform
 
 log = logging.getLogger(__name__)
 

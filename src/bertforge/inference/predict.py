@@ -28,10 +28,12 @@ from bertforge.data.dialect import Dialect
 from bertforge.data.raw import RawRows, read_raw
 from bertforge.data.streaming import ahead, progress
 from bertforge.errors import DataError, UsageError
+from bertforge.evaluation.decisions import ABSTAIN
 from bertforge.inference.predictor import Predictor
 from bertforge.locks import new_file
 
 FORMATS = (".csv", ".parquet", ".jsonl")
+_TEXTS = ["label", "decision", "problem"]  # columns
 _FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # OWASP's list; East Asian versions take the wide signs for the same
 
 
@@ -43,12 +45,14 @@ class Predicted(NamedTuple):
     """Rows without readable text, and so without a label."""
     made_up: bool
     """Rows of the table, or rows the model learnt from, come from `bertforge sample-data`."""
+    abstained: int | None
+    """Rows that go to a person; None where no thresholds were chosen."""
 
 
 def predict_table(
     predictor: Predictor, table: Path, out: Path, dialect: Dialect | None = None, *, safe_csv: bool = False
 ) -> Predicted:
-    """Writes line, label, probability, each label's probability, and problem.
+    """Writes line, label, probability, each label's probability, decision (where thresholds were chosen) and problem.
 
     `dialect` is what is known of how a text table is written; the rest is detected. `safe_csv` makes text cells of a
     CSV safe for a spreadsheet.
@@ -61,7 +65,8 @@ def predict_table(
         raise UsageError(f"--out {out} is the table itself, which would be overwritten; name another file")
     if safe_csv and out.suffix != ".csv":
         raise UsageError(f"--safe-csv is for .csv files, and --out is {out}; leave it out")
-    rows, unlabelled, made_up = 0, 0, False
+    rows, unlabelled, abstained, made_up = 0, 0, 0, False
+    decides = predictor.codec.policy is not None
     with (
         _writer(out, safe_csv) as write,
         progress(f"predicting {table.name}") as report,
@@ -72,11 +77,12 @@ def predict_table(
             write(_rows(predictor, chunk, predictions))
             rows += len(predictions)
             unlabelled += int(predictions["label"].isna().sum())
+            abstained += int((predictions["decision"] == ABSTAIN).sum()) if decides else 0
             made_up = made_up or predictor.made_up(chunk.frame)
             report(rows, chunk.done)
         if rows == 0:
             raise DataError(f"{table} holds no rows to predict")
-    return Predicted(rows, unlabelled, made_up)
+    return Predicted(rows, unlabelled, made_up, abstained if decides else None)
 
 
 def _read(predictor: Predictor, table: Path, dialect: Dialect | None) -> Iterator[RawRows]:
@@ -91,6 +97,8 @@ def _rows(predictor: Predictor, chunk: RawRows, predicted: pd.DataFrame) -> pd.D
     """What is written of a chunk."""
     written = dict(zip(predictor.schema.original_labels(), predictor.label_names, strict=True))
     predicted["label"] = predicted["label"].map(written)
+    if "decision" in predicted:
+        predicted["decision"] = predicted["decision"].map({**written, ABSTAIN: ABSTAIN})
     predicted.insert(0, "line", chunk.lines)
     predicted["problem"] = chunk.problems
     return predicted
@@ -111,7 +119,7 @@ def _writer(out: Path, safe_csv: bool) -> Iterator[Callable[[pd.DataFrame], None
                 parquet = parquet or pq.ParquetWriter(file, table.schema)
                 parquet.write_table(table)
             elif out.suffix == ".csv":
-                for name in ("label", "problem") if safe_csv else ():
+                for name in frame.columns.intersection(_TEXTS) if safe_csv else ():
                     frame[name] = frame[name].map(_harmless)
                 quoting: Any = csv.QUOTE_NONNUMERIC if safe_csv else csv.QUOTE_MINIMAL
                 file.write(frame.to_csv(index=False, header=not file.tell(), quoting=quoting).encode())
@@ -134,5 +142,5 @@ def _harmless(cell: object) -> object:
 
 def _parquet_schema(frame: pd.DataFrame) -> pa.Schema:
     """The same types for every chunk, whether or not a row of it lacks a label."""
-    kinds = {"line": pa.int64(), "label": pa.string(), "problem": pa.string()}
+    kinds = {"line": pa.int64(), **dict.fromkeys(_TEXTS, pa.string())}
     return pa.schema([(name, kinds.get(name, pa.float32())) for name in frame.columns])

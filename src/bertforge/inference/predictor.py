@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from importlib import util
@@ -28,12 +28,12 @@ from bertforge.engines.run import run, run_each
 from bertforge.errors import ArtifactError, DataError, MachineError, UsageError
 from bertforge.hardware import Hardware, choose_precision, detect
 from bertforge.inference.cascade import Recheck, margin_between
-from bertforge.inference.codec import Codec, served
+from bertforge.inference.codec import Codec
 from bertforge.inference.inputs import Given
 from bertforge.lora.adapter_io import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
 from bertforge.lora.inject import merge
 from bertforge.lora.layer import LoraLinear
-from bertforge.manifest import compile_command, remake
+from bertforge.manifest import compile_command, remake, served
 from bertforge.model import weights
 from bertforge.model.classifier import BertForSequenceClassification, check_size
 from bertforge.model.config import BertConfig
@@ -57,17 +57,26 @@ class Predictor:
     """What answers close rows again."""
 
     @classmethod
-    def load(cls, directory: str | Path, precision: str = "auto", *, recheck: str | Path | None = None) -> Self:
+    def load(
+        cls,
+        directory: str | Path,
+        precision: str = "auto",
+        *,
+        recheck: str | Path | None = None,
+        prior: Mapping[str, float] | None = None,
+    ) -> Self:
         """Loads a folder made by `bertforge fit`, `train`, `merge`, `quantize` or `compile` on the best device here.
 
         `precision` is that of a run or merged model: fp32, bf16, or auto; an engine has its own. `recheck`, beside an
         engine in 8 bits, is the model that it was compiled from, which then answers close rows again in float32, or
-        another engine of that model.
+        another engine of that model. `prior` gives labels the shares that they have where the model is used, such as
+        `{"closed": 0.06}`: probabilities are corrected for them.
 
         Raises ArtifactError when a file is missing or damaged, when an adapter's base model is not the one it was
         trained on, when the golden rows do not give the logits they gave when the model was saved, when an engine was
         not verified where that counts, or when `recheck` has other weights; UsageError for a precision that the engine
-        was not compiled in, and for a `recheck` beside a model, or in 8 bits.
+        was not compiled in, for a `recheck` beside a model, or in 8 bits, and for a `prior` that the folder's
+        thresholds were not chosen for.
         """
         directory, manifest = served(Path(directory))
         again = None
@@ -83,7 +92,7 @@ class Predictor:
             _check_verified(directory, manifest, hardware)
             engine = open_engine(directory, manifest["target"], manifest["precision"], hardware)
         else:
-            model = _plain(verified_model(directory, manifest, hardware))
+            model = plain(verified_model(directory, manifest, hardware))
             if manifest["kind"] == "quantized":
                 if precision not in ("auto", "fp32"):
                     raise UsageError(
@@ -93,7 +102,7 @@ class Predictor:
             engine = PyTorchEngine(model, hardware, choose_precision(hardware, precision))
         loaded = cls(
             engine=engine,
-            codec=Codec.load(directory, manifest),
+            codec=Codec.load(directory, manifest, prior),
             recheck=again,
         )
         loaded.check_inputs(directory)
@@ -151,6 +160,7 @@ class Predictor:
     def predict(self, rows: Given, columns: pd.DataFrame | None = None) -> pd.DataFrame:
         """`label`, `probability` (of that label) and `p_<label>` for each label; see `predict_proba` for the rest.
 
+        Where `bertforge threshold` chose thresholds, there is a last column, `decision`: a label, or "abstain".
         Labels are of the type they had in the table that the model learnt from: text, int or bool, and None for a row
         without text.
         """
@@ -321,7 +331,7 @@ def verified_model(directory: Path, manifest: dict[str, Any], hardware: Hardware
     return model
 
 
-def _plain(model: BertForSequenceClassification) -> BertForSequenceClassification:
+def plain(model: BertForSequenceClassification) -> BertForSequenceClassification:
     """Without adapters: they are added to the weights once, and not at each batch."""
     if not any(isinstance(module, LoraLinear) for module in model.modules()):
         return model

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from bertforge.data.raw import read_raw
 from bertforge.data.streaming import progress
 from bertforge.data.tokens import TokenStore
 from bertforge.errors import DataError, UsageError
+from bertforge.evaluation.prior import rows_with_shares
 from bertforge.inference.predictor import Predictor
 from bertforge.manifest import MANIFEST
 
@@ -43,6 +46,20 @@ class Scored:
     fingerprint: str
     """Of the prepared data; empty for a raw table."""
     made_up: bool
+
+    def having(self, shares: Sequence[float], told: str) -> Self:
+        """Those of the rows that have these shares of the labels, `told` so; see `rows_with_shares`."""
+        kept = rows_with_shares(self.labels, shares)
+        return replace(
+            self,
+            logits=self.logits[kept],
+            labels=self.labels[kept],
+            lengths=self.lengths[kept],
+            lines=self.lines[kept],
+            dates=None if self.dates is None else self.dates[kept],
+            texts=[self.texts[row] for row in kept.tolist()],
+            source=f"{len(kept):,} of {len(self.labels):,} rows, for shares of {told}, of {self.source}",
+        )
 
 
 def score(predictor: Predictor, data: Path, part: str | None = None, dialect: Dialect | None = None) -> Scored:

@@ -21,7 +21,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from bertforge.artifact import fresh_directory, hash_file, versions
+from bertforge.artifact import fresh_directory, versions
 from bertforge.data.loader import spread
 from bertforge.data.prepared import PreparedData
 from bertforge.engines.base import Order, Rows, Target
@@ -36,7 +36,9 @@ from bertforge.locks import locked
 from bertforge.manifest import (
     MANIFEST,
     amend_manifest,
+    carried,
     compile_command,
+    identity,
     peek_manifest,
     read_manifest,
     weights_of,
@@ -51,7 +53,6 @@ from bertforge.proof.simulation import layers_of, rounded, row_shifts, shifts_al
 from bertforge.scales import FORMATS, SCALES, Scales
 
 TIMED_ROWS, REPEATS = 200, 3
-_KEPT = ("recipe", "labels", "schema", "tabular", "data", "base", "temperature", "golden", "inputs")
 Say = Callable[[str], object]
 
 
@@ -215,9 +216,10 @@ def _compile(source: _Source, kind: Target, precision: str, out: Path, hardware:
             **({"verified": True} if reason is None else {"verified": False, "not_verified": reason}),
             **built,
         }
-        kept = {name: source.predictor.manifest[name] for name in _KEPT if name in source.predictor.manifest}
+        model = source.predictor.manifest
+        kept = {**carried(model), "golden": model["golden"]}
         source.predictor.tokenizer.save(folder, source.predictor.max_length)
-        of = {"parent": hash_file(source.model / MANIFEST), "weights": weights_of(source.predictor.manifest)}
+        of = {"parent": identity(source.model), "weights": weights_of(model)}
         write_manifest(folder, "engine", leave_out=kind.changing, **receipt, **of, **kept)
     return receipt
 
@@ -300,7 +302,7 @@ def _verify(model: Path, engine: Path, data: Path | None, say: Say) -> dict[str,
     manifest = read_manifest(engine, "engine")
     target, precision = manifest["target"], manifest["precision"]
     again = compile_command(engine, target, precision)
-    if manifest["parent"] != hash_file(model / MANIFEST):
+    if manifest["parent"] != identity(model):
         raise ArtifactError(
             f"{engine} was compiled from other weights than those of {model}; compile it again: {again}"
         )

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bertforge.artifact import fresh_directory, hash_file
+from bertforge.artifact import fresh_directory
 from bertforge.data.tokens import Tokenizer
 from bertforge.errors import ArtifactError
 from bertforge.hardware import detect
@@ -23,7 +23,7 @@ from bertforge.inference.predictor import load_model, verified_model
 from bertforge.locks import locked
 from bertforge.lora.adapter_io import ADAPTER_CONFIG
 from bertforge.lora.inject import merge, unmerged
-from bertforge.manifest import MANIFEST, read_manifest, write_manifest
+from bertforge.manifest import identity, read_manifest, write_manifest
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.proof.golden import GoldenRows
 from bertforge.proof.tolerances import MERGED
@@ -64,7 +64,7 @@ def _merge(run: Path, out: Path) -> dict[str, Any]:
             folder,
             "model",
             **{**kept, "golden": after.to_dict(), "merge": measured},
-            parent=hash_file(run / MANIFEST),
+            parent=identity(run),
         )
         reloaded = load_model(folder, manifest)  # what is on disk, not what is in memory
         if after.difference(reloaded.to(next(merged.parameters()).device)) != 0:

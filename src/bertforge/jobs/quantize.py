@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.torch import save as to_bytes
 
-from bertforge.artifact import fresh_directory, hash_file, write_atomic
+from bertforge.artifact import fresh_directory, write_atomic
 from bertforge.data.loader import Examples, spread
 from bertforge.data.prepared import PreparedData
 from bertforge.errors import ArtifactError, MachineError, UsageError
@@ -24,7 +24,7 @@ from bertforge.evaluation.compare import compare
 from bertforge.evaluation.logits import predict_logits
 from bertforge.inference.predictor import Predictor, check_merged, load_model, plain_model
 from bertforge.locks import locked
-from bertforge.manifest import MANIFEST, read_manifest, write_manifest
+from bertforge.manifest import carried, identity, read_manifest, write_manifest
 from bertforge.model.classifier import BertForSequenceClassification
 from bertforge.model.points import Unit
 from bertforge.model.weights import WEIGHTS
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 METHODS = ("best", "max", "entropy", "mse", "percentile")
 """Of calibration; see `quantize.calibrate`."""
-_KEPT = ("recipe", "labels", "schema", "tabular", "data", "base", "temperature", "inputs")
 Say = Callable[[str], object]
 Tune = Callable[
     [BertForSequenceClassification, Examples, np.ndarray, np.ndarray, dict[str, Any], Path, Say], dict[str, Any]
@@ -139,10 +138,8 @@ def _quantize(
         network.config.save(folder)
         predictor.tokenizer.save(folder, predictor.max_length)
         golden = GoldenRows.from_dict(manifest["golden"]).of(network)
-        kept = {name: manifest[name] for name in _KEPT if name in manifest}
-        write_manifest(
-            folder, "quantized", **kept, golden=golden.to_dict(), quantization=found, parent=hash_file(model / MANIFEST)
-        )
+        of = {**carried(manifest), "golden": golden.to_dict(), "parent": identity(model)}
+        write_manifest(folder, "quantized", **of, quantization=found)
         reloaded = load_model(folder, read_manifest(folder, "quantized")).to(next(network.parameters()).device)
         if golden.difference(reloaded) != 0:
             raise ArtifactError(f"the quantized model written to {out} does not reload as it was; nothing was kept")

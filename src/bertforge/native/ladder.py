@@ -13,6 +13,7 @@ other is laid out and waits in the stream's queue.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Lock
@@ -108,8 +109,11 @@ class Ladder:
                 graph.capture_end()
         return _Rung(size, graph, inputs, result)
 
-    def __call__(self, batch: PackedBatch) -> np.ndarray:
-        """`[sequences, labels or hidden]` float32; raises UsageError for a pack or a text that is too large."""
+    def __call__(self, batch: PackedBatch, before: Callable[[], None] = lambda: None) -> np.ndarray:
+        """`[sequences, labels or hidden]` float32; raises UsageError for a pack or a text that is too large.
+
+        `before` may put other weights in place: it is called where no other pack comes between.
+        """
         tokens, sequences = batch.input_ids.numel(), len(batch)
         if batch.max_seqlen > self._positions:
             raise UsageError(
@@ -127,6 +131,7 @@ class Ladder:
         try:
             _lay_out(batch, rung.size, slot.inputs.numpy())
             with self._lock, torch.cuda.stream(self._stream):
+                before()
                 rung.inputs.copy_(slot.inputs[: len(rung.inputs)], non_blocking=True)
                 rung.graph.replay()
                 slot.result[:sequences].copy_(rung.result[:sequences], non_blocking=True)

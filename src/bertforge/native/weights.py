@@ -121,7 +121,7 @@ class NativeWeights:
 
     def save(self, folder: Path) -> None:
         """Writes `native.safetensors` and `config.json`."""
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in _flat("", self)}
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in flat("", self)}
         write_atomic(folder / WEIGHTS, to_bytes(tensors))
         self.config.save(folder)
 
@@ -172,7 +172,7 @@ def _read_layer(part: _Part) -> Layer:
     )  # fmt: skip
 
 
-def _flat(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+def flat(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     """Every tensor under `value`, by the path of its fields."""
     if isinstance(value, Tensor):
         yield name, value
@@ -181,7 +181,7 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, NativeWeights | Layer | Linear | Norm):
         items = vars(value).items()
     for part, inner in items:
-        yield from _flat(f"{name}.{part}" if name else str(part), inner)
+        yield from flat(f"{name}.{part}" if name else str(part), inner)
 
 
 def _layers(model: BertForSequenceClassification) -> Iterator[tuple[str, BertLayer]]:

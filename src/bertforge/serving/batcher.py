@@ -5,7 +5,8 @@ are its batches; an ask that finds it idle is computed at once.
 
 How much a batch may hold follows from the latency that is wanted and from the rate at which the engine has computed
 batches of that size. So a GPU gets packs of thousands of rows and a slow CPU a handful, and a row that comes waits for
-no more than the batches under way. The same rate says how much may wait.
+no more than the batches under way. A batch may always hold as much as the longest text, which takes its time anyway: a
+row at a time, a busy CPU computes a tenth less. The same rate says how much may wait.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from bertforge.data.loader import Examples
 from bertforge.data.tokens import TokenStore
 from bertforge.engines.base import Engine
 from bertforge.engines.run import batch_of
-from bertforge.errors import is_out_of_memory
+from bertforge.errors import BertforgeError, is_out_of_memory
 from bertforge.serving.channel import Answer, Ask, Load, Reason, Refusal
 from bertforge.serving.queue import Queue, Request, Row
 from bertforge.serving.settings import Pace
@@ -59,6 +60,7 @@ class Batcher:
         engine = next(iter(lanes.values())).engine
         self._queue = Queue(engine.shape, engine.packed)
         self._most = engine.shape.tokens  # that fit into memory
+        self._least = max(lane.max_length for lane in lanes.values())
         self._rate = 0.0  # tokens a second of one thread while all compute; 0 until it is measured
         self._batches = self._rows = self._tokens = 0
         self._seconds = 0.0
@@ -132,10 +134,12 @@ class Batcher:
                 return rows
 
     def _batch_tokens(self) -> int:
-        return int(min(self._most, max(1.0, self.pace.latency * self._rate))) if self._rate else self._most
+        if not self._rate:
+            return self._most
+        return int(min(self._most, max(self._least, self.pace.latency * self._rate)))
 
     def _compute(self, rows: list[Row]) -> None:
-        """Computes a batch and answers what it completes. Raises what the engine raises, when its rows are refused."""
+        """Computes a batch and answers what it completes. Raises what a broken engine raises, once rows are refused."""
         cost, begun = sum(request.costs[row] for request, row in rows), time.monotonic()
         try:
             logits = self._logits(rows)
@@ -147,6 +151,9 @@ class Batcher:
                     self._compute(half)
                 return
             self._refuse([request for request, _ in rows], "failed", "the engine failed over this request")
+            if isinstance(error, BertforgeError):  # the batch is at fault, not the engine
+                log.error("a batch was refused by its engine: %s", error)
+                return
             raise
         now = time.monotonic()
         with self._changed:

@@ -25,11 +25,11 @@ Cell = str | int | float | bool | None
 Input = str | dict[str, Cell]
 
 
-class _Told(BaseModel):
+class Told(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
-class Refusal(_Told):
+class Refusal(Told):
     """What went wrong."""
 
     code: str = Field(description="For programs; one for each status.")
@@ -37,14 +37,14 @@ class Refusal(_Told):
     field: str | None = Field(description="Where, such as inputs[3].Title; null where it is no field.")
 
 
-class Refused(_Told):
+class Refused(Told):
     """Every error."""
 
     error: Refusal
     id: str = Field(description="The request's, as in the header X-Request-Id.")
 
 
-class Question(_Told):
+class Question(Told):
     """What to classify."""
 
     inputs: Input | list[Input] = Field(
@@ -57,7 +57,7 @@ class Question(_Told):
     )
 
 
-class ModelTold(_Told):
+class ModelTold(Told):
     """Which model answered."""
 
     name: str
@@ -65,18 +65,21 @@ class ModelTold(_Told):
     precision: str
 
 
-class Result(_Told):
+class Result(Told):
     """Of one input."""
 
     label: str | int | bool | None = Field(description="Null for a text that is blank.")
     probability: float | None = Field(description="Of the label.")
     probabilities: dict[str, float] | None = Field(description="Of every label.")
+    decision: str | int | bool | None = Field(
+        None, description="The label, or `abstain`: a person should look. Absent where no thresholds were chosen."
+    )
     tokens: int = Field(description="That the model read.")
     tokens_cut: int = Field(description="That it did not, from the end of the text.")
     problem: str | None = Field(None, description="What could not be read and counts as missing; absent where all was.")
 
 
-class Classified(_Told):
+class Classified(Told):
     """The answer."""
 
     id: str
@@ -84,7 +87,7 @@ class Classified(_Told):
     results: list[Result] = Field(description="In the order of the inputs.")
 
 
-class ModelCard(_Told):
+class ModelCard(Told):
     """One model."""
 
     name: str
@@ -97,10 +100,12 @@ class ModelCard(_Told):
     text_columns: list[str] = Field(description="Joined by a space, they are the text.")
     columns: list[str] = Field(description="Others that an input must hold; none where a text is enough.")
     max_length: int = Field(description="Tokens a text is cut to.")
+    thresholds: dict[str, float] | None = Field(description="From which probability on a label is decided.")
+    prior: dict[str, float] | None = Field(description="Shares of the labels; null where those of training are taken.")
     adapter_of: str | None = Field(description="The model on whose base this adapter runs.")
 
 
-class ModelCards(_Told):
+class ModelCards(Told):
     """All models."""
 
     models: list[ModelCard]
@@ -170,5 +175,7 @@ def _card(model: Model) -> dict[str, Any]:
         "text_columns": list(model.columns.texts),
         "columns": list(model.columns.needed),
         "max_length": codec.max_length,
+        "thresholds": codec.policy and dict(zip(codec.label_names, codec.policy.thresholds, strict=True)),
+        "prior": codec.prior and dict(zip(codec.label_names, codec.prior, strict=True)),
         "adapter_of": told.adapter_of,
     }

@@ -25,13 +25,13 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bertforge.serving import metrics
+from bertforge.serving import metrics, page
 from bertforge.serving.keys import Keys
 from bertforge.serving.requests import RequestError
 from bertforge.serving.settings import Limits
 
 _ID = re.compile(r"[!-~]{1,128}")
-_OPEN = ("/healthz", "/readyz", "/openapi.json", "/")  # without a key
+_OPEN = ("/healthz", "/readyz", "/openapi.json", *page.PATHS)  # without a key
 _BODY_SECONDS = 30.0  # from the head of a request to the end of its body
 _GONE = 499  # nginx's status for a client that hung up; nobody is sent it
 

@@ -8,6 +8,7 @@ does, for then the supervisor is gone.
 from __future__ import annotations
 
 import asyncio
+import resource
 import signal
 import socket
 import sys
@@ -21,11 +22,12 @@ from starlette.responses import Response
 
 from bertforge import __version__
 from bertforge.errors import BertforgeError
-from bertforge.serving import classify, metrics
+from bertforge.serving import classify, explain, metrics, monitor
 from bertforge.serving.connection import Connection
 from bertforge.serving.door import Door, call_of
 from bertforge.serving.keys import Keys
 from bertforge.serving.models import Models
+from bertforge.serving.page import page_routes
 from bertforge.serving.requests import RequestError
 from bertforge.serving.settings import FrontOrder
 
@@ -41,8 +43,9 @@ def make_app(models: Models) -> FastAPI:
         docs_url=None,  # pages that load from other servers
         redoc_url=None,
     )
-    for router in (classify.router(models),):
+    for router in (classify.router(models), explain.router(models), monitor.router(models)):
         app.include_router(router)
+    app.router.routes += page_routes()
 
     @app.get("/healthz", tags=["operation"])
     async def healthz() -> dict[str, str]:
@@ -58,7 +61,8 @@ def make_app(models: Models) -> FastAPI:
     @app.get("/metrics", tags=["operation"], responses=classify.refused())
     async def prometheus() -> Response:
         """For Prometheus."""
-        return Response(metrics.page(models.client.loads), media_type="text/plain; version=0.0.4; charset=utf-8")
+        page = await asyncio.to_thread(metrics.page, models.client.loads, monitor.Drift(models))
+        return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.exception_handler(RequestError)
     async def refuse(request: Request, error: RequestError) -> Response:
@@ -91,7 +95,13 @@ def make_app(models: Models) -> FastAPI:
 
 async def serve(order: FrontOrder) -> None:
     """Runs until it is told to end."""
-    models = Models(Path(order.engine), order.limits, lambda line: print(line, file=sys.stderr, flush=True))
+    models = Models(
+        Path(order.engine),
+        order.limits,
+        lambda line: print(line, file=sys.stderr, flush=True),
+        counters=Path(order.counters),
+        prior=order.prior,
+    )
     keys = None if order.api_keys is None else Keys.read(Path(order.api_keys))
     door = Door(make_app(models), order.limits, keys)
     config = uvicorn.Config(
@@ -137,6 +147,8 @@ def main() -> None:
     order = FrontOrder.from_json(sys.argv[1])
     import uvloop
 
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each connection takes a file descriptor
     uvloop.run(serve(order))
 
 

@@ -20,7 +20,7 @@ import pandas as pd
 
 from bertforge.errors import ArtifactError
 from bertforge.inference.codec import Codec
-from bertforge.inference.predictor import load_model
+from bertforge.inference.predictor import load_model, plain
 from bertforge.manifest import remake
 from bertforge.proof.gate import Reference, Shift
 from bertforge.proof.golden import GoldenRows
@@ -87,5 +87,5 @@ def _mismatch(
 
 
 def _simulated(folder: Path, manifest: dict[str, Any], precision: str) -> np.ndarray:
-    model, golden = load_model(folder, manifest), GoldenRows.from_dict(manifest["golden"])
+    model, golden = plain(load_model(folder, manifest)), GoldenRows.from_dict(manifest["golden"])
     return Reference(model, golden, precision, precision).simulated(golden.examples, np.arange(len(golden.logits)))

@@ -53,10 +53,11 @@ def stage(name: str, seconds: float) -> None:
     _stages[name].observe(seconds)
 
 
-def page(loads: Mapping[str, Load]) -> bytes:
+def page(loads: Mapping[str, Load], *others: Collector) -> bytes:
     """Everything, as Prometheus reads it; `loads` are those of the engines."""
     registry = CollectorRegistry()
-    registry.register(_Engines(loads))
+    for collector in (_Engines(loads), *others):
+        registry.register(collector)
     if FOLDER in os.environ:
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return generate_latest(registry)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ import numpy as np
 
 from bertforge.artifact import hash_file
 from bertforge.errors import ArtifactError, BertforgeError, DataError, reason
-from bertforge.inference.codec import Codec, is_blank, served
-from bertforge.manifest import MANIFEST
+from bertforge.inference.codec import Codec, is_blank
+from bertforge.manifest import MANIFEST, served
 from bertforge.serving import metrics
 from bertforge.serving.channel import EngineClient, RefusedError, Served, State
 from bertforge.serving.door import Call
 from bertforge.serving.inputs import Columns, read_inputs
+from bertforge.serving.monitor import Counters
 from bertforge.serving.preparing import Preparation, Prepared
 from bertforge.serving.requests import RequestError
 from bertforge.serving.settings import Limits
@@ -45,12 +46,12 @@ class Model:
     prepare: Preparation
 
     @classmethod
-    def load(cls, model: Served) -> Model:
+    def load(cls, model: Served, prior: Mapping[str, float] | None) -> Model:
         """Reads its folder; raises ArtifactError where that is damaged, or is no longer the one that was loaded."""
         folder, manifest = served(Path(model.folder))
         if hash_file(folder / MANIFEST) != model.generation:
             raise ArtifactError(f"{folder} was changed since its engine was loaded; have it loaded: kill -HUP PID")
-        codec = Codec.load(folder, manifest)
+        codec = Codec.load(folder, manifest, prior)
         return cls(model, codec, Columns.of(codec), Preparation(codec))
 
     @property
@@ -71,7 +72,8 @@ class Answers:
     def results(self) -> list[dict[str, Any]]:
         """JSON-ready, one for each row."""
         codec, prepared = self.model.codec, self.prepared
-        names, labels = codec.label_names, codec.schema.original_labels()
+        names, labels, policy = codec.label_names, codec.schema.original_labels(), codec.policy
+        decisions = None if policy is None else policy.names(policy.decide(self.probabilities), labels)
         cut = np.maximum(0, prepared.whole - codec.max_length).tolist()
         found = []
         for row, chances in enumerate(self.probabilities.tolist()):
@@ -84,6 +86,8 @@ class Answers:
                 "tokens": min(int(prepared.lengths[row]), codec.max_length),
                 "tokens_cut": cut[row],
             }
+            if decisions is not None:
+                result["decision"] = None if blank else decisions[row]
             if prepared.problems[row]:
                 result["problem"] = prepared.problems[row]
             found.append(result)
@@ -93,9 +97,19 @@ class Answers:
 class Models:
     """Those of the newest state of the engine process that this front has read the folders of."""
 
-    def __init__(self, engine: Path, limits: Limits, log: Callable[[str], object]) -> None:
-        """`engine` is the socket of the engine process, `log` is told what goes wrong."""
-        self.limits = limits
+    def __init__(
+        self,
+        engine: Path,
+        limits: Limits,
+        log: Callable[[str], object],
+        *,
+        counters: Path,
+        prior: Mapping[str, float] | None = None,
+    ) -> None:
+        """`engine` is the socket of the engine process, `log` is told what goes wrong, `counters` is a file of this
+        front's own for `monitor`, and `prior` are the shares of labels in what is asked.
+        """
+        self.limits, self.counters, self._prior = limits, Counters(counters), prior
         self.client = EngineClient(engine, self._changed)
         self.ready = False
         self.models: dict[str, Model] = {}
@@ -118,11 +132,19 @@ class Models:
         return self.models[name]
 
     async def answer(
-        self, call: Call, inputs: Any, model: str | None = None, *, name: str = "inputs", deadline: float = np.inf
+        self,
+        call: Call,
+        inputs: Any,
+        model: str | None = None,
+        *,
+        name: str = "inputs",
+        deadline: float = np.inf,
+        watched: bool = True,
     ) -> Answers:
         """What a model says of `inputs`, one input or a list, the value of the field `name` of a request.
 
-        `deadline` is by `time.monotonic()`. Raises RequestError.
+        `deadline` is by `time.monotonic()`. What is not `watched` leaves no trace in `/v1/monitor`: rows that nobody
+        wrote. Raises RequestError.
         """
         while True:
             asked, began = self.get(model), time.monotonic()
@@ -147,6 +169,8 @@ class Models:
         metrics.stage("queue", answer.queued)
         metrics.stage("compute", answer.computed)
         metrics.rows(asked.served.name, len(rows))
+        if watched:
+            self.counters.add(asked.served.name, asked.served.generation, asked.codec, prepared, answer.logits)
         return Answers(asked, prepared, asked.codec.probabilities(prepared.texts, answer.logits))
 
     def _changed(self, state: State | None) -> None:
@@ -165,7 +189,7 @@ class Models:
                     if old is not None and old.served == told:
                         found[told.name] = old
                     else:
-                        found[told.name] = await asyncio.to_thread(Model.load, told)
+                        found[told.name] = await asyncio.to_thread(Model.load, told, self._prior)
                 except (BertforgeError, OSError) as error:
                     self._log(f"{told.name} cannot be read: {reason(error)}")
                     await asyncio.sleep(_AGAIN)

@@ -86,12 +86,12 @@ class Preparation:
             if stop < len(job.rows):
                 again.append(job)
         self._waiting.extend(again)
-        self._called = bool(self._waiting)
-        if self._called:
-            asyncio.get_running_loop().call_soon(self._turn)
         for lot in lots.values():
             if lot:
                 self._prepare(lot)
+        self._called = bool(self._waiting)
+        if self._called:  # after those who have their rows by now went on
+            asyncio.get_running_loop().call_soon(self._turn)
 
     def _prepare(self, lot: list[tuple[_Job, Sequence[Row]]]) -> None:
         try:
@@ -108,7 +108,7 @@ class Preparation:
             job.parts.append(_part(found, start, start + len(rows)))
             start += len(rows)
             if job.begun == len(job.rows) and not job.done.done():
-                job.done.set_result(_joined(job.parts))
+                job.done.set_result(joined(job.parts))
 
 
 def _prepare(codec: Codec, rows: list[Row]) -> Prepared:
@@ -142,7 +142,8 @@ def _part(found: Prepared, start: int, stop: int) -> Prepared:
     )
 
 
-def _joined(parts: list[Prepared]) -> Prepared:
+def joined(parts: list[Prepared]) -> Prepared:
+    """The rows of all parts, which is not empty."""
     if len(parts) == 1:
         return parts[0]
     columns = None

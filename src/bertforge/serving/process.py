@@ -31,9 +31,9 @@ import numpy as np
 
 from bertforge.artifact import hash_file
 from bertforge.errors import ArtifactError, BertforgeError, reason
-from bertforge.inference.codec import served
 from bertforge.inference.predictor import Predictor
-from bertforge.manifest import MANIFEST
+from bertforge.manifest import MANIFEST, served
+from bertforge.serving.adapters import carriers, load_beside
 from bertforge.serving.batcher import Batcher, Lane, Sent
 from bertforge.serving.channel import (
     Adopted,
@@ -92,6 +92,7 @@ class EngineProcess:
         """Serves until it is told to end, and returns the exit code; raises BertforgeError where it cannot begin."""
         self._loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[int] = self._loop.create_future()
+        self._carriers = await asyncio.to_thread(carriers, self.order.models, self.order.adapters)
         for name in self.order.models:
             self._loaded[name] = await asyncio.to_thread(self._load, name)
         self._announce()
@@ -123,7 +124,7 @@ class EngineProcess:
         async with self._reloading:
             for name, old in [*self._loaded.items()]:
                 try:
-                    if {generation for _, generation in old.models} == set(self._generations(name)):
+                    if dict(old.models.keys()) == await asyncio.to_thread(self._generations, name):
                         log.info("%s is up to date", name)
                         continue
                     new = await asyncio.to_thread(self._load, name)
@@ -135,18 +136,20 @@ class EngineProcess:
                 log.info("%s was swapped", name)
             self._announce()
 
-    def _generations(self, name: str) -> list[str]:
-        """Those of the folders as they are now."""
-        folder, _ = served(Path(self.order.models[name]))
-        return [hash_file(folder / MANIFEST)]
-
     def _load(self, name: str) -> Loaded:
         """Loads and replays; in a thread. Raises BertforgeError."""
-        folder, _ = served(Path(self.order.models[name]))
-        generation = hash_file(folder / MANIFEST)
-        predictor = Predictor.load(folder, self.order.precision)
-        engine = predictor.engine
-        lanes = {name: Lane(engine, predictor.tokenizer.sep_id, predictor.max_length)}
+        folders, generations = self._folders(name), self._generations(name)
+        base = Predictor.load(folders[name], self.order.precision, prior=self.order.prior)
+        beside = {
+            other: load_beside(base, other, folder, self.order.prior)
+            for other, folder in folders.items()
+            if other != name
+        }
+        predictors = {name: base, **beside}
+        lanes = {
+            own: Lane(predictor.engine, predictor.tokenizer.sep_id, predictor.max_length)
+            for own, predictor in predictors.items()
+        }
         ready, errors = Event(), list[Exception]()
 
         def broken(error: Exception) -> None:
@@ -159,17 +162,35 @@ class EngineProcess:
 
         batcher = Batcher(lanes, self.order.pace, deliver, broken)
         try:
-            replay(folder, predictor.codec, engine.precision, partial(_asked, batcher, name))
+            for own, predictor in predictors.items():
+                replay(folders[own], predictor.codec, predictor.precision, partial(_asked, batcher, own))
+            if self._generations(name) != generations:
+                raise ArtifactError(f"{folders[name]} changed while it was loaded; have it loaded again")
         except RefusedError as error:
             batcher.close()
             told = reason(errors[0]) if errors else str(error)
-            raise ArtifactError(f"{folder} cannot compute its golden rows: {told}") from error
+            raise ArtifactError(f"{folders[own]} cannot compute its golden rows: {told}") from error
         except BaseException:
             batcher.close()
             raise
         ready.set()
-        about = Served(name, generation, str(folder.absolute()), engine.precision, engine.name, engine.device)
-        return Loaded({(name, generation): about}, batcher)
+        engine = base.engine
+        about = [
+            Served(own, generations[own], str(folder.absolute()), engine.precision, engine.name, engine.device, of)
+            for own, folder in folders.items()
+            for of in [None if own == name else name]
+        ]
+        return Loaded({(each.name, each.generation): each for each in about}, batcher)
+
+    def _folders(self, name: str) -> dict[str, Path]:
+        """Of a model and of the adapters beside it, by their names; what `fit` made has another within it."""
+        adapters = [adapter for adapter, carrier in self._carriers.items() if carrier == name]
+        paths = {name: self.order.models[name], **{adapter: self.order.adapters[adapter] for adapter in adapters}}
+        return {own: served(Path(path))[0] for own, path in paths.items()}
+
+    def _generations(self, name: str) -> dict[str, str]:
+        """Of the same, as their folders are now."""
+        return {own: hash_file(folder / MANIFEST) for own, folder in self._folders(name).items()}
 
     def _announce(self) -> None:
         """Tells all fronts what is served now."""

@@ -45,6 +45,8 @@ class Service:
 
     models: Mapping[str, Path]
     """Folders by the names that clients use; the first answers where a request names none."""
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    """LoRA runs on the base of one of `models`, by the names that clients use."""
     fronts: int = 1
     limits: Limits = field(default_factory=Limits)
     pace: Pace = field(default_factory=Pace)
@@ -54,6 +56,8 @@ class Service:
     """None lets everybody in."""
     precision: str = "auto"
     """Of runs and merged models, as `Predictor.load` takes it."""
+    prior: Mapping[str, float] | None = None
+    """Shares of labels in what is asked; None for those of training, or of the folder's thresholds."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,13 @@ class EngineOrder:
     """Path of the Unix socket it makes."""
     models: dict[str, str]
     """Folder of each model, by the name that clients use."""
+    adapters: dict[str, str] = field(default_factory=dict)
+    """Run of each adapter, by the name that clients use; it is computed beside the first of `models` that can."""
     precision: str = "auto"
     """Of runs and merged models, as `Predictor.load` takes it."""
     pace: Pace = field(default_factory=Pace)
+    prior: dict[str, float] | None = None
+    """Shares of labels in what is asked: a folder whose thresholds were chosen for others is not served."""
 
     def command(self) -> list[str]:
         """Starts the process; it ends with its standard input, which should be a pipe."""
@@ -88,7 +96,10 @@ class FrontOrder:
     engine: str
     """Path of the engine's socket."""
     limits: Limits
+    counters: str
+    """File of its own for the counters of `monitor`."""
     api_keys: str | None
+    prior: Mapping[str, float] | None
 
     def command(self) -> list[str]:
         """Starts the process; it ends with its standard input, which should be a pipe."""

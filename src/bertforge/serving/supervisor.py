@@ -94,9 +94,11 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGHUP, self._swap)
         with TemporaryDirectory(prefix="bertforge-serve-") as folder:
             engine = asyncio.create_task(self._keep("the engine process", self._engine_command(folder)))
-            command = self._front_command(folder)
             names = [f"front {number}" for number in range(1, self._service.fronts + 1)]
-            fronts = [asyncio.create_task(self._keep(name, command, folder)) for name in names]
+            fronts = [
+                asyncio.create_task(self._keep(name, self._front_command(folder, number), folder))
+                for number, name in enumerate(names, 1)
+            ]
             first = asyncio.create_task(self._ready.wait())
             ending = asyncio.create_task(self._ending.wait())
             await asyncio.wait([first, ending], return_when=asyncio.FIRST_COMPLETED)
@@ -113,12 +115,20 @@ class Supervisor:
     def _engine_command(self, folder: str) -> list[str]:
         service = self._service
         models = {name: str(path) for name, path in service.models.items()}
-        return EngineOrder(f"{folder}/engine", models, service.precision, service.pace).command()
+        adapters = {name: str(path) for name, path in service.adapters.items()}
+        prior = None if service.prior is None else dict(service.prior)
+        return EngineOrder(f"{folder}/engine", models, adapters, service.precision, service.pace, prior).command()
 
-    def _front_command(self, folder: str) -> list[str]:
-        keys = self._service.api_keys
-        path = None if keys is None else str(keys.absolute())
-        return FrontOrder(self._listening.fileno(), f"{folder}/engine", self._service.limits, path).command()
+    def _front_command(self, folder: str, number: int) -> list[str]:
+        service, keys = self._service, self._service.api_keys
+        return FrontOrder(
+            listening=self._listening.fileno(),
+            engine=f"{folder}/engine",
+            limits=service.limits,
+            counters=f"{folder}/served-{number}.json",
+            api_keys=None if keys is None else str(keys.absolute()),
+            prior=service.prior,
+        ).command()
 
     async def _keep(self, name: str, command: list[str], metrics: str | None = None) -> None:
         """Runs a process again and again until the service ends; a front where it is told a folder for `metrics`."""

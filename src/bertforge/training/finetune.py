@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bertforge.artifact import hash_file
 from bertforge.columns.transform import TabularTransform
-from bertforge.data.loader import Examples, Split
+from bertforge.data.loader import Examples, Split, spread
 from bertforge.data.prepared import PreparedData
 from bertforge.data.schema import CLOSED_DATE, STACK_OVERFLOW, Schema
 from bertforge.data.tokens import Tokenizer
@@ -33,6 +33,7 @@ from bertforge.determinism import branch, seed_everything
 from bertforge.digests import read_sealed, write_sealed
 from bertforge.errors import ArtifactError, DataError, UsageError, removal
 from bertforge.evaluation.baselines import fitted_beside, installed
+from bertforge.evaluation.drift import REFERENCE_ROWS, Reference
 from bertforge.evaluation.standing import standing
 from bertforge.evaluation.temperature import fit_temperature
 from bertforge.hardware import Hardware, choose_training_precision, detect
@@ -56,7 +57,7 @@ from bertforge.proof.golden import GoldenRows, spread_rows
 from bertforge.training.checkpoint import Progress, count_trainable
 from bertforge.training.config import Recipe
 from bertforge.training.distributed import World, joined
-from bertforge.training.loop import Trainer
+from bertforge.training.loop import Trainer, class_weights
 from bertforge.training.schedule import Schedule
 from bertforge.training.sealed import read_tensors, write_tensors
 from bertforge.training.start import PROBE_SHARE, is_probed, probe
@@ -153,6 +154,8 @@ def finetune(
             "metrics": _summary(progress, trainer),
             "history": progress.history,
             "temperature": fit_temperature(logits, run.split.examples.labels[run.split.validation]),
+            "label_shares": _label_shares(run.split, recipe),
+            "reference": _reference(run, start.prepared, logits.argmax(axis=1)),
             **_golden(run, start.prepared),
         }
         if world.first:
@@ -345,6 +348,28 @@ def _golden(run: Run, prepared: PreparedData) -> dict[str, Any]:
     rows = spread_rows(examples, run.split.validation)
     inputs = prepared.raw(rows, () if run.transform is None else run.transform.spec.columns)
     return {"golden": GoldenRows.record(run.model, examples, rows).to_dict(), "inputs": inputs}
+
+
+def _label_shares(split: Split, recipe: Recipe) -> list[float]:
+    """Of the train rows, as the loss weighs them."""
+    counts = np.bincount(split.examples.labels[split.train])
+    weights = counts * class_weights(split, recipe).double().numpy()
+    return [float(share) for share in weights / weights.sum()]
+
+
+def _reference(run: Run, prepared: PreparedData, predicted: np.ndarray) -> dict[str, Any]:
+    """The manifest's `reference`: what served rows are held against; `predicted` is of the validation rows."""
+    examples, rows = run.split.examples, spread(run.split.train, REFERENCE_ROWS)
+    columns = examples.tabular and {name: array[rows] for name, array in examples.tabular.items()}
+    found = Reference.measure(
+        examples.tokens.lengths[rows],
+        np.array([np.count_nonzero(examples.tokens[row] == run.tokenizer.unk_id) for row in rows]),
+        prepared.label_names,
+        predicted,
+        columns,
+        run.transform,
+    )
+    return found.to_dict()
 
 
 def _found_anywhere(model: str) -> str:

@@ -84,7 +84,7 @@ class Trainer:
         step = EagerStep(
             model,
             self.optimizer,
-            _class_weights(split, recipe).to(self.device),
+            class_weights(split, recipe).to(self.device),
             recipe.label_smoothing,
             recipe.max_grad_norm,
             precision,
@@ -267,7 +267,8 @@ class Trainer:
         return float(self.world.gather(seconds)[0]) / (60 * self.recipe.minutes)
 
 
-def _class_weights(split: Split, recipe: Recipe) -> Tensor:
+def class_weights(split: Split, recipe: Recipe) -> Tensor:
+    """How heavy a row of each label is in the loss, `[labels]`."""
     labels = split.examples.labels[split.train]
     counts = np.bincount(labels)
     if recipe.class_weights == "balanced":

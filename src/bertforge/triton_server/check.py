@@ -1,0 +1,47 @@
+"""Does the server answer the golden rows as the engine did? `python check.py [http://127.0.0.1:8000]`
+
+It is copied beside `golden.json`, which holds requests of the Open Inference Protocol v2 and the probabilities that
+bertforge gave. It needs Python alone, and ends with 1 where the server differs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+
+def check(golden: dict[str, Any], server: str) -> tuple[float, int]:
+    """The largest difference of a probability on the golden rows, and how many labels are not the most probable."""
+    largest, wrong = 0.0, 0
+    for row in golden["rows"]:
+        url = f"{server.rstrip('/')}/v2/models/{golden['model']}/infer"
+        request = urllib.request.Request(url, json.dumps(row["request"]).encode())
+        with urllib.request.urlopen(request, timeout=60) as response:
+            outputs = {output["name"]: output["data"] for output in json.load(response)["outputs"]}
+        found = outputs["probabilities"]
+        largest = max(largest, *(abs(one - other) for one, other in zip(found, row["probabilities"], strict=True)))
+        wrong += outputs["label"] != [golden["labels"][found.index(max(found))]]
+    return largest, wrong
+
+
+def main() -> int:
+    """Says how the answers differ; returns the exit code."""
+    golden = json.loads(Path(__file__).with_name("golden.json").read_text())
+    server = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
+    try:
+        largest, wrong = check(golden, server)
+    except OSError as error:
+        said = error.read().decode() if isinstance(error, urllib.error.HTTPError) else ""
+        print(f"{server} does not answer the golden rows: {error} {said}", file=sys.stderr)
+        return 1
+    told = f"{len(golden['rows'])} golden rows: probabilities differ by {largest:.2g} at most"
+    print(f"{told} ({golden['tolerance']:g} may be rounding), and {wrong} labels are wrong")
+    return int(wrong > 0 or largest > golden["tolerance"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

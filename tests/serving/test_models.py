@@ -1,0 +1,158 @@
+"""A front without its processes: the app behind the door, and an engine whose answers the test makes."""
+
+import asyncio
+import json
+import math
+from dataclasses import replace
+
+import httpx
+import numpy as np
+import pytest
+
+from bertforge.artifact import hash_file
+from bertforge.errors import ArtifactError
+from bertforge.manifest import MANIFEST
+from bertforge.serving.channel import Answer, RefusedError, Served, State
+from bertforge.serving.classify import Refused
+from bertforge.serving.door import Door
+from bertforge.serving.front import make_app
+from bertforge.serving.models import Model, Models
+from bertforge.serving.settings import Limits
+
+
+def served(folder, name="text"):
+    return Served(name, hash_file(folder / MANIFEST), str(folder), "fp32", "pytorch", "a CPU")
+
+
+class Engine:
+    """Answers each ask as `does` says, and keeps what it was asked."""
+
+    def __init__(self, does=None):
+        self.does, self.asked, self.adopted_states, self.loads = does, [], [], {}
+
+    async def ask(self, model, generation, client, ids, lengths, columns=None, deadline=math.inf):
+        self.asked.append((model, generation, client, lengths.tolist()))
+        if self.does is not None:
+            await self.does()
+        return Answer(0, np.zeros((len(lengths), 2), np.float32), 0.001, 0.002)
+
+    def adopted(self, state):
+        self.adopted_states.append(state.number)
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+@pytest.fixture
+def front(runs, tmp_path, said):
+    """Models with one of texts, and a door before them."""
+
+    def make(does=None):
+        models = Models(tmp_path / "engine", Limits(), said.append)
+        models.client = Engine(does)
+        model = Model.load(served(runs["full"]))
+        models.models, models.ready = {"text": model}, True
+        return models, Door(make_app(models), Limits(), None, log=said.append)
+
+    return make
+
+
+def ask(door, **fields):
+    async def run():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(door), base_url="http://front") as http:
+            return await http.post("/v1/classify", json={"inputs": ["a", "b c"], **fields})
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "after"),
+    [
+        (RefusedError("full", "the queue is full", 0.3), 429, "1"),
+        (RefusedError("full", "the queue is full", 2.1), 429, "3"),
+        (RefusedError("deadline", "too late"), 504, None),
+        (RefusedError("failed", "the engine failed"), 503, "2"),
+        (RefusedError("away", "the engine is away"), 503, "2"),
+    ],
+)
+def test_what_the_engine_refuses_is_told_with_its_status(front, error, status, after):
+    async def refuse():
+        raise error
+
+    response = ask(front(refuse)[1])
+    told = Refused.model_validate_json(response.text)
+    assert (response.status_code, response.headers.get("retry-after")) == (status, after)
+    assert (told.error.message, told.error.field) == (str(error), None)
+
+
+def test_a_defect_of_ours_is_500_and_the_log_says_where_without_the_text(front, said):
+    async def fail():
+        raise KeyError("a secret text")
+
+    response = ask(front(fail)[1])
+    assert Refused.model_validate_json(response.text).error.code == "internal"
+    assert response.status_code == 500
+    defect, request = map(json.loads, said)
+    assert (defect["error"], request["status"]) == ("KeyError", 500)
+    assert "test_models.py" in defect["where"][-1]
+    assert "secret" not in str(said)
+
+
+def test_the_engine_is_asked_for_the_client_and_nobody_else(front):
+    models, door = front()
+    assert ask(door).status_code == 200
+    assert models.client.asked == [("text", models.models["text"].served.generation, "127.0.0.1", [3, 4])]
+
+
+def test_rows_that_were_prepared_for_a_model_that_is_gone_are_prepared_anew(front, runs):
+    models, door = front()
+    old, new = models.models["text"], Model.load(served(runs["lora"]))
+    prepare, prepared = old.prepare, []
+
+    class Swapping:
+        async def __call__(self, rows):
+            found = await prepare(rows)
+            prepared.append(rows)
+            models.models = {"text": new}
+            return found
+
+    object.__setattr__(old, "prepare", Swapping())
+    assert ask(door).json()["model"]["id"] == new.served.generation
+    assert len(prepared) == 1
+    assert [generation for _, generation, *_ in models.client.asked] == [new.served.generation]
+
+
+def adopt(models, *states):
+    async def run():
+        for state in states:
+            models._changed(state)
+        if models._adopting is not None:
+            await asyncio.wait([models._adopting], timeout=60)
+
+    asyncio.run(run())
+
+
+def test_a_new_state_is_adopted_whole_and_models_that_stay_are_kept(front, runs):
+    models, _ = front()
+    before = models.models["text"]
+    adopt(models, State(2, (before.served, served(runs["columns"], "columns"))))
+    assert list(models.models) == ["text", "columns"]
+    assert models.models["text"] is before
+    assert models.client.adopted_states == [2]
+
+
+def test_without_an_engine_nothing_is_ready(front):
+    models, door = front()
+    before = models.models["text"]
+    adopt(models, None)
+    assert ask(door).status_code == 503
+    adopt(models, State(1, (before.served,)))
+    assert ask(door).status_code == 200
+
+
+def test_a_folder_that_was_changed_since_is_not_read(runs):
+    changed = replace(served(runs["full"]), generation="sha256:another")
+    with pytest.raises(ArtifactError, match="was changed since its engine was loaded"):
+        Model.load(changed)
