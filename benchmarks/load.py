@@ -300,15 +300,18 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._buffer += data
         while (end := self._buffer.find(b"\r\n\r\n")) >= 0:
-            head = self._buffer[:end].lower()
-            place = head.find(b"\r\ncontent-length:")
-            if place < 0:
-                raise ValueError(f"a response without its length: {head!r}")
-            length = int(head[place + 17 :].partition(b"\r\n")[0])
-            if len(self._buffer) < end + 4 + length:
-                return
-            status, body = int(head[9:12]), self._buffer[end + 4 : end + 4 + length]
-            self._buffer = self._buffer[end + 4 + length :]
+            head, begin = self._buffer[:end].lower(), end + 4
+            if (place := head.find(b"\r\ncontent-length:")) >= 0:
+                stop = begin + int(head[place + 17 :].partition(b"\r\n")[0])
+                body, left = self._buffer[begin:stop], self._buffer[stop:]
+                if len(self._buffer) < stop:
+                    return
+            else:  # Ray Serve
+                chunks, last, left = self._buffer[begin:].partition(b"0\r\n\r\n")
+                if not last:
+                    return
+                body = b"".join(chunks.split(b"\r\n")[1::2])
+            status, self._buffer = int(head[9:12]), left
             number, self._number = self._number, -1
             if number < 0:
                 self._generator.strays += 1
