@@ -43,7 +43,7 @@ MAY_IMPORT = {
 OF_ITS_OWN = {
     "export": {"onnx", "ml_dtypes"},
     "quantize": {"modelopt"},
-    "serving": {"fastapi", "starlette", "pydantic", "uvicorn", "uvloop", "prometheus_client"},
+    "serving": {"fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client"},
 }
 # Extras: the package must import, prepare, train and predict without them.
 OPTIONAL = {

@@ -80,7 +80,7 @@ class Service:
 def service(log: Path, *arguments: object) -> Iterator[Service]:
     """`bertforge serve ARGUMENTS` until the block ends."""
     command = [sys.executable, "-m", "bertforge", "serve", *map(str, arguments), "--port", "0"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT / "src")}
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, text=True)
     try:

@@ -5,4 +5,4 @@ from importlib.util import find_spec
 
 def installed() -> bool:
     """Whether the libraries of the extra `serve` are there."""
-    return all(find_spec(name) for name in ("fastapi", "uvicorn", "uvloop", "httptools", "prometheus_client"))
+    return all(find_spec(name) for name in ("fastapi", "uvicorn", "httptools", "prometheus_client"))

@@ -6,6 +6,10 @@ names the route, never the address as it was asked for, and holds nothing that t
 
 A client that hangs up ends the work on its request wherever that is: the task is cancelled, and with it the question to
 the engine, whose rows leave the queue.
+
+The engine's queue is bounded, and so is what a front takes on: one whose event loop comes round too seldom, as it has
+more requests under way than it can read and write, answers 429 before it reads a body. Without that they would gather
+in the sockets and the loop, where nobody counts them, and each would wait for all before it.
 """
 
 from __future__ import annotations
@@ -35,6 +39,8 @@ _ID = re.compile(r"[!-~]{1,128}")
 _HEALTH = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 _OPEN = (*_HEALTH, "/openapi.json", *page.PATHS)  # without a key
 _BODY_SECONDS = 30.0  # from the head of a request to the end of its body
+_LATE, _CROWD = 0.25, 256  # seconds between turns of the loop, and requests under way, at which a front is overloaded
+_TICK = 0.05  # seconds
 _GONE = 499  # nginx's status for a client that hung up; nobody is sent it
 
 
@@ -80,6 +86,18 @@ class Door:
     draining: bool = False
     """Every response then ends its connection, so that none is idle when the front ends."""
     log: Callable[[str], object] = field(default=lambda line: sys.stderr.write(line + "\n"))
+    late: float = 0.0
+    """Seconds that the event loop last took for a turn."""
+    under_way: int = 0
+    """Requests that are not answered."""
+
+    async def watch(self) -> None:
+        """Keeps `late` up to date, until it is cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + _TICK
+            await asyncio.sleep(_TICK)
+            self.late = loop.time() - due
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -104,8 +122,11 @@ class Door:
                 call.ended = True
             await send(message)
 
+        self.under_way += 1
         try:
             call.client = self._client(scope, headers) or address
+            if self.late > _LATE and self.under_way > _CROWD and scope["path"] not in _OPEN:
+                raise RequestError(429, "too many requests are waiting; try again later", retry_after=1)
             body = await self._body(headers, receive)
             metrics.stage("read", time.monotonic() - call.arrived)
             await self._while_connected(call, scope, body, receive, answer)
@@ -118,6 +139,8 @@ class Door:
             if not call.status:
                 failed = RequestError(500, "the service failed over this request")
                 await call.refuse(failed)(scope, receive, answer)
+        finally:
+            self.under_way -= 1
         self._account(call, scope)
 
     def _client(self, scope: Scope, headers: Headers) -> str | None:

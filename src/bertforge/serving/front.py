@@ -1,7 +1,11 @@
 """A front: one process that speaks HTTP. `python -m bertforge.serving.front ORDER`, started by the supervisor.
 
 It accepts from a socket that all fronts share, does everything but the model's work, and asks the engine process for
-that. It says `ready` on its standard output once it can answer, and ends when it is told to, or when its standard input
+that. Its event loop is Python's own, which accepts all connections that wait in one turn. uvloop's accepts one of them
+(libuv 1.48), so that under overload new clients waited for seconds where nobody could tell them that the service is
+full; and it was no faster here.
+
+It says `ready` on its standard output once it can answer, and ends when it is told to, or when its standard input
 does, for then the supervisor is gone.
 """
 
@@ -34,7 +38,8 @@ from bertforge.serving.settings import FrontOrder
 
 FORMS = {"/v2": open_inference.form, "/predict": tei.form, "/info": tei.form, "/": tei.form}
 """Of errors, by the first part of the address: of those that speak another protocol than ours."""
-_PATIENCE = 5.0  # seconds to wait for the engine before connections are accepted
+_PATIENCE = 2.0  # seconds to wait for the engine before connections are accepted
+_IDLE = 75  # seconds, as nginx has it; a request that comes as its connection is closed is lost
 _LAST = 0.5  # seconds from the word to end to the end of idle connections: what was on its way is answered
 
 
@@ -108,8 +113,8 @@ async def serve(order: FrontOrder) -> None:
     keys = None if order.api_keys is None else Keys.read(Path(order.api_keys))
     door = Door(make_app(models), order.limits, keys, FORMS)
     config = uvicorn.Config(
-        door, loop="uvloop", http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
-        server_header=False, proxy_headers=False,
+        door, loop="asyncio", http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
+        server_header=False, proxy_headers=False, timeout_keep_alive=_IDLE,
     )  # fmt: skip
     server = uvicorn.Server(config)
     loop = asyncio.get_running_loop()
@@ -129,7 +134,11 @@ async def serve(order: FrontOrder) -> None:
         loop.remove_reader(0)
         drain()
 
+    loop.add_signal_handler(signal.SIGHUP, read_keys)
     models.start()
+    watching = asyncio.create_task(door.watch())
+    # A front that is started beside others leaves connections to them until it can answer; the first ones, which wait
+    # for the engine, tell that they live.
     with suppress(TimeoutError):  # where the engine takes longer, who asks is told so
         await asyncio.wait_for(_ready(models), _PATIENCE)
     listening = socket.socket(fileno=order.listening)
@@ -137,12 +146,13 @@ async def serve(order: FrontOrder) -> None:
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)
     # In the place of uvicorn's, which end idle connections at once.
-    for number, act in ((signal.SIGTERM, drain), (signal.SIGINT, lambda: None), (signal.SIGHUP, read_keys)):
+    for number, act in ((signal.SIGTERM, drain), (signal.SIGINT, lambda: None)):
         loop.add_signal_handler(number, act)
     loop.add_reader(0, hung_up)
     telling = asyncio.create_task(_tell(models))
     await serving
     telling.cancel()
+    watching.cancel()
     await models.client.close()
 
 
@@ -159,11 +169,9 @@ async def _tell(models: Models) -> None:
 def main() -> None:
     """The process."""
     order = FrontOrder.from_json(sys.argv[1])
-    import uvloop
-
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each connection takes a file descriptor
-    uvloop.run(serve(order))
+    asyncio.run(serve(order))
 
 
 if __name__ == "__main__":
