@@ -44,6 +44,8 @@ def test_they_are_found_beside_the_report_of_the_folder_and_of_the_model_that_it
     write_mistakes(tmp_path / "model" / "report-test.html", "the test part", MADE)
     assert Mistakes.find(tmp_path / "model").rows == MADE
     assert Mistakes.find(tmp_path / "model" / "engines" / "openvino-int8").rows == MADE
+    write_mistakes(tmp_path / "model" / "report.html", "the same rows, judged by `fit`", MADE)
+    assert Mistakes.find(tmp_path / "model").rows == MADE, "each once"
     write_mistakes(tmp_path / "model" / "engines" / "openvino-int8" / "report-test.html", "the test part", MADE[:1])
     assert Mistakes.find(tmp_path / "model" / "engines" / "openvino-int8").rows == MADE[:1]
     shutil.move(tmp_path / "model" / MANIFEST, tmp_path / "gone")  # a folder of anybody's

@@ -52,7 +52,8 @@ def threshold(
         typer.Option(metavar="LABEL=COST", help="What a wrong answer of the label costs; 1 if not named. Repeatable."),
     ] = None,
     abstain: Annotated[
-        float | None, typer.Option(help="What it costs to ask a person, beside --cost. Without it no one is asked.")
+        float | None,
+        typer.Option(help="What it costs to ask a person, beside --cost. Without it, no row goes to a person."),
     ] = None,
     prior: Prior = None,
     json_file: Annotated[
@@ -64,8 +65,8 @@ def threshold(
     Thresholds are chosen on validation rows and kept in the folder's
     bertforge.json. `predict` and the server then give a decision beside each
     label: the label, or "abstain". For a precision, each threshold is the
-    lowest at which the answers above it are shown, with 95% confidence, to
-    have that precision. For costs, it is the cheapest. Choosing again
+    last one, from above, down to which the answers are shown, with 95%
+    confidence, to have that precision. For costs, it is the cheapest. Choosing again
     replaces the thresholds.
 
     Examples:

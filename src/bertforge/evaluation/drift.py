@@ -234,8 +234,11 @@ def stability_index(training: Ints, served: Ints) -> npt.NDArray[np.float64]:
 
 
 def by_chance(training: tuple[int, ...], rows: int) -> float:
-    """The index that so many rows of the same kind exceed once in a hundred times."""
-    return _drawn(training, int(2 ** (np.floor(2 * np.log2(rows)) / 2)))  # few sizes, so that it is drawn rarely
+    """The index that so many rows of the same kind exceed once in a hundred times.
+
+    Of few numbers of rows, so that it is drawn rarely. They are the next fewer ones; chance is then a little too wide.
+    """
+    return _drawn(training, int(2 ** (np.floor(2 * np.log2(rows)) / 2)))
 
 
 @lru_cache(maxsize=4096)

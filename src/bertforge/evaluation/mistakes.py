@@ -58,7 +58,9 @@ class Mistakes:
         folder = folder.resolve()
         for place in (folder, *folder.parents[:2]):
             if found := sorted(place.glob(f"*{_SUFFIX}")) if (place / MANIFEST).is_file() else []:
-                return cls(tuple(mistake for path in found for mistake in _read(path)))
+                # The same rows may have been judged twice, in the folder and by its maker.
+                rows = {(mistake.text, mistake.true): mistake for path in found for mistake in _read(path)}
+                return cls(tuple(rows.values()))
         return cls(())
 
     def like(self, text: str, predicted: str, most: int = 3) -> list[Mistake]:

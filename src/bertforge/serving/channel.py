@@ -298,7 +298,7 @@ class RefusedError(Exception):
         self.reason, self.retry_after = reason, retry_after
 
 
-_AWAY = "the engine is not there at the moment; try again in a few seconds"
+_AWAY = "the engine is restarting; try again in a few seconds"
 
 
 class EngineClient:
