@@ -73,3 +73,10 @@ def test_an_evaluation_keeps_the_surer_half_of_its_mistakes_with_their_texts(tmp
     for row in rows:
         assert row.text == " ".join(texts[int(row.row)].split())  # whole: made-up questions are short
         assert row in Mistakes((*rows, replace(row, text="nothing alike"))).like(row.text, row.predicted)
+
+
+def test_mistakes_on_a_table_that_the_model_was_not_trained_on_are_not_kept(tmp_path, data, runs):
+    found = evaluate_run(runs["full"], data, "test")
+    other = replace(found, scored=replace(found.scored, fingerprint=""))  # as a raw table has it
+    assert other.write_mistakes(tmp_path / "report.html") is None
+    assert list(tmp_path.iterdir()) == []

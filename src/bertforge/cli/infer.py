@@ -90,7 +90,8 @@ def evaluate(
             console.print(found.comparison.verdict)
         if json_file:
             console.print(f"wrote {write_json(json_file, found.to_dict())}")
-        console.print(f"wrote {found.write_mistakes(written)}")
+        if mistakes := found.write_mistakes(written):
+            console.print(f"wrote {mistakes}")
         try:
             console.print(f"wrote {found.write_report(written)}")
         except MachineError as error:

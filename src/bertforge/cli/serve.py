@@ -118,6 +118,9 @@ def serve(
             raise UsageError(f"two models are called {name}; give --adapter {given} another name: NAME={folder}")
         adapters[name] = folder
     manifests = [served(folder)[1] for folder in models.values()]
+    labels = [tuple(served(folder)[1]["labels"]) for folder in adapters.values()]
+    if prior and len({*labels, *(tuple(manifest["labels"]) for manifest in manifests)}) > 1:
+        raise UsageError("--prior is for all models, and these have different labels; serve them one by one")
     if api_keys is not None:
         Keys.read(api_keys)
     listening = listen(host, port)

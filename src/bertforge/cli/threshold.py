@@ -18,8 +18,8 @@ Prior = Annotated[
 ]
 
 
-def by_label(option: str, given: list[str] | None) -> dict[str, float] | None:
-    """`LABEL=NUMBER`, each once; a number alone is of the label "". None where the option was not given."""
+def by_label(option: str, given: list[str] | None, *, whole: bool = False) -> dict[str, float] | None:
+    """`LABEL=NUMBER`, each once; where `whole`, a number alone is of all, under "". None where it was not given."""
     from bertforge.errors import UsageError
 
     found: dict[str, float] = {}
@@ -27,6 +27,8 @@ def by_label(option: str, given: list[str] | None) -> dict[str, float] | None:
         label, _, number = text.rpartition("=")
         try:
             value = float(number)
+            if not (label or whole):
+                raise ValueError
         except ValueError:
             raise UsageError(f"{option} {text!r} is not LABEL=NUMBER, such as {option} closed=0.06") from None
         if label in found:
@@ -84,7 +86,9 @@ def threshold(
     from bertforge.artifact import output_files, write_json
     from bertforge.inference.threshold import Wanted, choose_thresholds
 
-    wanted = Wanted(by_label("--precision", precision), by_label("--cost", cost), abstain, by_label("--prior", prior))
+    wanted = Wanted(
+        by_label("--precision", precision, whole=True), by_label("--cost", cost), abstain, by_label("--prior", prior)
+    )
     console = Terminal()
     with output_files(json_file):
         chosen = choose_thresholds(artifact, data, wanted)
