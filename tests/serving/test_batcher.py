@@ -142,6 +142,16 @@ def test_rows_of_several_lanes_are_computed_by_their_own_models(texts, logits, m
     assert np.abs(np.concatenate(found[::2]) - logits[::2]).max() < CLOSE
 
 
+def test_the_rows_of_one_ask_are_computed_on_all_streams(model, texts):
+    """Two batches are under way at once, or this waits for ever."""
+    engine, both, honest = Held(model), threading.Barrier(2), PyTorchEngine.logits
+    engine.logits = lambda batch: (both.wait(60), honest(engine, batch))[1]
+    with Service(engine, pace=Pace(latency=1e-9)) as service:
+        service.batcher._note(1, 1, 1.0)  # the rate is known, so a batch is as large as the longest text
+        answer = service.ask(0, [np.full(LONGEST, 5, np.int32)] * 8)[0].result(120)
+        assert isinstance(answer, Answer)
+
+
 def test_who_cancels_is_not_computed_and_not_answered(model, texts):
     engine = Held(model, streams=1, held=True)
     with Service(engine) as service:
@@ -261,7 +271,7 @@ def test_a_rate_that_was_measured_while_kernels_were_made_is_mended_by_short_req
     with Service(engine) as service:
         service.batcher._note(1, 60, 0.6)
         assert service.batcher.load("m").rate == pytest.approx(100)
-        for _ in range(20):
+        for _ in range(100):
             service.batcher._note(1, 60, 0.006)
         assert service.batcher.load("m").rate == pytest.approx(10_000, rel=0.01)
         service.batcher._note(1, 1, 1.0)  # a small batch may be slow for its size

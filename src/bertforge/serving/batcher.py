@@ -29,7 +29,7 @@ from bertforge.serving.queue import Queue, Request, Row
 from bertforge.serving.settings import Pace
 
 log = logging.getLogger(__name__)
-_SLOWER, _FASTER = 0.1, 0.5  # weight of a new measurement: the first ones, of kernels in the making, are too slow
+_KEPT = 0.9  # of the rate, when another batch is measured
 _FULL = 60.0  # seconds after which a batch that did not fit into memory is tried again
 
 Reply = Callable[[Answer | Refusal], None]
@@ -84,7 +84,7 @@ class Batcher:
                 refusal = Refusal(ask.number, "full", "too many requests are waiting; try again later", after)
             else:
                 self._queue.put(request)
-                self._changed.notify()
+                self._changed.notify(len(costs))  # each may be a batch
                 return request
         reply(refusal)
         return None
@@ -181,8 +181,12 @@ class Batcher:
         found = tokens / seconds
         if not self._rate:
             self._rate = found
-        elif found > self._rate or 2 * tokens >= self._batch_tokens():  # a small one may be slow on a GPU that is fast
-            self._rate += (_FASTER if found > self._rate else _SLOWER) * (found - self._rate)
+            return
+        # Small batches say little of a GPU, unless they are faster than was thought: the first rate is of kernels that
+        # were yet to be made. A thread that computes alone may have had the cores of the others.
+        faster = found > self._rate and len(self._begun) + 1 >= len(self._threads)
+        if faster or 2 * tokens >= self._batch_tokens():
+            self._rate = _KEPT * self._rate + (1 - _KEPT) * found
 
     def _logits(self, rows: list[Row]) -> np.ndarray:
         """`[rows, labels]` float32."""
