@@ -4,8 +4,8 @@
 
 MODEL is a merged folder and ENGINE what `bertforge compile MODEL --target openvino --precision int8` made of it. The
 load is serve.py's: real questions, one a request, in a closed loop of --connections. Each server runs alone, with all
-cores, and is warmed up; each dynamic batching is on, with batches of up to 8 and of up to 32, and the better one is its
-result. The service is measured first and last. `agreement` is the share of labels that are those of our engine.
+cores, and is warmed up; dynamic batching is on, with batches of up to 8 and of up to 32, and also off (1), and the best
+is its result. The service is measured first and last. `agreement` is the share of labels that are those of our engine.
 
 - LitServe and Ray Serve serve what they are given: OpenVINO in INT8 (`peer_classifier.py`).
 - infinity-emb serves the model itself, by PyTorch (without BetterTransformer, which is no part of today's optimum) and
@@ -49,7 +49,7 @@ from load import Plan, run
 from record import record
 from served import Setup, percentiles
 
-BATCHES = (8, 32)
+BATCHES = (1, 8, 32)
 CALIBRATION_ROWS = 300
 _PATIENCE = 180.0  # seconds for a server to come up
 _SETTLE = 0.2  # of the seconds, before the rate counts
@@ -88,10 +88,10 @@ def peers(options: argparse.Namespace, work: Path) -> list[Peer]:
             _call([python, str(_HERE / "peer_classifier.py"), str(model), str(work)], work)
 
     def exported(python: str) -> None:
-        command, graph = str(Path(python).with_name("optimum-cli")), work / "quantized"
-        _call([command, "export", "onnx", "--model", str(model), "--task", "text-classification", "onnx"], model)
-        _call([command, "onnxruntime", "quantize", "--onnx_model", "onnx", "--avx512_vnni", "-o", str(graph)], model)
-        shutil.copy(graph / "model_quantized.onnx", model / "onnx")
+        command, graph = str(Path(python).with_name("optimum-cli")), str(work / "onnx")
+        _call([command, "export", "onnx", "--model", str(model), "--task", "text-classification", graph], work)
+        _call([command, "onnxruntime", "quantize", "--onnx_model", graph, "--avx512_vnni", "-o", graph], work)
+        shutil.copy(work / "onnx" / "model_quantized.onnx", model)
 
     def script(python: str, name: str) -> Callable[[int, int], list[str]]:
         return lambda port, batch: [python, str(_HERE / name), str(model), str(work), str(port), str(batch)]
