@@ -50,9 +50,9 @@ def front(runs, tmp_path, said):
     """Models with one of texts, and a door before them."""
 
     def make(does=None):
-        models = Models(tmp_path / "engine", Limits(), said.append)
+        models = Models(tmp_path / "engine", Limits(), said.append, counters=tmp_path / "counters-1.json")
         models.client = Engine(does)
-        model = Model.load(served(runs["full"]))
+        model = Model.load(served(runs["full"]), None)
         models.models, models.ready = {"text": model}, True
         return models, Door(make_app(models), Limits(), None, log=said.append)
 
@@ -108,7 +108,7 @@ def test_the_engine_is_asked_for_the_client_and_nobody_else(front):
 
 def test_rows_that_were_prepared_for_a_model_that_is_gone_are_prepared_anew(front, runs):
     models, door = front()
-    old, new = models.models["text"], Model.load(served(runs["lora"]))
+    old, new = models.models["text"], Model.load(served(runs["lora"]), None)
     prepare, prepared = old.prepare, []
 
     class Swapping:
@@ -155,4 +155,4 @@ def test_without_an_engine_nothing_is_ready(front):
 def test_a_folder_that_was_changed_since_is_not_read(runs):
     changed = replace(served(runs["full"]), generation="sha256:another")
     with pytest.raises(ArtifactError, match="was changed since its engine was loaded"):
-        Model.load(changed)
+        Model.load(changed, None)

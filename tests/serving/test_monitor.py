@@ -9,9 +9,9 @@ import pytest
 
 from bertforge.data.schema import QUESTIONS
 from bertforge.inference.codec import Codec
-from bertforge.manifest import served
 from bertforge.inference.predictor import Predictor
 from bertforge.inference.threshold import Wanted, choose_thresholds
+from bertforge.manifest import served
 from bertforge.serving.classify import Classified, ModelCards
 from bertforge.serving.monitor import Counters, Monitored
 from bertforge.serving.preparing import Preparation

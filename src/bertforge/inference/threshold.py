@@ -20,11 +20,10 @@ from bertforge.evaluation.binomial import CONFIDENCE
 from bertforge.evaluation.decisions import ABSTAIN, Outcome, Policy, bias, for_costs, for_precision, outcome
 from bertforge.evaluation.prior import as_text, complete_shares, train_shares
 from bertforge.evaluation.scores import softmax
-from bertforge.manifest import served
 from bertforge.inference.predictor import Predictor
 from bertforge.inference.scoring import score
 from bertforge.locks import locked
-from bertforge.manifest import DECISION, amend_manifest
+from bertforge.manifest import DECISION, amend_manifest, served
 
 
 @dataclass(frozen=True)

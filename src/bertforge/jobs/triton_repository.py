@@ -37,11 +37,10 @@ from bertforge.engines.registry import TARGETS
 from bertforge.errors import ArtifactError, UsageError
 from bertforge.hardware import detect
 from bertforge.inference.codec import is_blank
-from bertforge.manifest import served
 from bertforge.inference.predictor import Predictor
 from bertforge.jobs.compile import Say, compile_model
 from bertforge.locks import locked
-from bertforge.manifest import MANIFEST, write_manifest
+from bertforge.manifest import MANIFEST, served, write_manifest
 from bertforge.proof.tolerances import WORST_FLOOR
 
 _SHORTEST = 16  # tokens that a row is padded to at least
