@@ -21,6 +21,7 @@ from tritonclient.grpc import model_config_pb2
 
 from bertforge.engines.base import TritonBackend
 from bertforge.errors import ArtifactError, UsageError
+from bertforge.evaluation.decisions import Policy
 from bertforge.inference.predictor import Predictor
 from bertforge.jobs.compile import compile_model
 from bertforge.jobs.triton_repository import _Repository, export_triton
@@ -46,10 +47,11 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def engines(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """An engine of each backend; that of OpenVINO reads columns."""
+    """An engine of each backend; that of OpenVINO reads columns, and its thresholds are for other shares of labels."""
     folder = tmp_path_factory.mktemp("engines")
     compile_model(runs["full"], "onnxruntime", "fp32", None, folder / "text")
     compile_model(runs["columns"], "openvino", "fp32", None, folder / "columns")
+    reseal(folder / "columns", decision=Policy(("open", "closed"), (0.5, 0.5), (0.8, 0.2)).to_dict())
     # Whose float32 Triton would not keep; bfloat16 rounds otherwise on each CPU, and takes longer to prove.
     shutil.copytree(folder / "columns", folder / "openvino")
     reseal(folder / "openvino", precision="bf16")

@@ -15,7 +15,7 @@ from bertforge.manifest import MANIFEST
 from bertforge.serving.channel import Answer, RefusedError, Served, State
 from bertforge.serving.classify import Refused
 from bertforge.serving.door import Door
-from bertforge.serving.front import make_app
+from bertforge.serving.front import FORMS, make_app
 from bertforge.serving.models import Model, Models
 from bertforge.serving.settings import Limits
 
@@ -54,15 +54,15 @@ def front(runs, tmp_path, said):
         models.client = Engine(does)
         model = Model.load(served(runs["full"]), None)
         models.models, models.ready = {"text": model}, True
-        return models, Door(make_app(models), Limits(), None, log=said.append)
+        return models, Door(make_app(models), Limits(), None, FORMS, log=said.append)
 
     return make
 
 
-def ask(door, **fields):
+def ask(door, path="/v1/classify", **fields):
     async def run():
         async with httpx.AsyncClient(transport=httpx.ASGITransport(door), base_url="http://front") as http:
-            return await http.post("/v1/classify", json={"inputs": ["a", "b c"], **fields})
+            return await http.post(path, json={"inputs": ["a", "b c"], **fields})
 
     return asyncio.run(run())
 
@@ -87,6 +87,36 @@ def test_what_the_engine_refuses_is_told_with_its_status(front, error, status, a
     assert (told.error.message, told.error.field) == (str(error), None)
 
 
+TENSOR = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a secret text"]}
+OPEN_INFERENCE, TEI = ("/v2/models/text/infer", [TENSOR]), ("/predict", "a secret text")
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "status", "told"),
+    [
+        (OPEN_INFERENCE, RefusedError("full", "said", 3), 429, {"error": "said"}),
+        (OPEN_INFERENCE, RefusedError("failed", "said"), 503, {"error": "said"}),
+        (OPEN_INFERENCE, KeyError("a secret text"), 500, {"error": "the service failed over this request"}),
+        (TEI, RefusedError("full", "said", 3), 429, {"error": "said", "error_type": "Overloaded"}),
+        (TEI, RefusedError("away", "said"), 503, {"error": "said", "error_type": "Unhealthy"}),
+        (
+            TEI,
+            KeyError("a secret text"),
+            500,
+            {"error": "the service failed over this request", "error_type": "Backend"},
+        ),
+    ],
+)
+def test_another_protocol_has_the_same_refusals_in_its_own_form(front, asked, error, status, told):
+    async def refuse():
+        raise error
+
+    path, inputs = asked
+    response = ask(front(refuse)[1], path, inputs=inputs)
+    assert (response.status_code, response.json()) == (status, told)
+    assert ("retry-after" in response.headers) == (status in (429, 503))
+
+
 def test_a_defect_of_ours_is_500_and_the_log_says_where_without_the_text(front, said):
     async def fail():
         raise KeyError("a secret text")
@@ -106,8 +136,8 @@ def test_the_engine_is_asked_for_the_client_and_nobody_else(front):
     assert models.client.asked == [("text", models.models["text"].served.generation, "127.0.0.1", [3, 4])]
 
 
-def test_rows_that_were_prepared_for_a_model_that_is_gone_are_prepared_anew(front, runs):
-    models, door = front()
+def swapping(models, runs):
+    """Another model, which comes while the rows of the first request are prepared, and what was prepared before."""
     old, new = models.models["text"], Model.load(served(runs["lora"]), None)
     prepare, prepared = old.prepare, []
 
@@ -119,9 +149,23 @@ def test_rows_that_were_prepared_for_a_model_that_is_gone_are_prepared_anew(fron
             return found
 
     object.__setattr__(old, "prepare", Swapping())
+    return new, prepared
+
+
+def test_rows_that_were_prepared_for_a_model_that_is_gone_are_prepared_anew(front, runs):
+    models, door = front()
+    new, prepared = swapping(models, runs)
     assert ask(door).json()["model"]["id"] == new.served.generation
     assert len(prepared) == 1
     assert [generation for _, generation, *_ in models.client.asked] == [new.served.generation]
+
+
+def test_a_version_that_is_swapped_for_another_does_not_answer_as_it(front, runs):
+    models, door = front()
+    version = models.models["text"].served.generation
+    swapping(models, runs)
+    response = ask(door, f"/v2/models/text/versions/{version}/infer", inputs=[TENSOR])
+    assert (response.status_code, "no such version" in response.json()["error"]) == (404, True)
 
 
 def adopt(models, *states):

@@ -114,7 +114,7 @@ def test_what_is_wrong_is_said_by_its_field(live):
     refused(live.classify("a", model=3), 422, "model")
     assert "there is text, columns" in refused(live.classify("a", model="other"), 404, "model")
     refused(live.http.get("/v1/classify"), 405)
-    refused(live.http.get("/v2/nowhere"), 404)
+    refused(live.http.get("/v1/nowhere"), 404)
 
 
 def test_a_request_keeps_its_id_and_gets_one_where_it_has_none(live):

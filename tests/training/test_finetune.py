@@ -20,7 +20,7 @@ from bertforge.hardware import detect
 from bertforge.inference.predictor import Predictor
 from bertforge.models import MINILM_HUB_ID
 from bertforge.training import loop
-from bertforge.training.finetune import assemble, finetune
+from bertforge.training.finetune import assemble, finetune, label_shares
 from bertforge.training.loop import Trainer
 from tests.runs import STEPS, made_up, make_base, needs_the_minilm_package, prepare_frame, quick_recipe
 from tests.training.clock import Clock
@@ -250,3 +250,20 @@ def test_a_label_without_train_rows_is_an_error(tmp_path, base):
     prepared = prepare_frame(frame.astype(str), tmp_path / "data", base, options)
     with pytest.raises(DataError, match="the train rows hold no 'c'; prepare more rows of it"):
         finetune(prepared, tmp_path / "run", quick_recipe(base, split="time"))
+
+
+def test_a_run_tells_its_shares_of_labels_and_what_its_rows_looked_like(data, base, runs):
+    """Shares as the loss weighs them; columns as the model reads them."""
+    prepared = PreparedData.open(data)
+    train, validation = (prepared.rows("random", part) for part in ("train", "validation"))
+    manifests = {kind: json.loads((folder / "bertforge.json").read_text()) for kind, folder in runs.items()}
+    counts = np.bincount(prepared.labels[train])
+    assert manifests["full"]["label_shares"] == pytest.approx(counts / counts.sum())
+    assert counts[0] != counts[1], "or the next line shows nothing"
+    run = assemble(prepared, quick_recipe(base, split="random"), torch.device("cpu"))
+    assert label_shares(run.split, quick_recipe(base, class_weights="balanced")) == pytest.approx([0.5, 0.5])
+    assert set(manifests["full"]["reference"]) == {"tokens", "unknown tokens", "label"}
+    found = manifests["columns"]["reference"]
+    assert {"column reputation", "column first_tag", "column tags"} < set(found)
+    for name, rows in (("tokens", train), ("column reputation", train), ("label", validation)):
+        assert sum(found[name]["counts"]) == len(rows), name

@@ -97,14 +97,16 @@ class Codec:
         return self.transform(columns)
 
     @cached_property
-    def _shifts(self) -> np.ndarray | None:
-        """What the prior adds to each logit, `[labels]` float32."""
-        return None if self.prior is None else shifts(train_shares(self.manifest), self.prior).astype(np.float32)
+    def shifts(self) -> np.ndarray:
+        """What the prior adds to each logit, `[labels]` float32; 0 without one."""
+        if self.prior is None:
+            return np.zeros(len(self.label_names), np.float32)
+        return shifts(train_shares(self.manifest), self.prior).astype(np.float32)
 
     def calibrated(self, logits: np.ndarray) -> np.ndarray:
         """The logits `[rows, labels]` whose softmax is served: divided by the temperature, corrected for the prior."""
-        scaled: np.ndarray = logits / np.float32(self.temperature)
-        return scaled if self._shifts is None else scaled + self._shifts
+        scaled: np.ndarray = logits / np.float32(self.temperature) + self.shifts
+        return scaled
 
     def probabilities(self, texts: list[str], logits: np.ndarray) -> np.ndarray:
         """`[rows, labels]` float32 of logits of that shape; NaN for a row without text."""

@@ -179,7 +179,11 @@ def _write(folder: Path, of: _Repository) -> dict[str, Any]:
     shutil.copyfile(_CODE / "decision.py", place / "model.py")
     write_json(
         place / "settings.json",
-        {"temperature": predictor.codec.temperature, "labels": list(predictor.label_names)},
+        {
+            "temperature": predictor.codec.temperature,
+            "shifts": predictor.codec.shifts.tolist(),
+            "labels": list(predictor.label_names),
+        },
     )
 
     steps = [

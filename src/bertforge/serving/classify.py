@@ -119,15 +119,27 @@ class PlainRoute(APIRoute):
         return self.endpoint
 
 
-def refused(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def refused(*statuses: int, form: type[BaseModel] = Refused) -> dict[int | str, dict[str, Any]]:
     """The error responses of a route, for OpenAPI; those of the door come with each."""
-    return {status: {"model": Refused} for status in sorted({*statuses, 401, 408, 413, 415, 500})}
+    return {status: {"model": form} for status in sorted({*statuses, 401, 408, 413, 415, 500})}
 
 
 def json_body(model: type[BaseModel]) -> dict[str, Any]:
     """The request body of a route that reads it by itself, for OpenAPI."""
     schema = model.model_json_schema()
+    schema = _inlined(schema, schema.pop("$defs", {}))
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _inlined(node: Any, named: dict[str, Any]) -> Any:
+    """A schema with what it refers to in place, for a body cannot have definitions of its own."""
+    if isinstance(node, list):
+        return [_inlined(part, named) for part in node]
+    if not isinstance(node, dict):
+        return node
+    if reference := node.get("$ref"):
+        return _inlined(named[reference.rpartition("/")[2]], named)
+    return {key: _inlined(part, named) for key, part in node.items()}
 
 
 def router(models: Models) -> APIRouter:

@@ -21,21 +21,23 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bertforge.serving import metrics, page
 from bertforge.serving.keys import Keys
-from bertforge.serving.requests import RequestError
+from bertforge.serving.requests import Form, RequestError
 from bertforge.serving.settings import Limits
 
 _ID = re.compile(r"[!-~]{1,128}")
-_OPEN = ("/healthz", "/readyz", "/openapi.json", *page.PATHS)  # without a key
+_HEALTH = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
+_OPEN = (*_HEALTH, "/openapi.json", *page.PATHS)  # without a key
 _BODY_SECONDS = 30.0  # from the head of a request to the end of its body
 _LATE, _CROWD = 0.25, 256  # seconds between turns of the loop, and requests under way, at which a front is overloaded
 _TICK = 0.05  # seconds
@@ -51,12 +53,18 @@ class Call:
     """The name of its API key, otherwise its address: whose turn it is in the queue."""
     arrived: float
     """By `time.monotonic()`."""
+    form: Form | None = None
+    """Of errors, where the address speaks another protocol than ours."""
     rows: int = 0
     """That a model was asked for."""
     status: int = 0
     """Of the response, once it has begun."""
     ended: bool = False
     """Whether all of the response was sent."""
+
+    def refuse(self, error: RequestError) -> Response:
+        """The response to a request that is refused."""
+        return error.response(self.id, self.form)
 
 
 def call_of(request: Request) -> Call:
@@ -73,6 +81,8 @@ class Door:
     limits: Limits
     keys: Keys | None
     """None lets everybody in."""
+    forms: Mapping[str, Form]
+    """Of errors, by the first part of the address; elsewhere they have our own."""
     draining: bool = False
     """Every response then ends its connection, so that none is idle when the front ends."""
     log: Callable[[str], object] = field(default=lambda line: sys.stderr.write(line + "\n"))
@@ -97,7 +107,9 @@ class Door:
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         address = (scope.get("client") or ("",))[0]
-        call = Call(given if _ID.fullmatch(given) else uuid.uuid4().hex, address, time.monotonic())
+        request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        form = self.forms.get("/" + scope["path"].lstrip("/").partition("/")[0])
+        call = Call(request_id, address, time.monotonic(), form)
         scope["bertforge.call"] = call
 
         async def answer(message: Message) -> None:
@@ -112,28 +124,27 @@ class Door:
 
         self.under_way += 1
         try:
-            call.client = self._client(scope["path"], headers) or address
+            call.client = self._client(scope, headers) or address
             if self.late > _LATE and self.under_way > _CROWD and scope["path"] not in _OPEN:
                 raise RequestError(429, "too many requests are waiting; try again later", retry_after=1)
             body = await self._body(headers, receive)
             metrics.stage("read", time.monotonic() - call.arrived)
             await self._while_connected(call, scope, body, receive, answer)
         except RequestError as error:
-            await error.response(call.id)(scope, receive, answer)
+            await call.refuse(error)(scope, receive, answer)
         except Exception as error:  # a defect of ours: where it is, without what it says, which may be a text
             frames = traceback.extract_tb(error.__traceback__)
             where = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
             self._log(event="defect", error=type(error).__name__, where=where[-6:], id=call.id)
             if not call.status:
-                await RequestError(500, "the service failed over this request").response(call.id)(
-                    scope, receive, answer
-                )
+                failed = RequestError(500, "the service failed over this request")
+                await call.refuse(failed)(scope, receive, answer)
         finally:
             self.under_way -= 1
         self._account(call, scope)
 
-    def _client(self, path: str, headers: Headers) -> str | None:
-        if self.keys is None or path in _OPEN:
+    def _client(self, scope: Scope, headers: Headers) -> str | None:
+        if self.keys is None or (scope["method"] in ("GET", "HEAD") and scope["path"] in _OPEN):
             return None
         if found := self.keys.client(headers.get("authorization", "")):
             return found

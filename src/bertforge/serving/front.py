@@ -16,6 +16,7 @@ import resource
 import signal
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import uvicorn
@@ -26,7 +27,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from bertforge import __version__
 from bertforge.errors import BertforgeError
-from bertforge.serving import classify, explain, metrics, monitor
+from bertforge.serving import classify, explain, metrics, monitor, open_inference, tei
 from bertforge.serving.connection import Connection
 from bertforge.serving.door import Door, call_of
 from bertforge.serving.keys import Keys
@@ -35,7 +36,9 @@ from bertforge.serving.page import page_routes
 from bertforge.serving.requests import RequestError
 from bertforge.serving.settings import FrontOrder
 
-_FIRST = 2.0  # seconds until it takes connections, where the models are not there before
+FORMS = {"/v2": open_inference.form, "/predict": tei.form, "/info": tei.form, "/": tei.form}
+"""Of errors, by the first part of the address: of those that speak another protocol than ours."""
+_PATIENCE = 2.0  # seconds to wait for the engine before connections are accepted
 _IDLE = 75  # seconds, as nginx has it; a request that comes as its connection is closed is lost
 _LAST = 0.5  # seconds from the word to end to the end of idle connections: what was on its way is answered
 
@@ -49,8 +52,8 @@ def make_app(models: Models) -> FastAPI:
         docs_url=None,  # pages that load from other servers
         redoc_url=None,
     )
-    for router in (classify.router(models), explain.router(models), monitor.router(models)):
-        app.include_router(router)
+    for api in (classify, explain, monitor, open_inference, tei):
+        app.include_router(api.router(models))
     app.router.routes += page_routes()
 
     @app.get("/healthz", tags=["operation"])
@@ -72,7 +75,7 @@ def make_app(models: Models) -> FastAPI:
 
     @app.exception_handler(RequestError)
     async def refuse(request: Request, error: RequestError) -> Response:
-        return error.response(call_of(request).id)
+        return call_of(request).refuse(error)
 
     @app.exception_handler(HTTPException)
     async def refuse_http(request: Request, error: HTTPException) -> Response:
@@ -80,9 +83,8 @@ def make_app(models: Models) -> FastAPI:
             404: "there is no such address; GET /openapi.json lists all",
             405: "this address takes another method",
         }
-        response = RequestError(error.status_code, message.get(error.status_code, error.detail)).response(
-            call_of(request).id
-        )
+        refusal = RequestError(error.status_code, message.get(error.status_code, error.detail))
+        response = call_of(request).refuse(refusal)
         response.headers.update(error.headers or {})
         return response
 
@@ -90,11 +92,11 @@ def make_app(models: Models) -> FastAPI:
     async def refuse_field(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"][1:]))
-        return RequestError(422, f"{where}: {first['msg']}", where).response(call_of(request).id)
+        return call_of(request).refuse(RequestError(422, f"{where}: {first['msg']}", where))
 
     @app.exception_handler(Exception)
     async def fail(request: Request, error: Exception) -> Response:  # the door logs it
-        return RequestError(500, "the service failed over this request").response(call_of(request).id)
+        return call_of(request).refuse(RequestError(500, "the service failed over this request"))
 
     return app
 
@@ -109,7 +111,7 @@ async def serve(order: FrontOrder) -> None:
         prior=order.prior,
     )
     keys = None if order.api_keys is None else Keys.read(Path(order.api_keys))
-    door = Door(make_app(models), order.limits, keys)
+    door = Door(make_app(models), order.limits, keys, FORMS)
     config = uvicorn.Config(
         door, loop="asyncio", http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
         server_header=False, proxy_headers=False, timeout_keep_alive=_IDLE,
@@ -137,9 +139,8 @@ async def serve(order: FrontOrder) -> None:
     watching = asyncio.create_task(door.watch())
     # A front that is started beside others leaves connections to them until it can answer; the first ones, which wait
     # for the engine, tell that they live.
-    until = loop.time() + _FIRST
-    while not models.ready and loop.time() < until:
-        await asyncio.sleep(0.01)
+    with suppress(TimeoutError):  # where the engine takes longer, who asks is told so
+        await asyncio.wait_for(_ready(models), _PATIENCE)
     listening = socket.socket(fileno=order.listening)
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     while not server.started and not serving.done():
@@ -148,12 +149,21 @@ async def serve(order: FrontOrder) -> None:
     for number, act in ((signal.SIGTERM, drain), (signal.SIGINT, lambda: None)):
         loop.add_signal_handler(number, act)
     loop.add_reader(0, hung_up)
-    while not models.ready and not serving.done():
-        await asyncio.sleep(0.02)
-    print("ready", flush=True)
+    telling = asyncio.create_task(_tell(models))
     await serving
+    telling.cancel()
     watching.cancel()
     await models.client.close()
+
+
+async def _ready(models: Models) -> None:
+    while not models.ready:
+        await asyncio.sleep(0.02)
+
+
+async def _tell(models: Models) -> None:
+    await _ready(models)
+    print("ready", flush=True)
 
 
 def main() -> None:

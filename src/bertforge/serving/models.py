@@ -68,6 +68,8 @@ class Answers:
     prepared: Prepared
     probabilities: np.ndarray
     """[rows, labels] float32, calibrated; NaN for a row without text."""
+    logits: np.ndarray
+    """[rows, labels] float32, as the model gives them."""
 
     def results(self) -> list[dict[str, Any]]:
         """JSON-ready, one for each row."""
@@ -171,7 +173,7 @@ class Models:
         metrics.rows(asked.served.name, len(rows))
         if watched:
             self.counters.add(asked.served.name, asked.served.generation, asked.codec, prepared, answer.logits)
-        return Answers(asked, prepared, asked.codec.probabilities(prepared.texts, answer.logits))
+        return Answers(asked, prepared, asked.codec.probabilities(prepared.texts, answer.logits), answer.logits)
 
     def _changed(self, state: State | None) -> None:
         if self._adopting is not None:

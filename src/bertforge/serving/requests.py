@@ -4,18 +4,19 @@ Python's `json` is lenient where two readers of one text may understand it diffe
 equal keys, half of a surrogate pair, and any depth. Each is refused here, and the message names what is wrong. The
 depth is counted before anything is parsed, on the brackets alone.
 
-Every error of the service has one shape, whoever found it:
+Every error of the service has one form, whoever found it:
 
     {"error": {"code": "too_large", "message": "inputs[3] has ...", "field": "inputs[3]"}, "id": "..."}
 
-A message names the field, the limit and what to do. It holds no text of the request, for texts stay out of logs.
+An address that speaks another protocol has that one's form. A message names the field, the limit and what to do. It
+holds no text of the request, for texts stay out of logs.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -34,12 +35,14 @@ CODES = {
     413: "too_large",
     415: "unsupported_media_type",
     422: "invalid_field",
+    424: "unsuitable_model",
     429: "queue_full",
     500: "internal",
     503: "unavailable",
     504: "deadline",
 }
 """What programs tell a refusal by, of each status."""
+_LONGEST = 600.0  # seconds of a deadline
 _STEPS = np.zeros(256, np.int8)
 _STEPS[[ord("["), ord("{")]], _STEPS[[ord("]"), ord("}")]] = 1, -1
 _PLAIN = bytes(sorted(set(range(256)) - set(b'"[]{}')))
@@ -58,24 +61,38 @@ class RequestError(Exception):
         """One for each status."""
         return CODES.get(self.status, "refused")
 
-    def response(self, request_id: str) -> Response:
-        """As every route answers it."""
+    def response(self, request_id: str, form: Form | None = None) -> Response:
+        """As every route answers it, in the form of the service or of another protocol."""
+        status, told = (form or _own_form)(self, request_id)
         headers = {}
         if self.retry_after is not None:
             headers["retry-after"] = str(math.ceil(self.retry_after))
         if self.status == HTTPStatus.UNAUTHORIZED:
             headers["www-authenticate"] = "Bearer"
-        told = {"code": self.code, "message": self.message, "field": self.field}
-        content = json.dumps({"error": told, "id": request_id})  # ASCII: a name may hold half a character
-        return Response(content, self.status, headers, media_type="application/json")
+        content = json.dumps(told)  # ASCII: a name may hold half a character
+        return Response(content, status, headers, media_type="application/json")
+
+
+Form = Callable[[RequestError, str], tuple[int, dict[str, Any]]]
+"""An error and the request's id -> the status and the body of the response."""
+
+
+def _own_form(error: RequestError, request_id: str) -> tuple[int, dict[str, Any]]:
+    told = {"code": error.code, "message": error.message, "field": error.field}
+    return error.status, {"error": told, "id": request_id}
 
 
 async def read_json(request: Request, limits: Limits) -> dict[str, Any]:
     """The object in the body; raises RequestError for anything else."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind not in ("", "application/json"):  # what a form of a strange page may send is none
-        raise RequestError(415, f"the body is {_shown(kind)}; send JSON with the header Content-Type: application/json")
+    check_media_type(request, "application/json")
     return parse(await request.body(), limits)
+
+
+def check_media_type(request: Request, *known: str) -> None:
+    """Raises RequestError for a body of another kind: what a form of a strange page may send is none of these."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind not in ("", *known):
+        raise RequestError(415, f"the body is {_shown(kind)}; send JSON with the header Content-Type: {known[0]}")
 
 
 def parse(body: bytes, limits: Limits) -> dict[str, Any]:
@@ -124,15 +141,15 @@ def text_of(given: Mapping[str, Any], name: str) -> str | None:
     return value
 
 
-def seconds_of(given: Mapping[str, Any], name: str, most_ms: int = 600_000) -> float:
-    """A field of milliseconds that may be left out, as seconds, infinite then; raises RequestError."""
-    value = given.get(name)
+def seconds_of(given: Mapping[str, Any], name: str, unit: float = 1e-3) -> float:
+    """A field of time in units of so many seconds that may be left out, infinite then; raises RequestError."""
+    value, most = given.get(name), round(_LONGEST / unit)
     if value is None:
         return math.inf
-    if type(value) is not int or not 1 <= value <= most_ms:
+    if type(value) is not int or not 1 <= value <= most:
         shown = f"{value:.15g}" if type(value) in (int, float) and abs(value) < 1e15 else kind_of(value)
-        raise RequestError(422, f"{name} is {shown}; send a whole number from 1 to {most_ms}", name)
-    return value / 1000
+        raise RequestError(422, f"{name} is {shown}; send a whole number from 1 to {most}", name)
+    return value * unit
 
 
 def kind_of(value: Any) -> str:

@@ -83,6 +83,7 @@ class Supervisor:
         """`say` is told what becomes of the processes."""
         self._service, self._listening, self._say = service, listening, say
         self._running: dict[str, Process] = {}
+        self._starting = {f"front {number}" for number in range(1, service.fronts + 1)}  # until each can answer
         self._ready, self._ending = asyncio.Event(), asyncio.Event()
         self._code = 0
 
@@ -94,7 +95,7 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGHUP, self._swap)
         with TemporaryDirectory(prefix="bertforge-serve-") as folder:
             engine = asyncio.create_task(self._keep("the engine process", self._engine_command(folder)))
-            names = [f"front {number}" for number in range(1, self._service.fronts + 1)]
+            names = sorted(self._starting)
             fronts = [
                 asyncio.create_task(self._keep(name, self._front_command(folder, number), folder))
                 for number, name in enumerate(names, 1)
@@ -146,7 +147,9 @@ class Supervisor:
             assert process.stdout is not None
             while line := await process.stdout.readline():
                 if line == b"ready\n":
-                    self._ready.set()
+                    self._starting.discard(name)
+                    if not self._starting:
+                        self._ready.set()
             code = await process.wait()
             del self._running[name]
             if self._ending.is_set():

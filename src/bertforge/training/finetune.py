@@ -154,7 +154,7 @@ def finetune(
             "metrics": _summary(progress, trainer),
             "history": progress.history,
             "temperature": fit_temperature(logits, run.split.examples.labels[run.split.validation]),
-            "label_shares": _label_shares(run.split, recipe),
+            "label_shares": label_shares(run.split, recipe),
             "reference": _reference(run, start.prepared, logits.argmax(axis=1)),
             **_golden(run, start.prepared),
         }
@@ -350,7 +350,7 @@ def _golden(run: Run, prepared: PreparedData) -> dict[str, Any]:
     return {"golden": GoldenRows.record(run.model, examples, rows).to_dict(), "inputs": inputs}
 
 
-def _label_shares(split: Split, recipe: Recipe) -> list[float]:
+def label_shares(split: Split, recipe: Recipe) -> list[float]:
     """Of the train rows, as the loss weighs them."""
     counts = np.bincount(split.examples.labels[split.train])
     weights = counts * class_weights(split, recipe).double().numpy()

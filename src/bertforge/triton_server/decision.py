@@ -13,9 +13,14 @@ from typing import Any
 import numpy as np
 
 
-def decide(logits: np.ndarray, temperature: float, labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Logits `[rows, labels]` -> the labels `[rows]` as UTF-8, and `[rows, labels]` float32 of probabilities."""
-    scaled = logits / np.float32(temperature)
+def decide(
+    logits: np.ndarray, temperature: float, shifts: Sequence[float], labels: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits `[rows, labels]` -> the labels `[rows]` as UTF-8, and `[rows, labels]` float32 of probabilities.
+
+    `shifts` `[labels]` correct for the prior that the folder's thresholds were chosen for; 0 where there is none.
+    """
+    scaled = logits / np.float32(temperature) + np.array(shifts, np.float32)
     powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))
     probabilities = powers / powers.sum(axis=1, keepdims=True)
     return np.array([labels[place].encode() for place in probabilities.argmax(axis=1)], object), probabilities
