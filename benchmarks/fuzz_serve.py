@@ -47,8 +47,8 @@ def main() -> int:
         print(rows[-1], flush=True)
         start = time.monotonic()
         done = subprocess.run(
-            ["schemathesis", "run", f"{served.address}/openapi.json", "--checks", CHECKS, "--seed", str(SEED),
-             "--max-examples", str(options.examples)],
+            [sys.executable, "-m", "schemathesis.cli", "run", f"{served.address}/openapi.json", "--checks", CHECKS,
+             "--seed", str(SEED), "--max-examples", str(options.examples)],
             capture_output=True, text=True,
         )  # fmt: skip
         print(done.stdout[-3000:], flush=True)
