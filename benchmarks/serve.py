@@ -50,7 +50,7 @@ from serve_faults import kills, memory
 from served import Service, Setup, percentiles
 
 PACKED = 32  # texts a request where it has many
-QUEUES = (2, 0.1)  # seconds; the first is the service's own
+QUEUES = (2, 0.5, 0.1)  # seconds; the first is the service's own
 MANY = 1000  # of the client that is to starve nobody
 NEIGHBOUR = "127.0.0.2"  # its address
 _SCRIPT = """
@@ -160,7 +160,7 @@ def _at(setup: Setup, served: Service, rate: float) -> Row:
 
 
 def overload(setup: Setup, options: argparse.Namespace) -> Iterator[Row]:
-    """Three times more than can be answered, with the queue that is the default and with a short one."""
+    """Three times more than can be answered, with the queue that is the default and with shorter ones."""
     for seconds in QUEUES:
         with setup.serve("--queue-seconds", seconds) as served:
             yield {"queue_seconds": seconds, **_overloaded(setup, served, options.requests)}

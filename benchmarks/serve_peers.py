@@ -90,8 +90,8 @@ def peers(options: argparse.Namespace, work: Path) -> list[Peer]:
     def exported(python: str) -> None:
         command, graph = str(Path(python).with_name("optimum-cli")), str(work / "onnx")
         _call([command, "export", "onnx", "--model", str(model), "--task", "text-classification", graph], work)
-        _call([command, "onnxruntime", "quantize", "--onnx_model", graph, "--avx512_vnni", "-o", graph], work)
-        shutil.copy(work / "onnx" / "model_quantized.onnx", model)
+        _call([command, "onnxruntime", "quantize", "--onnx_model", graph, "--avx512_vnni", "-o", f"{graph}-int8"], work)
+        shutil.copy(work / "onnx-int8" / "model_quantized.onnx", model)
 
     def script(python: str, name: str) -> Callable[[int, int], list[str]]:
         return lambda port, batch: [python, str(_HERE / name), str(model), str(work), str(port), str(batch)]
@@ -209,15 +209,10 @@ def _answers(address: str, body: object) -> bool:
 def _call(command: Sequence[str], directory: Path) -> str:
     environment = {**os.environ, **_OFFLINE}
     environment.pop("PYTHONPATH", None)
-    return subprocess.run(
-        command,
-        check=True,
-        cwd=directory,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ).stdout
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"{' '.join(command[:3])} failed: {done.stderr.strip().splitlines()[-1:]}")
+    return done.stdout
 
 
 def _versions(python: str, libraries: Sequence[str]) -> dict[str, str]:
