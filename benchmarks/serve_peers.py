@@ -186,9 +186,8 @@ def _server(peer: Peer, batch: int, work: Path) -> Iterator[int]:
         while not _answers(f"http://127.0.0.1:{port}{peer.path}", body):
             if process.poll() is not None or time.monotonic() > until:
                 lines = log.read_text(errors="replace").strip().splitlines()
-                raise OSError(
-                    f"it did not answer: {next((line for line in lines[::-1] if 'Error' in line), lines[-1:])}"
-                )
+                told = next((line for line in lines[::-1] if "Error" in line), "it said nothing of an error")
+                raise OSError(f"it did not answer: {told[:300]}")
             time.sleep(0.5)
         yield port
     finally:
@@ -249,6 +248,8 @@ def main() -> None:
         (work / "model").mkdir()
         for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
             shutil.copy(options.model / name, work / "model")
+        settings = json.loads((work / "model" / "tokenizer_config.json").read_text()) | {"model_max_length": 512}
+        (work / "model" / "tokenizer_config.json").write_text(json.dumps(settings))  # infinity-emb cuts to it
         data = PreparedData.open(options.prepared)
         calibration = data.texts(data.rows("random", "train")[:CALIBRATION_ROWS])
         (work / "calibration.json").write_text(json.dumps(calibration))
