@@ -142,8 +142,8 @@ def swapping(models, runs):
     prepare, prepared = old.prepare, []
 
     class Swapping:
-        async def __call__(self, rows):
-            found = await prepare(rows)
+        async def __call__(self, rows, *rest):
+            found = await prepare(rows, *rest)
             prepared.append(rows)
             models.models = {"text": new}
             return found

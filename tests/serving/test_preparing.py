@@ -1,4 +1,5 @@
 import asyncio
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from bertforge.inference.codec import Codec
 from bertforge.manifest import served
 from bertforge.serving.inputs import Columns, read_inputs
 from bertforge.serving.preparing import Preparation
+from bertforge.serving.requests import RequestError
 from bertforge.serving.settings import Limits
 from tests.runs import made_up
 
@@ -86,7 +88,7 @@ def test_requests_of_many_rows_let_another_pass(text):
 
     async def run():
         prepare = Preparation(replace(text, tokenizer=counting))
-        many = [asyncio.create_task(prepare(["text"] * 1000)) for _ in range(8)]
+        many = [asyncio.create_task(prepare(["text"] * 500)) for _ in range(8)]
         await asyncio.sleep(0)  # they come first
         await prepare(["another"])
         before = len(counting.batches)
@@ -94,8 +96,53 @@ def test_requests_of_many_rows_let_another_pass(text):
         return before
 
     assert asyncio.run(run()) <= 3, "each of the eight gave up a part of its turn"
-    assert sum(counting.batches) == 8001
+    assert sum(counting.batches) == 4001
     assert max(counting.batches) <= 64, "of the event loop's time"
+
+
+def test_clients_take_turns_whoever_has_more_requests(text):
+    order = []
+
+    async def run():
+        prepare = Preparation(text)
+
+        async def asked(client):
+            await prepare(["text"] * 10, client)
+            order.append(client)
+
+        many = [asked("many") for _ in range(100)]
+        await asyncio.gather(*many, *(asked(name) for name in ("one", "other")))
+
+    asyncio.run(run())
+    assert {*order[:8]} == {"many", "one", "other"}, "in the first turn, though all of the others' came before"
+
+
+def test_a_full_line_refuses_at_once_but_not_a_client_that_has_less_than_its_part(text):
+    async def run():
+        prepare = Preparation(text)
+        many = [asyncio.create_task(prepare(["text"] * 1024, "many")) for _ in range(8)]
+        await asyncio.sleep(0)
+        found = await prepare(["another"], "other")
+        return found, await asyncio.gather(*many, return_exceptions=True), await prepare(["text"], "many")
+
+    found, many, later = asyncio.run(run())
+    assert (found.texts, later.texts) == (["another"], ["text"])
+    refused = [one for one in many if isinstance(one, RequestError)]
+    assert many[4:] == refused
+    assert {(error.status, error.retry_after) for error in refused} == {(429, 1)}
+
+
+def test_a_request_is_not_prepared_once_its_deadline_is_over(text):
+    counting = Counting(text.tokenizer)
+
+    async def run():
+        prepare = Preparation(replace(text, tokenizer=counting))
+        over = time.monotonic() - 1
+        return await asyncio.gather(prepare(["late"] * 500, "a", over), prepare(["b"], "b"), return_exceptions=True)
+
+    late, other = asyncio.run(run())
+    assert (late.status, other.texts) == (504, ["b"])
+    assert counting.batches == [1]
 
 
 class Breaking:

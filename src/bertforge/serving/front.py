@@ -114,7 +114,7 @@ async def serve(order: FrontOrder) -> None:
     door = Door(make_app(models), order.limits, keys, FORMS)
     config = uvicorn.Config(
         door, loop="asyncio", http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
-        server_header=False, proxy_headers=False, timeout_keep_alive=_IDLE,
+        log_level="error", server_header=False, proxy_headers=False, timeout_keep_alive=_IDLE,
     )  # fmt: skip
     server = uvicorn.Server(config)
     loop = asyncio.get_running_loop()
@@ -136,7 +136,6 @@ async def serve(order: FrontOrder) -> None:
 
     loop.add_signal_handler(signal.SIGHUP, read_keys)
     models.start()
-    watching = asyncio.create_task(door.watch())
     # A front that is started beside others leaves connections to them until it can answer; the first ones, which wait
     # for the engine, tell that they live.
     with suppress(TimeoutError):  # where the engine takes longer, who asks is told so
@@ -152,7 +151,6 @@ async def serve(order: FrontOrder) -> None:
     telling = asyncio.create_task(_tell(models))
     await serving
     telling.cancel()
-    watching.cancel()
     await models.client.close()
 
 

@@ -130,7 +130,7 @@ class Models:
         if name is None:
             return next(iter(self.models.values()))
         if name not in self.models:
-            raise RequestError(404, f"there is no model of this name; there is {', '.join(self.models)}", "model")
+            raise RequestError(404, f"no model has this name; choose one of {', '.join(self.models)}", "model")
         return self.models[name]
 
     async def answer(
@@ -152,7 +152,7 @@ class Models:
             asked, began = self.get(model), time.monotonic()
             rows = read_inputs(inputs, asked.columns, self.limits, name)
             try:
-                prepared = await asked.prepare(rows)
+                prepared = await asked.prepare(rows, call.client, deadline)
             except DataError as error:
                 raise RequestError(422, str(error), name) from error
             metrics.stage("tokenize", time.monotonic() - began)
