@@ -50,6 +50,17 @@ def test_they_are_found_beside_the_report_of_the_folder_and_of_the_model_that_it
     assert Mistakes.find(tmp_path / "model").rows == ()
 
 
+def test_a_mistake_of_two_reports_is_shown_once(tmp_path):
+    (tmp_path / MANIFEST).write_text("{}")
+    write_mistakes(
+        tmp_path / "report.html", "the test part, in 8 bits", [replace(row, probability=0.7) for row in MADE]
+    )
+    write_mistakes(tmp_path / "report-test.html", "the test part", MADE)
+    found = Mistakes.find(tmp_path)
+    assert len(found.rows) == len(MADE)
+    assert len(found.like("which laptop for my studies", "closed")) == 1
+
+
 def test_a_changed_file_is_refused(tmp_path):
     (tmp_path / MANIFEST).write_text("{}")
     path = write_mistakes(tmp_path / "report.html", "the test part", MADE)

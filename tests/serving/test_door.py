@@ -68,6 +68,18 @@ def test_a_get_has_no_body_so_who_has_no_key_sends_none(door, headers):
     assert asyncio.run(asked(door, [b""], "GET", "/healthz")) == (200, b"0")
 
 
+def test_who_has_too_much_waiting_is_refused_before_the_body_is_read(door):
+    door.full = lambda client: client == "127.0.0.1"
+
+    async def run():
+        unread = asyncio.get_running_loop().create_future()
+        return await asyncio.wait_for(asked(door, [unread]), 30), await asked(door, [b""], "GET", "/healthz")
+
+    refused, health = asyncio.run(run())
+    assert (refused[0], message(refused)) == (429, "too many requests are waiting; try again later")
+    assert health == (200, b"0")
+
+
 def test_large_bodies_have_a_size_together_and_small_ones_go_on(door, monkeypatch):
     monkeypatch.setattr(doors, "_BODIES", 2)
 

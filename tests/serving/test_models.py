@@ -13,7 +13,7 @@ from bertforge.artifact import hash_file
 from bertforge.errors import ArtifactError
 from bertforge.manifest import MANIFEST
 from bertforge.serving.channel import Answer, RefusedError, Served, State
-from bertforge.serving.classify import Refused
+from bertforge.serving.describe import Refused
 from bertforge.serving.door import Door
 from bertforge.serving.front import FORMS, make_app
 from bertforge.serving.models import Model, Models

@@ -13,7 +13,8 @@ import pytest
 
 from bertforge.data.schema import QUESTIONS
 from bertforge.inference.predictor import Predictor
-from bertforge.serving.classify import Classified, ModelCards, Refused
+from bertforge.serving.classify import Classified, ModelCards
+from bertforge.serving.describe import Refused
 from tests.runs import made_up, reseal
 from tests.serving.service import PATIENCE, service, wait_until
 

@@ -8,7 +8,7 @@ A client that hangs up ends the work on its request wherever that is: the task i
 the engine, whose rows leave the queue.
 
 What a front holds is bounded: a body has a size and a time, a GET has none, and large bodies have a size together, past
-which the next is refused while small ones go on. How many rows may wait in it, `preparing` says.
+which the next is refused while small ones go on. How much may wait in it, `preparing` says.
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ class Door:
     """None lets everybody in."""
     forms: Mapping[str, Form]
     """Of errors, by the first part of the address; elsewhere they have our own."""
+    full: Callable[[str], bool] = lambda client: False
+    """Whether a client's requests are refused, for too many wait already."""
     draining: bool = False
     """Every response then ends its connection, so that none is idle when the front ends."""
     log: Callable[[str], object] = field(default=lambda line: sys.stderr.write(line + "\n"))
@@ -114,6 +116,8 @@ class Door:
 
         try:
             call.client = self._client(scope, headers) or address
+            if scope["path"] not in _OPEN and self.full(call.client):
+                raise RequestError(429, "too many requests are waiting; try again later", retry_after=1)
             body = await self._body(call, scope["method"], headers, receive)
             metrics.stage("read", time.monotonic() - call.arrived)
             await self._while_connected(call, scope, body, receive, answer)

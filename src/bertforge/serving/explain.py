@@ -21,7 +21,7 @@ from bertforge.errors import ArtifactError
 from bertforge.evaluation.groups import excerpt
 from bertforge.evaluation.mistakes import Mistakes
 from bertforge.inference.codec import is_blank
-from bertforge.serving.classify import Input, ModelTold, Told, json_body, refused
+from bertforge.serving.describe import Input, ModelTold, PlainRoute, Told, json_body, refused
 from bertforge.serving.door import call_of
 from bertforge.serving.inputs import Row, read_inputs
 from bertforge.serving.leave_one_out import Pushes, leave_one_out
@@ -79,7 +79,7 @@ class Explained(Told):
 
 def router(models: Models) -> APIRouter:
     """The route."""
-    found = APIRouter(prefix="/v1", tags=["explain"])
+    found = APIRouter(prefix="/v1", tags=["explain"], route_class=PlainRoute)
 
     @found.post(
         "/explain",
@@ -128,7 +128,7 @@ def router(models: Models) -> APIRouter:
 
 def _only(rows: list[Row]) -> Row:
     if len(rows) > 1:
-        raise RequestError(422, f"inputs has {len(rows):,} entries; send one, for each takes long", "inputs")
+        raise RequestError(422, f"inputs has {len(rows):,} entries; send one at a time", "inputs")
     return rows[0]
 
 

@@ -27,7 +27,7 @@ from starlette.responses import Response
 
 from bertforge import __version__
 from bertforge.errors import BertforgeError
-from bertforge.serving import classify, explain, metrics, monitor, open_inference, tei
+from bertforge.serving import classify, describe, explain, metrics, monitor, open_inference, tei
 from bertforge.serving.connection import Connection
 from bertforge.serving.door import Door, call_of
 from bertforge.serving.keys import Keys
@@ -61,13 +61,13 @@ def make_app(models: Models) -> FastAPI:
         """Whether this front runs."""
         return {"status": "ok"}
 
-    @app.get("/readyz", tags=["operation"], responses={503: {"model": classify.Refused}})
+    @app.get("/readyz", tags=["operation"], responses={503: {"model": describe.Refused}})
     async def readyz() -> dict[str, str]:
         """Whether requests can be answered: the engine is there with all its models."""
         models.get(None)
         return {"status": "ready"}
 
-    @app.get("/metrics", tags=["operation"], responses=classify.refused())
+    @app.get("/metrics", tags=["operation"], responses=describe.refused())
     async def prometheus() -> Response:
         """For Prometheus."""
         page = await asyncio.to_thread(metrics.page, models.client.loads, monitor.Drift(models))
@@ -111,7 +111,7 @@ async def serve(order: FrontOrder) -> None:
         prior=order.prior,
     )
     keys = None if order.api_keys is None else Keys.read(Path(order.api_keys))
-    door = Door(make_app(models), order.limits, keys, FORMS)
+    door = Door(make_app(models), order.limits, keys, FORMS, models.full)
     config = uvicorn.Config(
         door, loop="asyncio", http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
         log_level="error", server_header=False, proxy_headers=False, timeout_keep_alive=_IDLE,

@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 
 from bertforge.artifact import hash_file
-from bertforge.errors import ArtifactError, BertforgeError, DataError, reason
+from bertforge.errors import ArtifactError, DataError, reason
 from bertforge.inference.codec import Codec, is_blank
 from bertforge.manifest import MANIFEST, served
 from bertforge.serving import metrics
 from bertforge.serving.channel import EngineClient, RefusedError, Served, State
+from bertforge.serving.counters import Counters
 from bertforge.serving.door import Call
 from bertforge.serving.inputs import Columns, read_inputs
-from bertforge.serving.monitor import Counters
 from bertforge.serving.preparing import Preparation, Prepared
 from bertforge.serving.requests import RequestError
 from bertforge.serving.settings import Limits
@@ -133,6 +133,10 @@ class Models:
             raise RequestError(404, f"no model has this name; choose one of {', '.join(self.models)}", "model")
         return self.models[name]
 
+    def full(self, client: str) -> bool:
+        """Whether so much waits to be prepared that requests of `client` are refused."""
+        return any(model.prepare.full(client) for model in self.models.values())
+
     async def answer(
         self,
         call: Call,
@@ -192,7 +196,7 @@ class Models:
                         found[told.name] = old
                     else:
                         found[told.name] = await asyncio.to_thread(Model.load, told, self._prior)
-                except (BertforgeError, OSError) as error:
+                except Exception as error:  # a folder may be anything
                     self._log(f"{told.name} cannot be read: {reason(error)}")
                     await asyncio.sleep(_AGAIN)
         self.models, self.ready = found, bool(found)

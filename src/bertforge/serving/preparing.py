@@ -1,12 +1,14 @@
 """Rows -> token ids and arrays, those of all waiting requests together.
 
 To tokenize one text takes 0.15 ms, and 16 texts 0.3 ms; to derive the columns of one row 6 ms, and of 16 as much. So
-what came in during one turn of the event loop is prepared in one go, and a turn of preparing takes a bounded number of
-rows and characters, some of each client: one with 1,000 texts lets single ones pass. All of it happens in the event
+what came in during one turn of the event loop is prepared in one go, in lots of a bounded number of rows and
+characters, some of each client: one with 1,000 texts lets single ones pass. Preparing takes as long as the loop took
+for all else, so that it neither keeps others waiting nor waits for them under overload. All of it happens in the event
 loop's own thread, for most of the work holds the interpreter: a thread would only wait for its turn.
 
-What waits is bounded as the engine's queue is, for a front may be slower than its engine. Once the line is full, a
-client may still hold its part of it, which is the same for all that wait.
+What waits is bounded as the engine's queue is, for a front may be slower than its engine. Once the line is `full`, a
+client may still hold its part of it, which is the same for all that wait. The door asks before it reads a body: under
+overload most of a front's time goes into requests that it refuses.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from bertforge.inference.codec import Codec
 from bertforge.serving.inputs import Row
 from bertforge.serving.requests import RequestError
 
-_TURN = 1 << 16  # characters, and it may go over by one row
+_LOT = 1 << 16  # characters, and it may go over by one row
 _ROW = 1 << 10  # characters that a row counts as at least, for short ones take their time too
 _SHARE = 16 * _ROW  # of one client in a turn, while others wait
 _LINE = 1 << 22  # characters that may wait, and it may go over by one request
@@ -79,29 +81,42 @@ class Preparation:
         self._codec = codec
         self._lines: dict[str, _Line] = {}  # of clients that wait; whose turn comes next is first
         self._characters = 0  # that wait in all of them
-        self._called = False
+        self._called = 0.0  # when a turn was last asked for
+
+    def full(self, client: str) -> bool:
+        """Whether `client` has to wait outside."""
+        own = self._lines[client].characters if client in self._lines else 0
+        clients = len(self._lines) + (client not in self._lines)
+        return self._characters >= _LINE and own * clients >= _LINE
 
     async def __call__(self, rows: Sequence[Row], client: str = "", deadline: float = math.inf) -> Prepared:
-        """Raises DataError for columns that cannot be read, and RequestError where the line is full or the deadline, by
-        `time.monotonic()`, over.
+        """Raises DataError for columns that cannot be read, and RequestError where the deadline, by `time.monotonic()`, is
+        over.
         """
         loop = asyncio.get_running_loop()
-        line = self._lines.get(client) or _Line()
-        clients = len(self._lines) + (client not in self._lines)
-        if self._characters >= _LINE and line.characters * clients >= _LINE:
-            raise RequestError(429, "too many requests are waiting; try again later", retry_after=1)
+        if not self._lines:
+            self._called = time.monotonic()
+            loop.call_soon(self._turn)
         job = _Job(rows, deadline, loop.create_future(), max(_REQUEST, sum(map(_characters, rows))))
-        self._lines[client] = line
+        line = self._lines.setdefault(client, _Line())
         line.jobs.append(job)
         self._count(line, job.characters)
-        if not self._called:
-            self._called = True
-            loop.call_soon(self._turn)
         return await job.done
 
     def _turn(self) -> None:
+        """Prepares lots for as long as the loop took for all else since the last turn, one at least."""
+        now = time.monotonic()
+        until = 2 * now - self._called
+        while self._lines and now <= until:
+            self._lot(now)
+            now = time.monotonic()
+        self._called = now
+        if self._lines:  # after those who have their rows by now went on
+            asyncio.get_running_loop().call_soon(self._turn)
+
+    def _lot(self, now: float) -> None:
         lots = {str: list[tuple[_Job, Sequence[Row]]](), dict: list[tuple[_Job, Sequence[Row]]]()}
-        left, now = _TURN, time.monotonic()
+        left = _LOT
         while self._lines and left > 0:
             client, line = next(iter(self._lines.items()))
             del self._lines[client]
@@ -124,9 +139,6 @@ class Preparation:
         for lot in lots.values():
             if lot:
                 self._prepare(lot)
-        self._called = bool(self._lines)
-        if self._called:  # after those who have their rows by now went on
-            asyncio.get_running_loop().call_soon(self._turn)
 
     def _count(self, line: _Line, characters: int) -> None:
         line.characters += characters
