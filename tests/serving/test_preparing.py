@@ -12,7 +12,6 @@ from bertforge.inference.codec import Codec
 from bertforge.manifest import served
 from bertforge.serving.inputs import Columns, read_inputs
 from bertforge.serving.preparing import Preparation
-from bertforge.serving.requests import RequestError
 from bertforge.serving.settings import Limits
 from tests.runs import made_up
 
@@ -90,8 +89,7 @@ def test_requests_of_many_rows_let_another_pass(text):
     async def run():
         prepare = Preparation(replace(text, tokenizer=counting))
         many = [asyncio.create_task(prepare(["text"] * 500)) for _ in range(8)]
-        await asyncio.sleep(0)  # they come first
-        await asyncio.gather(prepare(["another"]), *many)
+        await asyncio.gather(*many, prepare(["another"]))  # they come first
 
     asyncio.run(run())
     assert any("another" in texts for texts in counting.texts[:3]), "each of the eight gave up a part of its turn"

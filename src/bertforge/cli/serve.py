@@ -36,11 +36,9 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
     api_keys: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Who may ask: a line for each client, NAME KEY.")
+        Path | None, typer.Option(metavar="FILE", help="File of API keys, one client per line: NAME KEY.")
     ] = None,
-    no_keys: Annotated[
-        bool, typer.Option("--no-keys", help="Let everybody in who reaches an address other than this machine's own.")
-    ] = False,
+    no_keys: Annotated[bool, typer.Option("--no-keys", help="Serve other machines without API keys.")] = False,
     fronts: Annotated[
         int | None,
         typer.Option(min=1, max=64, help="Processes that speak HTTP.", show_default="1, or a quarter of the cores"),
@@ -50,17 +48,20 @@ def serve(
     ] = "auto",
     prior: Prior = None,
     latency_ms: Annotated[
-        float, typer.Option(min=1, max=10_000, help="What a batch may take: longer ones hold more rows.")
+        float,
+        typer.Option(
+            min=1,
+            max=10_000,
+            help="Time that one batch may take, in milliseconds; a longer time allows larger batches.",
+        ),
     ] = 50,
     queue_seconds: Annotated[
-        float, typer.Option(min=0.01, max=600, help="Work that may wait; what comes beyond it is answered 429.")
+        float, typer.Option(min=0.01, max=600, help="Seconds of work that may wait; further requests get 429.")
     ] = 2,
     max_body_mb: Annotated[float, typer.Option(min=0.001, max=1024, help="Largest body of a request, MiB.")] = 8,
     max_texts: Annotated[int, typer.Option(min=1, help="Most texts in a request.")] = 1024,
     max_characters: Annotated[int, typer.Option(min=1, help="Most characters in a text.")] = 100_000,
-    drain_seconds: Annotated[
-        float, typer.Option(min=0, help="When told to end: time for requests that were accepted.")
-    ] = 30,
+    drain_seconds: Annotated[float, typer.Option(min=0, help="Seconds to finish accepted requests on shutdown.")] = 30,
 ) -> None:
     """Serve models over HTTP: text in, label and probabilities out.
 
@@ -88,7 +89,7 @@ def serve(
 
     To let other machines ask, write a file with a line for each client, its
     name and a key, such as `openssl rand -hex 32` makes. Clients send the
-    header Authorization: Bearer KEY. Put a proxy with TLS before it.
+    header Authorization: Bearer KEY. Put a TLS proxy in front of it.
 
         bertforge serve models/first --host 0.0.0.0 --api-keys keys.txt
     """

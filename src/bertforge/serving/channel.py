@@ -276,7 +276,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio.Protocol."""
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by name
+        self._transport = cast(asyncio.Transport, transport)
         self._opened(self)
 
     def data_received(self, data: bytes) -> None:
@@ -298,7 +298,7 @@ class RefusedError(Exception):
         self.reason, self.retry_after = reason, retry_after
 
 
-_AWAY = "the engine is not there at the moment; try again in a few seconds"
+_AWAY = "the engine is restarting; try again in a few seconds"
 
 
 class EngineClient:

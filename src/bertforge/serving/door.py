@@ -37,6 +37,7 @@ from bertforge.serving.settings import Limits
 _ID = re.compile(r"[!-~]{1,128}")
 _HEALTH = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 _OPEN = (*_HEALTH, "/openapi.json", *page.PATHS)  # without a key
+_BARE = ("GET", "HEAD")  # methods whose requests have no body
 _BODY_SECONDS = 30.0  # from the head of a request to the end of its body
 _BODIES = 32  # of the largest size, that a front holds together
 _GONE = 499  # nginx's status for a client that hung up; nobody is sent it
@@ -116,7 +117,7 @@ class Door:
 
         try:
             call.client = self._client(scope, headers) or address
-            if scope["path"] not in _OPEN and self.full(call.client):
+            if not _is_open(scope) and self.full(call.client):
                 raise RequestError(429, "too many requests are waiting; try again later", retry_after=1)
             body = await self._body(call, scope["method"], headers, receive)
             metrics.stage("read", time.monotonic() - call.arrived)
@@ -135,7 +136,7 @@ class Door:
         self._account(call, scope)
 
     def _client(self, scope: Scope, headers: Headers) -> str | None:
-        if self.keys is None or (scope["method"] in ("GET", "HEAD") and scope["path"] in _OPEN):
+        if self.keys is None or _is_open(scope):
             return None
         if found := self.keys.client(headers.get("authorization", "")):
             return found
@@ -147,7 +148,7 @@ class Door:
         too_large = RequestError(
             413, f"the body is larger than {self.limits.max_body_mb:g} MiB; send fewer texts at a time"
         )
-        if method in ("GET", "HEAD"):
+        if method in _BARE:
             most, too_large = 0, RequestError(413, f"a request with the method {method} has no body; leave it out")
         if headers.get("content-encoding", "identity") != "identity":
             raise RequestError(415, "the body is compressed; send it as it is, without Content-Encoding")
@@ -212,6 +213,10 @@ class Door:
 
     def _log(self, **fields: Any) -> None:
         self.log(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **fields}))
+
+
+def _is_open(scope: Scope) -> bool:
+    return scope["method"] in _BARE and scope["path"] in _OPEN
 
 
 def _checked(message: Message, room: int, too_large: RequestError) -> bytes:

@@ -126,7 +126,7 @@ class Models:
     def get(self, name: str | None) -> Model:
         """A model by its name, or the first; raises RequestError."""
         if not self.ready:
-            raise RequestError(503, "the engine is not there at the moment; try again", retry_after=_SOON)
+            raise RequestError(503, "the engine is starting; try again in a few seconds", retry_after=_SOON)
         if name is None:
             return next(iter(self.models.values()))
         if name not in self.models:

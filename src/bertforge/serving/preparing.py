@@ -90,9 +90,7 @@ class Preparation:
         return self._characters >= _LINE and own * clients >= _LINE
 
     async def __call__(self, rows: Sequence[Row], client: str = "", deadline: float = math.inf) -> Prepared:
-        """Raises DataError for columns that cannot be read, and RequestError where the deadline, by `time.monotonic()`, is
-        over.
-        """
+        """Raises DataError for columns that cannot be read, and RequestError once `deadline` is over."""
         loop = asyncio.get_running_loop()
         if not self._lines:
             self._called = time.monotonic()
