@@ -50,6 +50,7 @@ from serve_faults import kills, memory
 from served import Service, Setup, percentiles
 
 PACKED = 32  # texts a request where it has many
+QUEUES = (2, 0.5, 0.1)  # seconds; the first is the service's own
 MANY = 1000  # of the client that is to starve nobody
 NEIGHBOUR = "127.0.0.2"  # its address
 _SCRIPT = """
@@ -159,23 +160,30 @@ def _at(setup: Setup, served: Service, rate: float) -> Row:
 
 
 def overload(setup: Setup, options: argparse.Namespace) -> Iterator[Row]:
-    """Three times more than can be answered."""
-    with setup.serve() as served:
-        most, full = setup.saturated(served)
-        calm = _at(setup, served, 0.7 * most)
-        rate = 3 * most
-        plan = setup.plan(served, setup.bodies(), rate=rate, requests=options.requests, seconds=options.requests / rate)
-        found = setup.load(plan)
-        row = {"requests_per_s": rate, "requests": len(found.due), "statuses": found.statuses()}
-        accepted, refused = found.latencies_ms(), found.latencies_ms(429)
-        row |= percentiles(accepted)
-        row["longest_ms"] = float(accepted.max())
-        row["refused_p99_ms"] = percentiles(refused).get("p99_ms")
-        row["p99_over_that_at_70_percent"] = row["p99_ms"] / calm["p99_ms"]
-        row["p99_over_that_at_saturation"] = row["p99_ms"] / percentiles(full.latencies_ms())["p99_ms"]
-        row["answered_per_s"] = float((found.status == 200).sum() / found.seconds)
-        row |= {"wrong": setup.wrong(found), "answered_twice": found.strays}
-        yield row | {"noticed": setup.wrong(found, shift=1) / max(1, len(accepted))}
+    """Three times more than can be answered, with the queue that is the default and with shorter ones."""
+    for seconds in QUEUES:
+        with setup.serve("--queue-seconds", seconds) as served:
+            yield {"queue_seconds": seconds, **_overloaded(setup, served, options.requests)}
+
+
+def _overloaded(setup: Setup, served: Service, requests: int) -> Row:
+    most, full = setup.saturated(served)
+    calm = _at(setup, served, 0.7 * most)
+    rate = 3 * most
+    plan = setup.plan(served, setup.bodies(), rate=rate, requests=requests, seconds=2 * requests / rate)
+    found = setup.load(plan)
+    accepted = found.latencies_ms()
+    row = {"requests_per_s": rate, "requests": len(found.due), "statuses": found.statuses(), **percentiles(accepted)}
+    return row | {
+        "longest_ms": float(accepted.max()),
+        "refused_p99_ms": percentiles(found.latencies_ms(429)).get("p99_ms"),
+        "p99_over_that_at_70_percent": row["p99_ms"] / calm["p99_ms"],
+        "p99_over_that_at_saturation": row["p99_ms"] / percentiles(full.latencies_ms())["p99_ms"],
+        "answered_per_s": float((found.status == 200).sum() / found.seconds),
+        "wrong": setup.wrong(found),
+        "answered_twice": found.strays,
+        "noticed": setup.wrong(found, shift=1) / max(1, len(accepted)),
+    }
 
 
 def fairness(setup: Setup, options: argparse.Namespace) -> Iterator[Row]:

@@ -28,27 +28,26 @@ def kills(setup: Setup, options: argparse.Namespace) -> Iterator[dict[str, Any]]
     with setup.serve("--fronts", "2") as served:
         most, _ = setup.saturated(served)
         for victim, module, number in (("a front", "front", 1), ("both fronts", "front", 2), ("engine", "process", 1)):
+            module = f"bertforge.serving.{module}"
             plan = setup.plan(served, setup.bodies(), rate=0.5 * most, seconds=_BEFORE + _AFTER, connections=256)
             with ThreadPoolExecutor(1) as pool:
                 loading = pool.submit(run, plan)
                 time.sleep(1 + _BEFORE)
+                before = served.processes(module)
                 killed = time.monotonic()
-                for process in served.processes(f"bertforge.serving.{module}")[:number]:
+                for process in before[:number]:
                     os.kill(process, signal.SIGKILL)
-                ready = _seconds_until_ready(served, killed)
+                ready = _seconds_until_ready(served, module, before[:number], len(before), killed)
                 (found,) = loading.result()
-            yield {
-                "killed": victim,
-                "requests_per_s": 0.5 * most,
-                "ready_again_s": ready,
-                **_became(setup, found, killed),
-            }
+            row = {"killed": victim, "requests_per_s": 0.5 * most, "ready_again_s": ready}
+            yield row | _became(setup, found, killed)
 
 
-def _seconds_until_ready(served: Service, killed: float) -> float | None:
-    """With both fronts and the engine process; None where that took too long."""
+def _seconds_until_ready(served: Service, module: str, gone: list[int], count: int, killed: float) -> float | None:
+    """With as many processes as before, new ones in the place of those killed; None where that took too long."""
     while time.monotonic() < killed + _AFTER:
-        if len(served.processes("bertforge.serving.front")) == 2 and served.is_ready():
+        now = served.processes(module)
+        if len(now) == count and not {*now} & {*gone} and served.is_ready():
             return time.monotonic() - killed
         time.sleep(0.02)
     return None

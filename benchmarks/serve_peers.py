@@ -4,12 +4,13 @@
 
 MODEL is a merged folder and ENGINE what `bertforge compile MODEL --target openvino --precision int8` made of it. The
 load is serve.py's: real questions, one a request, in a closed loop of --connections. Each server runs alone, with all
-cores, and is warmed up; each dynamic batching is on, with batches of up to 8 and of up to 32, and the better one is its
-result. The service is measured first and last. `agreement` is the share of labels that are those of our engine.
+cores, and is warmed up; dynamic batching is on, with batches of up to 8 and of up to 32, and also off (1), and the best
+is its result. The service is measured first and last. `agreement` is the share of labels that are those of our engine.
 
 - LitServe and Ray Serve serve what they are given: OpenVINO in INT8 (`peer_classifier.py`).
 - infinity-emb serves the model itself, by PyTorch (without BetterTransformer, which is no part of today's optimum) and
-  by its `optimum` engine, which prefers an ONNX graph in INT8: exported and quantized by `optimum-cli`.
+  by its `optimum` engine, which prefers an ONNX graph in INT8: exported and quantized by `optimum-cli`. Version 0.0.78
+  of that engine cuts no text, so the graph fails over its own warm-up, which is longer than 512 tokens.
 
 An environment each, whose interpreter is named here; one that is not named, or does not serve, is in the record with
 the reason:
@@ -49,7 +50,7 @@ from load import Plan, run
 from record import record
 from served import Setup, percentiles
 
-BATCHES = (8, 32)
+BATCHES = (1, 8, 32)
 CALIBRATION_ROWS = 300
 _PATIENCE = 180.0  # seconds for a server to come up
 _SETTLE = 0.2  # of the seconds, before the rate counts
@@ -88,10 +89,10 @@ def peers(options: argparse.Namespace, work: Path) -> list[Peer]:
             _call([python, str(_HERE / "peer_classifier.py"), str(model), str(work)], work)
 
     def exported(python: str) -> None:
-        command, graph = str(Path(python).with_name("optimum-cli")), work / "quantized"
-        _call([command, "export", "onnx", "--model", str(model), "--task", "text-classification", "onnx"], model)
-        _call([command, "onnxruntime", "quantize", "--onnx_model", "onnx", "--avx512_vnni", "-o", str(graph)], model)
-        shutil.copy(graph / "model_quantized.onnx", model / "onnx")
+        command, graph = str(Path(python).with_name("optimum-cli")), str(work / "onnx")
+        _call([command, "export", "onnx", "--model", str(model), "--task", "text-classification", graph], work)
+        _call([command, "onnxruntime", "quantize", "--onnx_model", graph, "--avx512_vnni", "-o", f"{graph}-int8"], work)
+        shutil.copy(work / "onnx-int8" / "model_quantized.onnx", model)
 
     def script(python: str, name: str) -> Callable[[int, int], list[str]]:
         return lambda port, batch: [python, str(_HERE / name), str(model), str(work), str(port), str(batch)]
@@ -186,9 +187,8 @@ def _server(peer: Peer, batch: int, work: Path) -> Iterator[int]:
         while not _answers(f"http://127.0.0.1:{port}{peer.path}", body):
             if process.poll() is not None or time.monotonic() > until:
                 lines = log.read_text(errors="replace").strip().splitlines()
-                raise OSError(
-                    f"it did not answer: {next((line for line in lines[::-1] if 'Error' in line), lines[-1:])}"
-                )
+                told = next((line for line in lines[::-1] if "Error" in line), "it said nothing of an error")
+                raise OSError(f"it did not answer: {told[:300]}")
             time.sleep(0.5)
         yield port
     finally:
@@ -209,15 +209,10 @@ def _answers(address: str, body: object) -> bool:
 def _call(command: Sequence[str], directory: Path) -> str:
     environment = {**os.environ, **_OFFLINE}
     environment.pop("PYTHONPATH", None)
-    return subprocess.run(
-        command,
-        check=True,
-        cwd=directory,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ).stdout
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"{' '.join(command[:3])} failed: {done.stderr.strip().splitlines()[-1:]}")
+    return done.stdout
 
 
 def _versions(python: str, libraries: Sequence[str]) -> dict[str, str]:

@@ -23,7 +23,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from bertforge import __version__
 from bertforge.errors import BertforgeError
@@ -67,7 +67,7 @@ def make_app(models: Models) -> FastAPI:
         models.get(None)
         return {"status": "ready"}
 
-    @app.get("/metrics", tags=["operation"], responses=describe.refused())
+    @app.get("/metrics", response_class=PlainTextResponse, tags=["operation"], responses=describe.refused())
     async def prometheus() -> Response:
         """For Prometheus."""
         page = await asyncio.to_thread(metrics.page, models.client.loads, monitor.Drift(models))
