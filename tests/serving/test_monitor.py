@@ -13,7 +13,8 @@ from bertforge.inference.predictor import Predictor
 from bertforge.inference.threshold import Wanted, choose_thresholds
 from bertforge.manifest import served
 from bertforge.serving.classify import Classified, ModelCards
-from bertforge.serving.monitor import Counters, Monitored
+from bertforge.serving.counters import Counters
+from bertforge.serving.monitor import Monitored
 from bertforge.serving.preparing import Preparation
 from tests.runs import made_up, reseal
 from tests.serving.service import service, wait_until
@@ -93,10 +94,10 @@ def test_a_front_counts_what_it_answered_and_reads_what_others_wrote(runs, tmp_p
         first = await ask(1, ["☃ one", " "])
         first._write()
         second = await ask(2, ["two words"] * 3)
-        return second.of("m", "g"), second.of("m", "another")
+        return second.snapshots(), second.others()
 
-    (mine, other), none = asyncio.run(both())
-    assert none == [], "of another generation"
+    mine, others = asyncio.run(both())
+    ((mine, other),) = zip(mine["m"].values(), others[0]["m"].values(), strict=True)
     assert (mine["rows"], other["rows"]) == ([3], [2])
     assert other["label"] == [0, 1, 1], "closed, and a row without text"
     assert sum(mine["unknown tokens"][1:]) == 0 < sum(other["unknown tokens"][1:]) == 1

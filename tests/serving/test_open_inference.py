@@ -130,7 +130,7 @@ def test_a_version_is_the_model_that_was_asked_for(client):
 
 
 def test_refusals_have_the_protocols_form(protocols, client):
-    with pytest.raises(http.InferenceServerException, match="there is text, columns") as refused:
+    with pytest.raises(http.InferenceServerException, match="choose one of text, columns") as refused:
         client.infer("other", [tensor("text", TEXTS)])
     assert refused.value.status() == "404"
     body = json.dumps({"inputs": [texts("a")]}).encode()
@@ -184,7 +184,7 @@ def test_refusals_have_the_protocols_form(protocols, client):
         ({"inputs": [texts("a")], "outputs": 1}, "outputs is no list"),
         ({"inputs": [texts("a")], "id": 7}, "id is a number"),
         ({"inputs": [texts("a")], "model_name": "other"}, "model_name is not text"),
-        ({"inputs": [texts("a")], "input": 1}, "input is no field of this request"),
+        ({"inputs": [texts("a")], "input": 1}, "unknown field input; this request takes"),
     ],
 )
 def test_a_tensor_that_is_none_is_named(protocols, fields, said):

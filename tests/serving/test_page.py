@@ -233,3 +233,20 @@ def test_another_model_has_fields_of_its_own_and_keeps_what_was_typed(opened):
         ask(page)
         assert "Model plain" in page.inner_text("#origin")
         assert page.locator("#decision").is_hidden()  # it has no thresholds
+
+
+def test_another_model_ends_the_answer_under_way_and_shows_what_it_is_asked_itself(opened):
+    with opened() as page:
+        held = []
+        page.route("**/v1/explain", lambda route: held.append(route))
+        asked = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.get_by_label("Title", exact=True).fill(QUESTION["Title"])
+        page.get_by_role("button", name="Ask the model").click()
+        sync_api.expect(page.locator("#verdict")).not_to_be_empty()
+        page.get_by_label("Model", exact=True).select_option("plain")
+        sync_api.expect(page.locator("#progress")).to_be_empty()
+        page.wait_for_function("!document.getElementById('monitor').hidden")
+        assert any(url.endswith("v1/monitor?model=plain") for url in asked)
+        assert page.locator("#answer").is_hidden()
+        assert len(held) == 1

@@ -1,4 +1,5 @@
 import asyncio
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -74,10 +75,11 @@ class Counting:
     """A tokenizer that keeps how many texts it was given at a time."""
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.batches = tokenizer, []
+        self.tokenizer, self.batches, self.texts = tokenizer, [], []
 
     def encode(self, texts):
         self.batches.append(len(texts))
+        self.texts.append(texts)
         return self.tokenizer.encode(texts)
 
 
@@ -86,16 +88,59 @@ def test_requests_of_many_rows_let_another_pass(text):
 
     async def run():
         prepare = Preparation(replace(text, tokenizer=counting))
-        many = [asyncio.create_task(prepare(["text"] * 1000)) for _ in range(8)]
-        await asyncio.sleep(0)  # they come first
-        await prepare(["another"])
-        before = len(counting.batches)
-        await asyncio.gather(*many)
-        return before
+        many = [asyncio.create_task(prepare(["text"] * 500)) for _ in range(8)]
+        await asyncio.gather(*many, prepare(["another"]))  # they come first
 
-    assert asyncio.run(run()) <= 3, "each of the eight gave up a part of its turn"
-    assert sum(counting.batches) == 8001
+    asyncio.run(run())
+    assert any("another" in texts for texts in counting.texts[:3]), "each of the eight gave up a part of its turn"
+    assert sum(counting.batches) == 4001
     assert max(counting.batches) <= 64, "of the event loop's time"
+
+
+def test_clients_take_turns_whoever_has_more_requests(text):
+    order = []
+
+    async def run():
+        prepare = Preparation(text)
+
+        async def asked(client):
+            await prepare(["text"] * 10, client)
+            order.append(client)
+
+        many = [asked("many") for _ in range(100)]
+        await asyncio.gather(*many, *(asked(name) for name in ("one", "other")))
+
+    asyncio.run(run())
+    assert {*order[:8]} == {"many", "one", "other"}, "in the first turn, though all of the others' came before"
+
+
+@pytest.mark.parametrize(("requests", "rows"), [(4, 1024), (256, 1)])
+def test_a_full_line_lets_in_a_client_that_has_less_than_its_part(text, requests, rows):
+    async def run():
+        prepare, seen = Preparation(text), []
+
+        async def look():
+            seen.append((prepare.full("many"), prepare.full("other")))
+
+        line = [prepare(["text"] * rows, "many") for _ in range(requests)]
+        await asyncio.gather(*line[:-1], look(), line[-1], look())
+        await look()
+        return seen
+
+    assert asyncio.run(run()) == [(False, False), (True, False), (False, False)]
+
+
+def test_a_request_is_not_prepared_once_its_deadline_is_over(text):
+    counting = Counting(text.tokenizer)
+
+    async def run():
+        prepare = Preparation(replace(text, tokenizer=counting))
+        over = time.monotonic() - 1
+        return await asyncio.gather(prepare(["late"] * 500, "a", over), prepare(["b"], "b"), return_exceptions=True)
+
+    late, other = asyncio.run(run())
+    assert (late.status, other.texts) == (504, ["b"])
+    assert counting.batches == [1]
 
 
 class Breaking:

@@ -13,7 +13,8 @@ import pytest
 
 from bertforge.data.schema import QUESTIONS
 from bertforge.inference.predictor import Predictor
-from bertforge.serving.classify import Classified, ModelCards, Refused
+from bertforge.serving.classify import Classified, ModelCards
+from bertforge.serving.describe import Refused
 from tests.runs import made_up, reseal
 from tests.serving.service import PATIENCE, service, wait_until
 
@@ -112,7 +113,7 @@ def test_what_is_wrong_is_said_by_its_field(live):
     assert "inputs, model, timeout_ms" in refused(live.classify("a", top_k=1), 422, "top_k")
     refused(live.classify("a", timeout_ms=0), 422, "timeout_ms")
     refused(live.classify("a", model=3), 422, "model")
-    assert "there is text, columns" in refused(live.classify("a", model="other"), 404, "model")
+    assert "choose one of text, columns" in refused(live.classify("a", model="other"), 404, "model")
     refused(live.http.get("/v1/classify"), 405)
     refused(live.http.get("/v1/nowhere"), 404)
 

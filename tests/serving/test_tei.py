@@ -99,9 +99,9 @@ def test_hugging_faces_client_is_answered(protocols, monkeypatch):
         ({"inputs": "a", "truncation_direction": "up"}, "truncation_direction is not right or left"),
         ({"inputs": "a", "truncation_direction": []}, "truncation_direction is not right or left"),
         ({"inputs": "a", "parameters": []}, "parameters is a list"),
-        ({"inputs": "a", "parameters": {"k": 1}}, "k is no field"),
+        ({"inputs": "a", "parameters": {"k": 1}}, "unknown field k;"),
         ({"inputs": "a", "parameters": {"top_k": 0}}, "top_k is no whole number"),
-        ({"inputs": "a", "normalize": True}, "normalize is no field"),
+        ({"inputs": "a", "normalize": True}, "unknown field normalize;"),
     ],
 )
 @pytest.mark.parametrize("path", ["/predict", "/"])

@@ -48,9 +48,10 @@ def evaluate(
 ) -> None:
     """Measure a run: loss, accuracy, precision, recall, F1, ROC-AUC, calibration, each with a 95% interval.
 
-    Writes a self-contained HTML report, and beside it a file with the
-    mistakes that the model was surest of, texts included, which `bertforge
-    serve` shows beside similar texts. Choose settings by the validation rows;
+    Writes a self-contained HTML report. For prepared data it writes beside it
+    the mistakes that the model was surest of, texts included: `bertforge
+    serve` shows them to anyone who may use it, beside similar texts. Rows of
+    another table stay out of that file. Choose settings by the validation rows;
     read the test rows once, for the final figures. With --prior, rows of
     labels that are too many are left out, until the others have the shares
     that you name.
@@ -67,9 +68,10 @@ def evaluate(
     from bertforge.manifest import MANIFEST
 
     console = Terminal()
-    scored = split or "test" if (data / MANIFEST).is_file() else f"table-{data.stem}"
+    prepared = (data / MANIFEST).is_file()
+    scored = split or "test" if prepared else f"table-{data.stem}"
     written = report or run / f"report-{scored}.html"
-    mistakes = mistakes_beside(written)
+    mistakes = mistakes_beside(written) if prepared else None  # a table may be anybody's, and mistakes are shown to all
     with output_files(*((written, mistakes) if run.is_dir() else (report,)), json_file):
         shares = by_label("--prior", prior)
         found = evaluate_run(run, data, split, against, dialect(encoding, separator), recheck=recheck, prior=shares)
@@ -90,8 +92,8 @@ def evaluate(
             console.print(found.comparison.verdict)
         if json_file:
             console.print(f"wrote {write_json(json_file, found.to_dict())}")
-        if (kept := found.write_mistakes(written)) is not None:
-            console.print(f"wrote {kept}")
+        if mistakes:
+            console.print(f"wrote {found.write_mistakes(written)}")
         try:
             console.print(f"wrote {found.write_report(written)}")
         except MachineError as error:

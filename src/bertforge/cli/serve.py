@@ -36,7 +36,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
     api_keys: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="File of API keys, a line for each client: NAME KEY.")
+        Path | None, typer.Option(metavar="FILE", help="File of API keys, one client per line: NAME KEY.")
     ] = None,
     no_keys: Annotated[bool, typer.Option("--no-keys", help="Serve other machines without API keys.")] = False,
     fronts: Annotated[
@@ -49,7 +49,11 @@ def serve(
     prior: Prior = None,
     latency_ms: Annotated[
         float,
-        typer.Option(min=1, max=10_000, help="Time that one batch may take; a longer time allows larger batches."),
+        typer.Option(
+            min=1,
+            max=10_000,
+            help="Time that one batch may take, in milliseconds; a longer time allows larger batches.",
+        ),
     ] = 50,
     queue_seconds: Annotated[
         float, typer.Option(min=0.01, max=600, help="Seconds of work that may wait; further requests get 429.")
@@ -85,7 +89,7 @@ def serve(
 
     To let other machines ask, write a file with a line for each client, its
     name and a key, such as `openssl rand -hex 32` makes. Clients send the
-    header Authorization: Bearer KEY. Put a TLS proxy in front of the service.
+    header Authorization: Bearer KEY. Put a TLS proxy in front of it.
 
         bertforge serve models/first --host 0.0.0.0 --api-keys keys.txt
     """

@@ -50,17 +50,16 @@ class Mistakes:
 
     @classmethod
     def find(cls, folder: Path) -> Self:
-        """Those beside the reports in `folder`; or else in the folder, made by bertforge too, of whose model it is an
-        engine or a part. None where nobody evaluated the model.
+        """Those beside the reports in `folder`, each once; or else in the folder, made by bertforge too, of whose model
+        it is an engine or a part. None where nobody evaluated the model.
 
         Raises ArtifactError for a file that was changed.
         """
         folder = folder.resolve()
         for place in (folder, *folder.parents[:2]):
             if found := sorted(place.glob(f"*{_SUFFIX}")) if (place / MANIFEST).is_file() else []:
-                # The same rows may have been judged twice, in the folder and by its maker.
-                rows = {(mistake.text, mistake.true): mistake for path in found for mistake in _read(path)}
-                return cls(tuple(rows.values()))
+                rows = [mistake for path in found for mistake in _read(path)]  # reports may be of the same texts
+                return cls(tuple({(row.text, row.true, row.predicted): row for row in rows}.values()))
         return cls(())
 
     def like(self, text: str, predicted: str, most: int = 3) -> list[Mistake]:

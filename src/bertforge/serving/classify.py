@@ -1,47 +1,19 @@
-"""`POST /v1/classify` and `GET /v1/models`, and how OpenAPI describes them.
-
-A request is read by hand rather than by pydantic: a limit is then met before anything large is made, and every message
-names the field in the same words. The classes below are what the document at `/openapi.json` says; the tests hold both
-the checks and the answers to it.
-"""
+"""`POST /v1/classify` and `GET /v1/models`."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from bertforge.serving import metrics
+from bertforge.serving.describe import Input, ModelTold, PlainRoute, Told, json_body, refused
 from bertforge.serving.door import call_of
 from bertforge.serving.models import Model, Models
 from bertforge.serving.requests import check_fields, read_json, seconds_of, text_of
-
-Cell = str | int | float | bool | None
-Input = str | dict[str, Cell]
-
-
-class Told(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-
-class Refusal(Told):
-    """What went wrong."""
-
-    code: str = Field(description="For programs; one for each status.")
-    message: str = Field(description="For people: the field, the limit and what to do.")
-    field: str | None = Field(description="Where, such as inputs[3].Title; null where it is no field.")
-
-
-class Refused(Told):
-    """Every error."""
-
-    error: Refusal
-    id: str = Field(description="The request's, as in the header X-Request-Id.")
 
 
 class Question(Told):
@@ -57,14 +29,6 @@ class Question(Told):
     )
 
 
-class ModelTold(Told):
-    """Which model answered."""
-
-    name: str
-    id: str = Field(description="The digest of its folder, another one for another model.")
-    precision: str
-
-
 class Result(Told):
     """Of one input."""
 
@@ -74,8 +38,8 @@ class Result(Told):
     decision: str | int | bool | None = Field(
         None, description="The label, or `abstain`: a person should look. Absent where no thresholds were chosen."
     )
-    tokens: int = Field(description="That the model read.")
-    tokens_cut: int = Field(description="That it did not, from the end of the text.")
+    tokens: int = Field(description="Tokens that the model read.")
+    tokens_cut: int = Field(description="Tokens cut from the end of the text, which the model did not read.")
     problem: str | None = Field(None, description="What could not be read and counts as missing; absent where all was.")
 
 
@@ -109,37 +73,6 @@ class ModelCards(Told):
     """All models."""
 
     models: list[ModelCard]
-
-
-class PlainRoute(APIRoute):
-    """A route whose function takes the request and returns the response, with nothing of FastAPI's in between."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """See APIRoute."""
-        return self.endpoint
-
-
-def refused(*statuses: int, form: type[BaseModel] = Refused) -> dict[int | str, dict[str, Any]]:
-    """The error responses of a route, for OpenAPI; those of the door come with each."""
-    return {status: {"model": form} for status in sorted({*statuses, 401, 408, 413, 415, 500})}
-
-
-def json_body(model: type[BaseModel]) -> dict[str, Any]:
-    """The request body of a route that reads it by itself, for OpenAPI."""
-    schema = model.model_json_schema()
-    schema = _inlined(schema, schema.pop("$defs", {}))
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
-def _inlined(node: Any, named: dict[str, Any]) -> Any:
-    """A schema with what it refers to in place, for a body cannot have definitions of its own."""
-    if isinstance(node, list):
-        return [_inlined(part, named) for part in node]
-    if not isinstance(node, dict):
-        return node
-    if reference := node.get("$ref"):
-        return _inlined(named[reference.rpartition("/")[2]], named)
-    return {key: _inlined(part, named) for key, part in node.items()}
 
 
 def router(models: Models) -> APIRouter:

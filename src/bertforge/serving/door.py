@@ -7,9 +7,8 @@ names the route, never the address as it was asked for, and holds nothing that t
 A client that hangs up ends the work on its request wherever that is: the task is cancelled, and with it the question to
 the engine, whose rows leave the queue.
 
-The engine's queue is bounded, and so is what a front takes on: one whose event loop comes round too seldom, as it has
-more requests under way than it can read and write, answers 429 before it reads a body. Without that they would gather
-in the sockets and the loop, where nobody counts them, and each would wait for all before it.
+What a front holds is bounded: a body has a size and a time, a GET has none, and large bodies have a size together, past
+which the next is refused while small ones go on. How much may wait in it, `preparing` says.
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ from bertforge.serving.settings import Limits
 _ID = re.compile(r"[!-~]{1,128}")
 _HEALTH = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 _OPEN = (*_HEALTH, "/openapi.json", *page.PATHS)  # without a key
+_BARE = ("GET", "HEAD")  # methods whose requests have no body
 _BODY_SECONDS = 30.0  # from the head of a request to the end of its body
-_LATE, _CROWD = 0.25, 256  # seconds between turns of the loop, and requests under way, at which a front is overloaded
-_TICK = 0.05  # seconds
+_BODIES = 32  # of the largest size, that a front holds together
 _GONE = 499  # nginx's status for a client that hung up; nobody is sent it
 
 
@@ -55,6 +54,8 @@ class Call:
     """By `time.monotonic()`."""
     form: Form | None = None
     """Of errors, where the address speaks another protocol than ours."""
+    held: int = 0
+    """Bytes of its body, where that is large."""
     rows: int = 0
     """That a model was asked for."""
     status: int = 0
@@ -83,21 +84,13 @@ class Door:
     """None lets everybody in."""
     forms: Mapping[str, Form]
     """Of errors, by the first part of the address; elsewhere they have our own."""
+    full: Callable[[str], bool] = lambda client: False
+    """Whether a client's requests are refused, for too many wait already."""
     draining: bool = False
     """Every response then ends its connection, so that none is idle when the front ends."""
     log: Callable[[str], object] = field(default=lambda line: sys.stderr.write(line + "\n"))
-    late: float = 0.0
-    """Seconds that the event loop last took for a turn."""
-    under_way: int = 0
-    """Requests that are not answered."""
-
-    async def watch(self) -> None:
-        """Keeps `late` up to date, until it is cancelled."""
-        loop = asyncio.get_running_loop()
-        while True:
-            due = loop.time() + _TICK
-            await asyncio.sleep(_TICK)
-            self.late = loop.time() - due
+    held: int = 0
+    """Bytes of all `Call.held` under way."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -122,12 +115,11 @@ class Door:
                 call.ended = True
             await send(message)
 
-        self.under_way += 1
         try:
             call.client = self._client(scope, headers) or address
-            if self.late > _LATE and self.under_way > _CROWD and scope["path"] not in _OPEN:
+            if not _is_open(scope) and self.full(call.client):
                 raise RequestError(429, "too many requests are waiting; try again later", retry_after=1)
-            body = await self._body(headers, receive)
+            body = await self._body(call, scope["method"], headers, receive)
             metrics.stage("read", time.monotonic() - call.arrived)
             await self._while_connected(call, scope, body, receive, answer)
         except RequestError as error:
@@ -140,40 +132,47 @@ class Door:
                 failed = RequestError(500, "the service failed over this request")
                 await call.refuse(failed)(scope, receive, answer)
         finally:
-            self.under_way -= 1
+            self.held -= call.held
         self._account(call, scope)
 
     def _client(self, scope: Scope, headers: Headers) -> str | None:
-        if self.keys is None or (scope["method"] in ("GET", "HEAD") and scope["path"] in _OPEN):
+        if self.keys is None or _is_open(scope):
             return None
         if found := self.keys.client(headers.get("authorization", "")):
             return found
         raise RequestError(401, "no key, or one that is not known; send the header Authorization: Bearer KEY")
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes:
+    async def _body(self, call: Call, method: str, headers: Headers, receive: Receive) -> bytes:
         """All of it; raises RequestError for one that is too large, compressed or too slow."""
         most = self.limits.body
         too_large = RequestError(
             413, f"the body is larger than {self.limits.max_body_mb:g} MiB; send fewer texts at a time"
         )
+        if method in _BARE:
+            most, too_large = 0, RequestError(413, f"a request with the method {method} has no body; leave it out")
         if headers.get("content-encoding", "identity") != "identity":
             raise RequestError(415, "the body is compressed; send it as it is, without Content-Encoding")
         declared = headers.get("content-length", "0")
         if declared.isdecimal() and int(declared) > most:
             raise too_large
-        message = await receive()
-        if not message.get("more_body"):
-            return _checked(message, most, too_large)
-        parts, size = [_checked(message, most, too_large)], len(message["body"])
+        parts, size, more = list[bytes](), 0, True
         try:
             async with asyncio.timeout(_BODY_SECONDS):
-                while message.get("more_body"):
+                while more:
                     message = await receive()
                     parts.append(_checked(message, most - size, too_large))
-                    size += len(parts[-1])
+                    size, more = size + len(parts[-1]), message.get("more_body", False)
+                    if len(parts) > 1:  # what comes at once is small
+                        self._hold(call, len(parts[-1]))
         except TimeoutError as error:
             raise RequestError(408, f"the body was not there after {_BODY_SECONDS:g} s") from error
         return b"".join(parts)
+
+    def _hold(self, call: Call, size: int) -> None:
+        if self.held + size > _BODIES * self.limits.body:
+            raise RequestError(429, "too many large requests are under way; try again later", retry_after=1)
+        self.held += size
+        call.held += size
 
     async def _while_connected(self, call: Call, scope: Scope, body: bytes, receive: Receive, answer: Send) -> None:
         """Runs the app, and cancels it when the client hangs up."""
@@ -214,6 +213,10 @@ class Door:
 
     def _log(self, **fields: Any) -> None:
         self.log(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **fields}))
+
+
+def _is_open(scope: Scope) -> bool:
+    return scope["method"] in _BARE and scope["path"] in _OPEN
 
 
 def _checked(message: Message, room: int, too_large: RequestError) -> bytes:

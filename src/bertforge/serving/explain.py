@@ -21,8 +21,8 @@ from bertforge.errors import ArtifactError
 from bertforge.evaluation.groups import excerpt
 from bertforge.evaluation.mistakes import Mistakes
 from bertforge.inference.codec import is_blank
-from bertforge.serving.classify import Input, ModelTold, Told, json_body, refused
-from bertforge.serving.door import call_of
+from bertforge.serving.describe import Input, ModelTold, PlainRoute, Told, json_body, refused
+from bertforge.serving.door import Call, call_of
 from bertforge.serving.inputs import Row, read_inputs
 from bertforge.serving.leave_one_out import Pushes, leave_one_out
 from bertforge.serving.models import Model, Models
@@ -79,7 +79,7 @@ class Explained(Told):
 
 def router(models: Models) -> APIRouter:
     """The route."""
-    found = APIRouter(prefix="/v1", tags=["explain"])
+    found = APIRouter(prefix="/v1", tags=["explain"], route_class=PlainRoute)
 
     @found.post(
         "/explain",
@@ -92,43 +92,63 @@ def router(models: Models) -> APIRouter:
         call = call_of(request)
         given = await read_json(request, models.limits)
         check_fields(given, "inputs", "model", "timeout_ms")
-        deadline, model = call.arrived + seconds_of(given, "timeout_ms"), models.get(text_of(given, "model"))
-        row = _only(read_inputs(given.get("inputs"), model.columns, models.limits))
+        name, deadline = text_of(given, "model"), call.arrived + seconds_of(given, "timeout_ms")
         asking = replace(call, client=f"{call.client} (explain)")
-
-        async def probabilities(rows: list[Row]) -> list[list[float]]:
-            answers = await models.answer(asking, rows, model.served.name, deadline=deadline, watched=False)
-            if answers.model is not model:
-                raise RequestError(503, "the model was replaced meanwhile; ask again", retry_after=0)
-            chances: list[list[float]] = answers.probabilities.tolist()
-            return chances
-
-        text = row if isinstance(row, str) else " ".join(row[name] for name in model.columns.texts)
-        told: dict[str, Any] = {"id": call.id, "model": model.told}
-        if is_blank(text):
-            told |= {"label": None, "probability": None, "words": [], "columns": [], "mistakes": [], "note": ""}
-        else:
-            (whole,) = await probabilities([row])
-            best = max(range(len(whole)), key=whole.__getitem__)
-
-            async def of_label(rows: list[Row]) -> list[float]:
-                return [chances[best] for chances in await probabilities(rows)]
-
-            def is_full(before: str) -> bool:
-                return len(model.codec.tokenizer.encode([before])[0]) >= model.codec.max_length
-
-            columns = model.columns
-            pushes = await leave_one_out(row, whole[best], columns.texts, columns.needed, is_full, of_label)
-            told |= _told(model, row, best, whole[best], pushes, text)
+        while True:
+            try:
+                told = await _explained(models, asking, given.get("inputs"), models.get(name), deadline)
+                break
+            except _ReplacedError:  # by a new one, which answers from the beginning
+                continue
         call.rows = asking.rows
-        return Response(json.dumps(told), media_type="application/json")
+        return Response(json.dumps({"id": call.id, **told}), media_type="application/json")
 
     return found
 
 
+class _ReplacedError(Exception):
+    """Another model has the name now."""
+
+
+async def _explained(models: Models, call: Call, inputs: Any, model: Model, deadline: float) -> dict[str, Any]:
+    """The answer, but for the request's id; raises RequestError, and _ReplacedError where `model` was swapped."""
+    row = _only(read_inputs(inputs, model.columns, models.limits))
+
+    async def probabilities(rows: list[Row]) -> list[list[float]]:
+        answers = await models.answer(call, rows, model.served.name, deadline=deadline, watched=False)
+        if answers.model is not model:
+            raise _ReplacedError
+        chances: list[list[float]] = answers.probabilities.tolist()
+        return chances
+
+    text = row if isinstance(row, str) else " ".join(row[name] for name in model.columns.texts)
+    if is_blank(text):
+        nothing: dict[str, Any] = {
+            "label": None,
+            "probability": None,
+            "words": [],
+            "columns": [],
+            "mistakes": [],
+            "note": "",
+        }
+        return {"model": model.told, **nothing}
+    (whole,) = await probabilities([row])
+    best = max(range(len(whole)), key=whole.__getitem__)
+
+    async def of_label(rows: list[Row]) -> list[float]:
+        return [chances[best] for chances in await probabilities(rows)]
+
+    def is_full(before: str) -> bool:
+        return len(model.codec.tokenizer.encode([before])[0]) >= model.codec.max_length
+
+    columns = model.columns
+    pushes = await leave_one_out(row, whole[best], columns.texts, columns.needed, is_full, of_label)
+    return {"model": model.told, **_told(model, row, best, whole[best], pushes, text)}
+
+
 def _only(rows: list[Row]) -> Row:
     if len(rows) > 1:
-        raise RequestError(422, f"inputs has {len(rows):,} entries; send one, for each takes long", "inputs")
+        raise RequestError(422, f"inputs has {len(rows):,} entries; send one at a time", "inputs")
     return rows[0]
 
 

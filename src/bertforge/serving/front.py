@@ -28,7 +28,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from bertforge import __version__
 from bertforge.errors import BertforgeError
-from bertforge.serving import classify, explain, metrics, monitor, open_inference, tei
+from bertforge.serving import classify, describe, explain, metrics, monitor, open_inference, tei
 from bertforge.serving.connection import Connection
 from bertforge.serving.door import Door, call_of
 from bertforge.serving.keys import Keys
@@ -63,13 +63,13 @@ def make_app(models: Models) -> FastAPI:
         """Whether this front runs."""
         return {"status": "ok"}
 
-    @app.get("/readyz", tags=["operation"], responses={503: {"model": classify.Refused}})
+    @app.get("/readyz", tags=["operation"], responses={503: {"model": describe.Refused}})
     async def readyz() -> dict[str, str]:
         """Whether requests can be answered: the engine is there with all its models."""
         models.get(None)
         return {"status": "ready"}
 
-    @app.get("/metrics", response_class=PlainTextResponse, tags=["operation"], responses=classify.refused())
+    @app.get("/metrics", response_class=PlainTextResponse, tags=["operation"], responses=describe.refused())
     async def prometheus() -> Response:
         """For Prometheus."""
         page = await asyncio.to_thread(metrics.page, models.client.loads, monitor.Drift(models))
@@ -113,10 +113,10 @@ async def serve(order: FrontOrder) -> None:
         prior=order.prior,
     )
     keys = None if order.api_keys is None else Keys.read(Path(order.api_keys))
-    door = Door(make_app(models), order.limits, keys, FORMS)
+    door = Door(make_app(models), order.limits, keys, FORMS, models.full)
     config = uvicorn.Config(
         door, loop="asyncio", http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
-        server_header=False, proxy_headers=False, timeout_keep_alive=_IDLE,
+        log_level="error", server_header=False, proxy_headers=False, timeout_keep_alive=_IDLE,
     )  # fmt: skip
     server = uvicorn.Server(config)
     loop = asyncio.get_running_loop()
@@ -140,7 +140,6 @@ async def serve(order: FrontOrder) -> None:
             drain()
 
     models.start()
-    watching = asyncio.create_task(door.watch())
     # A front that is started beside others leaves connections to them until it can answer; the first ones, which wait
     # for the engine, tell that they live.
     with suppress(TimeoutError):  # where the engine takes longer, who asks is told so
@@ -156,7 +155,6 @@ async def serve(order: FrontOrder) -> None:
     telling = asyncio.create_task(_tell(models))
     await serving
     telling.cancel()
-    watching.cancel()
     await models.client.close()
 
 

@@ -98,7 +98,7 @@ def _row(value: Any, columns: Columns, limits: Limits, name: str) -> Row:
 def _cell(value: Any, column: str, columns: Columns, limits: Limits, name: str) -> str:
     field = f"{name}.{column:.60}"
     if column not in columns.known:
-        raise RequestError(422, f"{field} is no column of the model's table; it reads {columns}", field)
+        raise RequestError(422, f"the model's table has no column {field}; it reads {columns}", field)
     if isinstance(value, str):
         return _text(value, limits, field)
     if isinstance(value, dict | list):

@@ -22,6 +22,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice, takewhile
 
+from bertforge.data.tokens import MAX_TOKENS
 from bertforge.serving.inputs import Row
 
 MOST_PASSES = 128
@@ -104,9 +105,8 @@ async def leave_one_out(
 def _read_words(row: Row, text_columns: Sequence[str], is_full: Callable[[str], bool]) -> list[Passage]:
     """The words that the model reads, the last perhaps in part; none where there is one alone."""
     fields: dict[str | None, str] = {None: row} if isinstance(row, str) else {name: row[name] for name in text_columns}
-    words = [
-        Passage(name, found.start(), found.end()) for name, text in fields.items() for found in _WORD.finditer(text)
-    ]
+    found = (Passage(name, word.start(), word.end()) for name, text in fields.items() for word in _WORD.finditer(text))
+    words = [*islice(found, MAX_TOKENS)]  # no model reads more, and a text may be of many
 
     def is_unread(word: Passage) -> bool:
         before = [fields[name] for name in takewhile(lambda name: name != word.field, fields)]

@@ -71,12 +71,28 @@ class _Engines(Collector):
     def collect(self) -> Iterator[Metric]:
         """See Collector. Tokens a batch are one counter over another."""
         for family, value in (
-            (GaugeMetricFamily("bertforge_queue_tokens", "Tokens that wait.", labels=["engine"]), "waiting"),
-            (GaugeMetricFamily("bertforge_tokens_per_second", "When it is busy.", labels=["engine"]), "rate"),
-            (CounterMetricFamily("bertforge_batches", "Computed.", labels=["engine"]), "batches"),
-            (CounterMetricFamily("bertforge_batch_rows", "In them.", labels=["engine"]), "rows"),
-            (CounterMetricFamily("bertforge_batch_tokens", "In them, with padding.", labels=["engine"]), "tokens"),
-            (CounterMetricFamily("bertforge_batch_seconds", "That they took.", labels=["engine"]), "seconds"),
+            (
+                GaugeMetricFamily("bertforge_queue_tokens", "Tokens that wait in the queue.", labels=["engine"]),
+                "waiting",
+            ),
+            (
+                GaugeMetricFamily(
+                    "bertforge_tokens_per_second", "Tokens that a busy engine computes in a second.", labels=["engine"]
+                ),
+                "rate",
+            ),
+            (CounterMetricFamily("bertforge_batches", "Batches computed.", labels=["engine"]), "batches"),
+            (CounterMetricFamily("bertforge_batch_rows", "Rows in those batches.", labels=["engine"]), "rows"),
+            (
+                CounterMetricFamily(
+                    "bertforge_batch_tokens", "Tokens in those batches, with padding.", labels=["engine"]
+                ),
+                "tokens",
+            ),
+            (
+                CounterMetricFamily("bertforge_batch_seconds", "Seconds spent computing them.", labels=["engine"]),
+                "seconds",
+            ),
         ):
             for engine, load in self.loads.items():
                 family.add_metric([engine], getattr(load, value))

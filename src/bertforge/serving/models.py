@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from bertforge.errors import ArtifactError, BertforgeError, DataError, reason
+from bertforge.errors import ArtifactError, DataError, reason
 from bertforge.inference.codec import Codec, is_blank
 from bertforge.manifest import DECISION, identity, served
 from bertforge.serving import metrics
 from bertforge.serving.channel import EngineClient, RefusedError, Served, State
+from bertforge.serving.counters import Counters
 from bertforge.serving.door import Call
 from bertforge.serving.inputs import Columns, read_inputs
-from bertforge.serving.monitor import Counters
 from bertforge.serving.preparing import Preparation, Prepared
 from bertforge.serving.requests import RequestError
 from bertforge.serving.settings import Limits
@@ -125,12 +125,16 @@ class Models:
     def get(self, name: str | None) -> Model:
         """A model by its name, or the first; raises RequestError."""
         if not self.ready:
-            raise RequestError(503, "the engine is not there at the moment; try again", retry_after=_SOON)
+            raise RequestError(503, "the engine is starting; try again in a few seconds", retry_after=_SOON)
         if name is None:
             return next(iter(self.models.values()))
         if name not in self.models:
-            raise RequestError(404, f"there is no model of this name; there is {', '.join(self.models)}", "model")
+            raise RequestError(404, f"no model has this name; choose one of {', '.join(self.models)}", "model")
         return self.models[name]
+
+    def full(self, client: str) -> bool:
+        """Whether so much waits to be prepared that requests of `client` are refused."""
+        return any(model.prepare.full(client) for model in self.models.values())
 
     async def answer(
         self,
@@ -151,7 +155,7 @@ class Models:
             asked, began = self.get(model), time.monotonic()
             rows = read_inputs(inputs, asked.columns, self.limits, name)
             try:
-                prepared = await asked.prepare(rows)
+                prepared = await asked.prepare(rows, call.client, deadline)
             except DataError as error:
                 raise RequestError(422, str(error), name) from error
             metrics.stage("tokenize", time.monotonic() - began)
@@ -191,7 +195,7 @@ class Models:
                         found[told.name] = old
                     else:
                         found[told.name] = await asyncio.to_thread(Model.load, told, self._prior)
-                except (BertforgeError, OSError) as error:
+                except Exception as error:  # a folder may be anything
                     self._log(f"{told.name} cannot be read: {reason(error)}")
                     await asyncio.sleep(_AGAIN)
         self.models, self.ready = found, bool(found)

@@ -23,7 +23,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from bertforge import __version__
-from bertforge.serving.classify import PlainRoute, json_body, refused
+from bertforge.serving.describe import PlainRoute, json_body, refused
 from bertforge.serving.door import call_of
 from bertforge.serving.models import Answers, Model, Models
 from bertforge.serving.requests import RequestError, check_fields, check_media_type, parse, seconds_of, text_of

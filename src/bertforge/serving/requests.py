@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Any
@@ -106,9 +107,11 @@ def parse(body: bytes, limits: Limits) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise RequestError(400, f"the body is not UTF-8: byte {error.start:,} is wrong; encode it as UTF-8") from error
     except json.JSONDecodeError as error:
-        raise RequestError(400, f"the body is no JSON: {error.msg} at character {error.pos:,}") from error
+        raise RequestError(400, f"the body is not valid JSON: {error.msg} at character {error.pos:,}") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets that never close
-        raise RequestError(400, "the body is no JSON that can be read: a number is too long, or it nests") from error
+        raise RequestError(
+            400, "the body is not valid JSON: a number is too long, or the nesting is too deep"
+        ) from error
     if not isinstance(parsed, dict):
         raise RequestError(400, f"the body is {kind_of(parsed)}; send a JSON object")
     return parsed
@@ -130,7 +133,7 @@ def check_fields(given: Mapping[str, Any], *known: str) -> None:
     for name in given:
         if name not in known:
             shown = _shown(name)
-            raise RequestError(422, f"{shown} is no field of this request; it has {', '.join(known)}", shown)
+            raise RequestError(422, f"unknown field {shown}; this request takes {', '.join(known)}", shown)
 
 
 def text_of(given: Mapping[str, Any], name: str) -> str | None:
@@ -166,8 +169,7 @@ def _shown(name: str) -> str:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = _shown(next(name for place, name in enumerate(names) if name in names[:place]))
+        twice = _shown(next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1))
         raise RequestError(400, f"an object names {twice} twice; name it once", twice)
     return found
 

@@ -23,7 +23,7 @@ from pydantic import Field
 
 from bertforge import __version__
 from bertforge.inference.codec import is_blank
-from bertforge.serving.classify import PlainRoute, Told, json_body, refused
+from bertforge.serving.describe import PlainRoute, Told, json_body, refused
 from bertforge.serving.door import call_of
 from bertforge.serving.models import Answers, Model, Models
 from bertforge.serving.requests import RequestError, check_fields, kind_of, read_json

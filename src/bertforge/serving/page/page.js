@@ -266,7 +266,9 @@ const CHANGES = { none: "as in training", some: "somewhat different", much: "ver
 
 async function drawMonitor() {
   const path = `v1/monitor?model=${encodeURIComponent(model().name)}`;
+  const { signal } = running;
   const { rows = 0, missing, quantities = {} } = await ask(path).catch(() => ({})); // the page does without
+  if (signal.aborted) return; // who came after draws it
   const measures = Object.entries(quantities);
   const changed = measures.filter(([, { drift }]) => drift !== "none").map(([name]) => name);
   byId("monitor-state").textContent =
@@ -306,8 +308,12 @@ async function start() {
 }
 
 byId("model").addEventListener("change", () => {
+  running.abort(); // the answer of the model before
+  running = new AbortController();
   byId("answer").hidden = true;
+  byId("progress").textContent = "";
   drawFields();
+  drawMonitor();
 });
 byId("key").addEventListener("change", () => models.length || start());
 byId("question").addEventListener("submit", (event) => {
