@@ -1,6 +1,5 @@
 # Two commands on a fresh machine: `make demo` runs the main job, `make test` runs the tests.
-# Each sets up a virtual environment in .venv first. Nothing outside this folder is touched, but for Debian's Chromium,
-# which `make test` installs where it is missing and may be installed.
+# Each sets up a virtual environment in .venv first. Nothing outside this folder is touched, but by `make browser`.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -11,6 +10,7 @@ help:
 	@echo "make demo   the main job on bundled data and model: about 4 minutes on 2 CPU cores"
 	@echo "make test   the test suite"
 	@echo "make test-portable  the tests that compute, as on another CPU: 2 minutes"
+	@echo "make browser  installs Debian's Chromium, in which the tests of the page run; they skip without one"
 	@echo "make lint   ruff and mypy"
 	@echo "make clean  removes .venv and demo-run"
 
@@ -25,15 +25,15 @@ demo: $(VENV)/.installed-demo
 # The tests run on one thread each. A file stays in one process, for its fixtures take longer than most of its tests.
 PROCESSES := -n auto --maxprocesses 4 --dist loadfile
 
-test: $(VENV)/.installed-dev $(VENV)/triton browser
+test: $(VENV)/.installed-dev $(VENV)/triton
+	@command -v chromium >/dev/null || echo "note: no chromium, so the tests of the page are skipped; make browser"
 	$(BIN)/python -m pytest $(PROCESSES)
 
-# The page is tested in a real browser. Where there is none and none can be installed, its tests skip and say so.
-AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo -n)
+# The page is tested in a real browser.
+AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
 browser:
-	@command -v chromium >/dev/null || { $(AS_ROOT) apt-get update -qq && \
-	  $(AS_ROOT) env DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends chromium; } >/dev/null 2>&1 || \
-	  echo "note: no chromium, and it cannot be installed here: the tests of the page are skipped"
+	$(AS_ROOT) apt-get update -qq
+	$(AS_ROOT) env DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends chromium
 
 # A Triton server, and the NumPy of its Python. Where there is none for this machine, the test of it is skipped.
 $(VENV)/triton: $(VENV)/.installed-dev

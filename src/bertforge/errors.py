@@ -1,8 +1,8 @@
 """The exceptions a user can meet. Each message is one line: what is wrong, with which value, and what to type instead.
 
-The library raises; only `cli` turns an error into an exit code. Exit codes: 0 done, 1 a defect of ours
-(traceback kept for `--debug`), 2 the command line itself, 3 the user's data, 4 the user's files and artifacts,
-5 something the machine lacks, 130 interrupted.
+The library raises; what runs a process turns an error into an exit code (`Terminal.tell`). Exit codes: 0 done, 1 a
+defect of ours (traceback kept for `--debug`), 2 the command line itself, 3 the user's data, 4 the user's files and
+artifacts, 5 something the machine lacks, 130 interrupted.
 """
 
 from __future__ import annotations

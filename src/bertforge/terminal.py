@@ -8,6 +8,7 @@ they are.
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 from collections.abc import Iterable
@@ -17,8 +18,13 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
+from bertforge.errors import ArtifactError, BertforgeError, MachineError, is_out_of_memory
+
 # C0 and C1, marks and overrides of direction, separators of lines, and bytes of a file name that are no UTF-8.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+# What to do where a disk is full; what writes files names them (`naming` in artifact.py).
+_FULL = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; free some space, then run the command again")
 
 
 def visible(text: str) -> str:
@@ -45,6 +51,27 @@ class Terminal(Console):
         """An error in one line."""
         self.print(title, style="bold red", end=" ")
         self.print(message.replace("\n", "\\n"))
+
+    def tell(self, error: Exception) -> int:
+        """What went wrong, in one line, or two for a defect of ours; returns the exit code."""
+        if isinstance(error, BertforgeError):
+            self.fail("error:", str(error))
+            return error.exit_code
+        if isinstance(error, OSError):
+            path = error.filename2 or error.filename or ("standard output" if error.errno in _FULL else "")
+            reason = (error.strerror or str(error)) + _FULL.get(error.errno or 0, "")
+            self.fail("error:", f"{path}: {reason}" if path else reason)
+            return ArtifactError.exit_code
+        if is_out_of_memory(error):
+            self.fail(
+                "error:",
+                "the memory is full; end what else uses it, or where you train, lower tokens_per_step: "
+                "--set tokens_per_step=2048",
+            )
+            return MachineError.exit_code
+        self.fail("internal error:", f"{type(error).__name__}: {error}")
+        self.print("This is a defect of bertforge; run `bertforge --debug ...` for the traceback.")
+        return 1
 
 
 class VisibleFormatter(logging.Formatter):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bertforge.cli import main as module
+from bertforge.errors import BertforgeError
 from tests.runs import run_command
 
 COMMANDS = (
@@ -122,7 +123,7 @@ def test_an_expected_error_is_one_line_and_a_code(tmp_path, data, runs, capsys, 
 def test_debug_shows_the_traceback_wherever_it_stands(tmp_path, place):
     arguments = ["train", "--data", "absent", "--out", str(tmp_path / "run")]
     arguments.insert(place, "--debug")
-    with pytest.raises(module.BertforgeError, match="absent does not exist"):
+    with pytest.raises(BertforgeError, match="absent does not exist"):
         run_command(*arguments)
 
 

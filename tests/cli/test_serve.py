@@ -1,10 +1,11 @@
 """What `bertforge serve` refuses before anything starts; tests/serving has the rest."""
 
+import shutil
 import socket
 
 import pytest
 
-from tests.runs import run_command
+from tests.runs import reseal, run_command
 
 
 @pytest.fixture
@@ -29,6 +30,15 @@ def test_models_have_names_of_their_own(said, runs):
     assert (code, "two models are called full" in line) == (2, True)
     code, line = said(f"my model={runs['full']}")
     assert (code, "'my model' cannot be the name of a model" in line) == (2, True)
+
+
+def test_a_prior_is_of_the_labels_of_all_models(said, runs, tmp_path):
+    other = shutil.copytree(runs["lora"], tmp_path / "other")
+    reseal(other, labels=["spam", "ham"])
+    code, line = said(runs["full"], other, "--prior", "closed=0.06", "--port", 0)
+    assert (code, "--prior is for all models, and these have different labels" in line) == (2, True)
+    code, line = said(runs["full"], "--prior", "0.06", "--port", 0)
+    assert (code, "--prior '0.06' is not LABEL=NUMBER" in line) == (2, True)
 
 
 def test_an_address_that_is_taken_or_wrong_is_named(said, runs):

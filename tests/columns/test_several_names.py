@@ -4,7 +4,7 @@ import pandas as pd
 import torch
 
 from bertforge.columns.parts import MeanEmbedding
-from bertforge.columns.several_names import SeveralNames, SeveralNamesSettings, SeveralNamesShape
+from bertforge.columns.several_names import MOST_NAMES, SeveralNames, SeveralNamesSettings, SeveralNamesShape
 
 KIND, SETTINGS = SeveralNames(), SeveralNamesSettings("m")
 
@@ -16,6 +16,13 @@ def test_known_names_are_kept_in_their_order_and_zero_fills_the_end():
     assert KIND.encode(rows, SETTINGS, learnt).tolist() == [[2, 1], [0, 0], [0, 0], [1, 0]]
     assert KIND.encode(rows.iloc[1:3], SETTINGS, learnt).tolist() == [[0], [0]], "never without a column"
     assert KIND.shape(SETTINGS, learnt) == SeveralNamesShape(3)
+
+
+def test_a_row_has_no_more_names_than_are_read_however_many_it_brings():
+    learnt = KIND.fit(pd.DataFrame({"m": ["v w"] * 2}), SETTINGS, min_count=2)
+    many = KIND.encode(pd.DataFrame({"m": ["w " + "v " * 50_000, "w"]}), SETTINGS, learnt)
+    assert many.shape == (2, MOST_NAMES)
+    assert many[0].tolist() == [2] + [1] * (MOST_NAMES - 1)
 
 
 def test_a_row_is_the_mean_of_the_values_present():

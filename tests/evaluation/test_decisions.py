@@ -1,5 +1,7 @@
 """Thresholds that keep what they promise, on rows that did not choose them."""
 
+from contextlib import suppress
+
 import numpy as np
 import pytest
 
@@ -56,12 +58,33 @@ def test_the_threshold_is_the_lowest_that_the_rows_show():
     found = outcome(policy, chances, true).answers[1]
     assert found.at_least >= 0.9
     assert found.at_least == lower_bound(np.array([found.right]), np.array([found.rows]))[0]
-    scores = np.sort(chances[chances[:, 1] < policy.thresholds[1], 1])[::-1]
-    for lower in scores[:10]:
-        above = chances[:, 1] >= lower
-        assert lower_bound(np.array([true[above].sum()]), np.array([above.sum()]))[0] < 0.9
+    above = chances[:, 1] >= np.sort(chances[chances[:, 1] < policy.thresholds[1], 1])[-1]
+    assert lower_bound(np.array([true[above].sum()]), np.array([above.sum()]))[0] < 0.9, "one row more does not"
     assert sum(policy.thresholds) == pytest.approx(1), "every other row is open"
     assert outcome(policy, chances, true).coverage.value == 1
+
+
+def test_nothing_is_promised_where_precision_is_just_below_the_target_everywhere():
+    generator, promised = np.random.default_rng(0), 0
+    for _ in range(50):
+        closed = np.sort(generator.random(1000))
+        chances, true = np.stack([1 - closed, closed], axis=1), (generator.random(1000) < 0.899).astype(np.int64)
+        with suppress(DataError):
+            for_precision(chances, true, TWO, {"closed": 0.9})
+            promised += 1
+    assert promised <= 7, "5% of 50 are 2.5; by the lowest threshold that shows it there are 15"
+
+
+def test_two_labels_with_a_precision_each_are_shown_on_the_rows_that_they_answer():
+    generator = np.random.default_rng(1)
+    closed = generator.random(4000)
+    right = np.where(closed >= 0.5, 0.9, np.where(closed >= 0.3, 1.0, 0.0))
+    true = (generator.random(4000) < right).astype(np.int64)
+    chances = np.stack([1 - closed, closed], axis=1)
+    wanted = {"closed": 0.88, "open": 0.5}
+    policy = for_precision(chances, true, TWO, wanted)
+    for answers in outcome(policy, chances, true).answers:
+        assert answers.at_least >= wanted[answers.label]
 
 
 def test_rows_of_one_score_are_taken_or_left_together():
@@ -103,7 +126,7 @@ def test_of_more_labels_each_has_its_own_and_the_others_are_always_said():
         (
             {"closed": 0.999},
             DataError,
-            r"answers 'closed' a precision of 0\.999 .* the best is 0\.\d+, from 0\.\d+ on, where .* \(2,995 that are",
+            r"answers 'closed' a precision of 0\.999 .* the best is 0\.\d+, from 0\.\d+ on, where .* \(2,995 at",
         ),
     ],
 )

@@ -125,6 +125,17 @@ def test_chance_is_exceeded_once_in_a_hundred_times(reference):
             assert 0.002 < share < 0.025, (name, rows)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 402, 4000])
+def test_the_only_label_of_a_few_rows_has_not_drifted_while_it_stays_the_only_one(rows):
+    label = Quantity.of_names(np.full(16, 2), LABELS)
+    reference = Reference({"label": label})
+    same, other = (
+        drift(reference, [{"rows": [rows], "label": label.count(np.full(rows, number)).tolist()}]) for number in (2, 1)
+    )
+    assert drifted(same) == set()
+    assert drifted(other) == {"label"}
+
+
 def test_counters_of_processes_are_added(reference, transform, told):
     lots = [rows_of(500, seed) for seed in range(3)]
     monitors = [Monitor(reference, transform) for _ in lots]

@@ -215,4 +215,4 @@ def test_the_command_says_what_the_thresholds_cost(tmp_path, run, data, capsys):
         assert run_command("threshold", run, "--data", data, *arguments) == 2
         assert expected in capsys.readouterr().err
     assert run_command("predict", run, table, "--out", tmp_path / "q.csv", "--prior", "0.3") == 2
-    assert "prior names the label ''" in capsys.readouterr().err
+    assert "--prior '0.3' is not LABEL=NUMBER" in capsys.readouterr().err

@@ -142,6 +142,16 @@ def test_rows_of_several_lanes_are_computed_by_their_own_models(texts, logits, m
     assert np.abs(np.concatenate(found[::2]) - logits[::2]).max() < CLOSE
 
 
+def test_the_rows_of_one_ask_are_computed_on_all_streams(model, texts):
+    """Two batches are under way at once, or this waits for ever."""
+    engine, both, honest = Held(model), threading.Barrier(2), PyTorchEngine.logits
+    engine.logits = lambda batch: (both.wait(60), honest(engine, batch))[1]
+    with Service(engine, pace=Pace(latency=1e-9)) as service:
+        service.batcher._note(1, 1, 1.0)  # the rate is known, so a batch is as large as the longest text
+        answer = service.ask(0, [np.full(LONGEST, 5, np.int32)] * 8)[0].result(120)
+        assert isinstance(answer, Answer)
+
+
 def test_who_cancels_is_not_computed_and_not_answered(model, texts):
     engine = Held(model, streams=1, held=True)
     with Service(engine) as service:
@@ -231,17 +241,57 @@ def test_an_engine_that_fails_is_told_and_refuses_what_it_failed_over(model, tex
     assert len(service.said[0]) == 1
 
 
-def test_a_batch_that_an_engine_does_not_take_leaves_the_engine_serving(model, texts):
+def test_a_row_that_an_engine_does_not_take_spoils_no_other(model, texts, logits):
+    engine = Held(model, streams=1, held=True)
+    bad, honest = 2, engine.logits  # no text has this token
+
+    def refuses(batch):
+        found = honest(batch)
+        if (np.asarray(batch.input_ids) == bad).any():
+            raise UsageError("a token that the model does not take")
+        return found
+
+    engine.logits = refuses
+    with Service(engine) as service:
+        service.ask(0, texts[:1])
+        assert engine.begun.wait(60)
+        spoilt, _ = service.ask(1, [texts[1], np.array([7, bad, 8], np.int32), texts[2]], client="a")
+        others = [service.ask(number, [texts[number]], client="b")[0] for number in range(2, 12)]
+        engine.may.set()
+        assert spoilt.result(60).reason == "failed"
+        assert all(isinstance(other.result(60), Answer) for other in others)
+        assert max(engine.rows) > 2, "they went together"
+    assert service.broken == []
+    assert len(service.said[1]) == 1
+
+
+def test_a_rate_that_was_measured_while_kernels_were_made_is_mended_by_short_requests(model, texts):
+    """The clock is moved: the first call takes a hundred times as long as the others, for each token."""
+    engine = Held(model, streams=1)
+    with Service(engine) as service:
+        service.batcher._note(1, 60, 0.6)
+        assert service.batcher.load("m").rate == pytest.approx(100)
+        for _ in range(100):
+            service.batcher._note(1, 60, 0.006)
+        assert service.batcher.load("m").rate == pytest.approx(10_000, rel=0.01)
+        service.batcher._note(1, 1, 1.0)  # a small batch may be slow for its size
+        assert service.batcher.load("m").rate == pytest.approx(10_000, rel=0.01)
+
+
+def test_after_a_while_larger_batches_are_tried_again(model, texts, monkeypatch):
     def fails_over(rows):
-        if rows == 2:
-            raise UsageError("this model reads columns")
+        if rows > 3:
+            raise MemoryError
 
     engine = Held(model, streams=1)
     engine.fails_over = fails_over
-    with Service(engine) as service:
-        assert service.ask(0, texts[:2])[0].result(60).reason == "failed"
-        assert isinstance(service.ask(1, texts[:3])[0].result(60), Answer)
-    assert service.broken == []
+    with Service(engine, pace=Pace(latency=math.inf)) as service:
+        service.ask(0, texts[:16])[0].result(60)
+        engine.fails_over, asked = None, len(engine.rows)
+        monkeypatch.setattr("bertforge.serving.batcher._FULL", 0.0)
+        for number in range(1, 20):
+            service.ask(number, texts[:16])[0].result(60)
+        assert max(engine.rows[asked:]) == 16
 
 
 def test_batches_are_as_large_as_the_latency_and_the_longest_text_allow(model, texts):

@@ -5,8 +5,8 @@ import contextlib
 import json
 import logging
 import shutil
-import signal
 import subprocess
+import threading
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bertforge.engines.pytorch import PyTorchEngine
-from bertforge.errors import ArtifactError
+from bertforge.errors import ArtifactError, MachineError
 from bertforge.inference.predictor import Predictor
 from bertforge.manifest import MANIFEST
 from bertforge.serving.channel import EngineClient, RefusedError
@@ -293,6 +293,7 @@ def test_the_process_itself_begins_swaps_and_ends(model, socket):
     process = subprocess.Popen(
         EngineOrder(str(socket), {"a": str(model)}, precision="fp32", pace=Pace(latency=0.01)).command(),
         stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -302,7 +303,8 @@ def test_the_process_itself_begins_swaps_and_ends(model, socket):
         front.client.start()
         await asyncio.wait_for(front.ready(), 60)
         change_weights(model)
-        process.send_signal(signal.SIGHUP)
+        process.stdin.write("reload\n")
+        process.stdin.flush()
         await asyncio.wait_for(front.ready(2), 60)
         found, wanted = await front.ask("a", FRAME)
         assert np.abs(found - wanted).max() < CLOSE
@@ -311,9 +313,86 @@ def test_the_process_itself_begins_swaps_and_ends(model, socket):
     try:
         asyncio.run(scene())
     finally:
-        _, said = process.communicate(timeout=60)  # closes its standard input
+        told, said = process.communicate(timeout=60)  # closes its standard input
     assert process.returncode == 0
     assert said == "a was swapped\n"
+    lines = told.splitlines()
+    assert [json.loads(line) for line in lines if line != "alive"] == [{"a": str(model.resolve())}] * 2
+    assert "alive" in lines
+
+
+def test_it_is_told_to_load_again_before_it_has_loaded(model, socket):
+    process = subprocess.Popen(
+        EngineOrder(str(socket), {"a": str(model)}, precision="fp32").command(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdin.write("reload\n")
+    process.stdin.flush()
+    assert process.stderr.readline() == "a is up to date\n"
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
+def test_a_link_that_points_elsewhere_changes_nothing_until_it_is_loaded(model, runs, socket, tmp_path, capsys):
+    """What is told is where the link led, for fronts and for an engine process that is started again."""
+    link = tmp_path / "current"
+    link.symlink_to(model)
+
+    async def scene():
+        async with serving(socket, a=link) as (process, front):
+            link.unlink()
+            link.symlink_to(tmp_path / "nothing")
+            assert front.states[0].models[0].folder == str(model.resolve())
+            await process.reload()
+            told = json.loads(capsys.readouterr().out.replace("alive\n", "").splitlines()[-1])
+            assert told == {"a": str(model.resolve())}
+        order = EngineOrder(str(socket), {"a": str(link)}, precision="fp32", serving=told)
+        again = EngineProcess(order)
+        running = asyncio.create_task(again.run())
+        other = Front(socket)
+        other.client.start()
+        await other.ready()
+        link.unlink()
+        link.symlink_to(runs["lora"])
+        await again.reload()  # which reads the link
+        await other.ready(2)
+        assert other.states[-1].models[0].folder == str(runs["lora"].resolve())
+        await other.client.close()
+        again.end()
+        await running
+
+    asyncio.run(scene())
+
+
+def test_an_engine_that_does_not_return_ends_the_process(runs, socket, monkeypatch):
+    monkeypatch.setattr("bertforge.serving.process._EVERY", 0.01)
+    monkeypatch.setattr("bertforge.serving.process._HUNG", 0.05)
+
+    async def scene():
+        process = EngineProcess(EngineOrder(str(socket), {"a": str(runs["full"])}, precision="fp32"))
+        running = asyncio.create_task(process.run())
+        front = Front(socket)
+        front.client.start()
+        await front.ready()
+        released, honest = threading.Event(), PyTorchEngine.logits
+
+        def hang(self, batch):
+            released.wait(60)
+            return honest(self, batch)
+
+        monkeypatch.setattr(PyTorchEngine, "logits", hang)
+        generation, _ = front.models["a"]
+        with pytest.raises(RefusedError) as refused:
+            await front.client.ask("a", generation, "c", np.array([1, 2]), np.array([2]))
+        assert refused.value.reason == "away"
+        assert await running == FAILED
+        released.set()
+        await front.client.close()
+
+    asyncio.run(scene())
 
 
 def test_what_cannot_be_served_is_one_line_and_the_exit_code_of_its_error(tmp_path, capsys, monkeypatch):
@@ -323,3 +402,10 @@ def test_what_cannot_be_served_is_one_line_and_the_exit_code_of_its_error(tmp_pa
     assert EngineOrder.from_json(order.command()[-1]) == order
     assert main(order) == ArtifactError.exit_code
     assert "nothing does not exist" in capsys.readouterr().err
+
+    async def no_memory(self):
+        raise MemoryError
+
+    monkeypatch.setattr("bertforge.serving.process._with_input", no_memory)
+    assert main(order) == MachineError.exit_code
+    assert "the memory is full" in capsys.readouterr().err

@@ -47,6 +47,15 @@ def test_a_single_row_goes_with_the_next_pack_however_much_waits():
     assert ("one", 10) in taken(queue)
 
 
+def test_who_comes_is_served_before_who_was_just_served():
+    queue = Queue(PADS, packed=False)
+    request(queue, "many", [50] * 100)
+    for _ in range(3):
+        assert taken(queue) == [("many", 50)] * 2
+    request(queue, "one", [10])  # of another length, so it cannot go along
+    assert taken(queue) == [("one", 10)]
+
+
 def test_clients_get_the_same_tokens_however_long_their_rows_are():
     queue = Queue(PACKS, packed=True)
     short, long = request(queue, "short", [2] * 3000), request(queue, "long", [40] * 150)

@@ -6,7 +6,6 @@ answers at once.
 
 from __future__ import annotations
 
-import errno
 import logging
 import sys
 from typing import Annotated, Any
@@ -31,11 +30,7 @@ from bertforge.cli import (
     train,
     triton_repository,
 )
-from bertforge.errors import ArtifactError, BertforgeError, MachineError, is_out_of_memory
 from bertforge.terminal import Terminal, VisibleFormatter, visible
-
-# What to do where a disk is full; what writes files names them (`naming` in artifact.py).
-_FULL = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; free some space, then run the command again")
 
 
 class _Commands(TyperGroup):
@@ -49,36 +44,15 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt:
             stderr.print("interrupted")
             raise typer.Exit(130) from None
-        except BertforgeError as error:
-            if debug:
-                raise
-            stderr.fail("error:", str(error))
-            raise typer.Exit(error.exit_code) from None
         except (typer.Exit, typer.Abort, BrokenPipeError):  # the last: `bertforge ... | head`
             raise
-        except OSError as error:
-            if debug:
-                raise
-            path = error.filename2 or error.filename or ("standard output" if error.errno in _FULL else "")
-            reason = (error.strerror or str(error)) + _FULL.get(error.errno or 0, "")
-            stderr.fail("error:", f"{path}: {reason}" if path else reason)
-            raise typer.Exit(ArtifactError.exit_code) from None
         except Exception as error:
-            if not debug and is_out_of_memory(error):
-                stderr.fail(
-                    "error:",
-                    "the memory is full; end what else uses it, or where you train, lower tokens_per_step: "
-                    "--set tokens_per_step=2048",
-                )
-                raise typer.Exit(MachineError.exit_code) from None
             if type(error).__module__.startswith(("click", "typer")):  # a usage error: typer prints it itself
                 error.message = visible(error.message)  # type: ignore[attr-defined]
                 raise
             if debug:
                 raise
-            stderr.fail("internal error:", f"{type(error).__name__}: {error}")
-            stderr.print("This is a defect of bertforge; run `bertforge --debug ...` for the traceback.")
-            raise typer.Exit(1) from None
+            raise typer.Exit(stderr.tell(error)) from None
 
 
 app = typer.Typer(

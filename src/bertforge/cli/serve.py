@@ -89,11 +89,14 @@ def serve(
 
     To let other machines ask, write a file with a line for each client, its
     name and a key, such as `openssl rand -hex 32` makes. Clients send the
-    header Authorization: Bearer KEY. Put a TLS proxy in front of it.
+    header Authorization: Bearer KEY. Put a TLS proxy in front of the service.
 
         bertforge serve models/first --host 0.0.0.0 --api-keys keys.txt
     """
     import asyncio
+    import signal
+
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to load again
 
     from bertforge.errors import MachineError, UsageError
     from bertforge.manifest import served
@@ -119,6 +122,9 @@ def serve(
             raise UsageError(f"two models are called {name}; give --adapter {given} another name: NAME={folder}")
         adapters[name] = folder
     manifests = [served(folder)[1] for folder in models.values()]
+    labels = [tuple(served(folder)[1]["labels"]) for folder in adapters.values()]
+    if prior and len({*labels, *(tuple(manifest["labels"]) for manifest in manifests)}) > 1:
+        raise UsageError("--prior is for all models, and these have different labels; serve them one by one")
     if api_keys is not None:
         Keys.read(api_keys)
     listening = listen(host, port)

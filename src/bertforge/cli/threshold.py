@@ -18,8 +18,8 @@ Prior = Annotated[
 ]
 
 
-def by_label(option: str, given: list[str] | None) -> dict[str, float] | None:
-    """`LABEL=NUMBER`, each once; a number alone is of the label "". None where the option was not given."""
+def by_label(option: str, given: list[str] | None, *, whole: bool = False) -> dict[str, float] | None:
+    """`LABEL=NUMBER`, each once; where `whole`, a number alone is of all, under "". None where it was not given."""
     from bertforge.errors import UsageError
 
     found: dict[str, float] = {}
@@ -27,6 +27,8 @@ def by_label(option: str, given: list[str] | None) -> dict[str, float] | None:
         label, _, number = text.rpartition("=")
         try:
             value = float(number)
+            if not (label or whole):
+                raise ValueError
         except ValueError:
             raise UsageError(f"{option} {text!r} is not LABEL=NUMBER, such as {option} closed=0.06") from None
         if label in found:
@@ -52,7 +54,8 @@ def threshold(
         typer.Option(metavar="LABEL=COST", help="What a wrong answer of the label costs; 1 if not named. Repeatable."),
     ] = None,
     abstain: Annotated[
-        float | None, typer.Option(help="What it costs to ask a person, beside --cost. Without it no one is asked.")
+        float | None,
+        typer.Option(help="What it costs to ask a person, beside --cost. Without it, no row goes to a person."),
     ] = None,
     prior: Prior = None,
     json_file: Annotated[
@@ -64,8 +67,8 @@ def threshold(
     Thresholds are chosen on validation rows and kept in the folder's
     bertforge.json. `predict` and the server then give a decision beside each
     label: the label, or "abstain". For a precision, each threshold is the
-    lowest at which the answers above it are shown, with 95% confidence, to
-    have that precision. For costs, it is the cheapest. Choosing again
+    last one, from above, down to which the answers are shown, with 95%
+    confidence, to have that precision. For costs, it is the cheapest. Choosing again
     replaces the thresholds.
 
     Examples:
@@ -83,7 +86,9 @@ def threshold(
     from bertforge.artifact import output_files, write_json
     from bertforge.inference.threshold import Wanted, choose_thresholds
 
-    wanted = Wanted(by_label("--precision", precision), by_label("--cost", cost), abstain, by_label("--prior", prior))
+    wanted = Wanted(
+        by_label("--precision", precision, whole=True), by_label("--cost", cost), abstain, by_label("--prior", prior)
+    )
     console = Terminal()
     with output_files(json_file):
         chosen = choose_thresholds(artifact, data, wanted)

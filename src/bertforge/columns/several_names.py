@@ -1,6 +1,7 @@
 """One column of several names a row, separated by spaces, such as tags: the mean of their embeddings.
 
-Its key in files and its array are called `multi`. A name that is rare or was never seen is left out of the mean.
+Its key in files and its array are called `multi`. A name that is rare or was never seen is left out of the
+mean, and so are those of a row after the first 64.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from bertforge.columns.parts import Part
+
+MOST_NAMES = 64
+"""Of a row that are read, the first ones: all rows of a batch are as wide as its widest."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,10 @@ class SeveralNames(Kind[SeveralNamesSettings, SeveralNamesLearnt, SeveralNamesSh
         if not settings.multi:
             return np.zeros((len(frame), 0), self.dtype)
         number = numbers_of(learnt.multi_vocabulary)
-        rows = [[number[name] for name in row.split() if name in number] for row in names(frame[settings.multi])]
+        rows = [
+            [number[name] for name in row.split() if name in number][:MOST_NAMES]
+            for row in names(frame[settings.multi])
+        ]
         encoded = np.zeros((len(rows), max([1, *map(len, rows)])), self.dtype)
         for index, row in enumerate(rows):
             encoded[index, : len(row)] = row

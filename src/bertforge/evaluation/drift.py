@@ -234,8 +234,13 @@ def stability_index(training: Ints, served: Ints) -> npt.NDArray[np.float64]:
 
 
 def by_chance(training: tuple[int, ...], rows: int) -> float:
-    """The index that so many rows of the same kind exceed once in a hundred times."""
-    return _drawn(training, int(2 ** (np.floor(2 * np.log2(rows)) / 2)))  # few sizes, so that it is drawn rarely
+    """The index that so many rows of the same kind exceed once in a hundred times.
+
+    It is drawn for a few numbers of rows, so rarely, and the wider of the two next to `rows` counts: mostly that of
+    fewer rows, but where bins are empty in training, served rows by themselves take the index up.
+    """
+    steps = 2 * np.log2(rows)
+    return max(_drawn(training, int(2 ** (step / 2))) for step in (np.floor(steps), np.ceil(steps)))
 
 
 @lru_cache(maxsize=4096)

@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from threading import Condition, Thread
+from threading import Condition, Thread, current_thread
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from bertforge.serving.settings import Pace
 
 log = logging.getLogger(__name__)
 _KEPT = 0.9  # of the rate, when another batch is measured
+_FULL = 60.0  # seconds after which a batch that did not fit into memory is tried again
 
 Reply = Callable[[Answer | Refusal], None]
 Sent = tuple[Reply, Answer | Refusal]
@@ -58,12 +59,13 @@ class Batcher:
         """`deliver` is given what there is to say, by any thread; `broken` the exception of an engine that failed."""
         self.lanes, self.pace, self._deliver, self._broken = lanes, pace, deliver, broken
         engine = next(iter(lanes.values())).engine
-        self._queue = Queue(engine.shape, engine.packed)
-        self._most = engine.shape.tokens  # that fit into memory
+        self._shape, self._queue = engine.shape, Queue(engine.shape, engine.packed)
+        self._most, self._shrunk = self._shape.tokens, 0.0  # tokens that fit into memory, and when they became fewer
         self._least = max(lane.max_length for lane in lanes.values())
         self._rate = 0.0  # tokens a second of one thread while all compute; 0 until it is measured
         self._batches = self._rows = self._tokens = 0
         self._seconds = 0.0
+        self._begun: dict[Thread, float] = {}  # calls of the engine that have not returned
         self._changed, self._closed = Condition(), False
         self._threads = [Thread(target=self._work, name=engine.name, daemon=True) for _ in range(engine.streams)]
         for thread in self._threads:
@@ -82,7 +84,7 @@ class Batcher:
                 refusal = Refusal(ask.number, "full", "too many requests are waiting; try again later", after)
             else:
                 self._queue.put(request)
-                self._changed.notify()
+                self._changed.notify(len(costs))  # each may be a batch
                 return request
         reply(refusal)
         return None
@@ -97,6 +99,11 @@ class Batcher:
         with self._changed:
             rate = self._rate * len(self._threads)
             return Load(name, self._queue.tokens, rate, self._batches, self._rows, self._tokens, self._seconds)
+
+    def longest(self) -> float:
+        """Seconds for which the oldest batch under way has been computed; 0 while there is none."""
+        now = time.monotonic()
+        return now - min([*self._begun.values()], default=now)
 
     def close(self) -> None:
         """Waits until all that was submitted is answered, then closes the engines."""
@@ -136,17 +143,22 @@ class Batcher:
     def _batch_tokens(self) -> int:
         if not self._rate:
             return self._most
+        if self._most < self._shape.tokens and time.monotonic() - self._shrunk > _FULL:  # what filled it may be gone
+            self._most, self._shrunk = min(self._shape.tokens, 2 * self._most), time.monotonic()
         return int(min(self._most, max(self._least, self.pace.latency * self._rate)))
 
     def _compute(self, rows: list[Row]) -> None:
         """Computes a batch and answers what it completes. Raises what a broken engine raises, once rows are refused."""
-        cost, begun = sum(request.costs[row] for request, row in rows), time.monotonic()
+        cost, begun, thread = sum(request.costs[row] for request, row in rows), time.monotonic(), current_thread()
+        self._begun[thread] = begun
         try:
             logits = self._logits(rows)
         except Exception as error:
-            if is_out_of_memory(error) and len(rows) > 1:
-                self._most = max(1, min(self._most, cost) // 2)
+            full = is_out_of_memory(error)
+            if len(rows) > 1 and full:
+                self._most, self._shrunk = max(1, min(self._most, cost) // 2), begun
                 log.warning("a batch of %d tokens does not fit into memory; batches have %d now", cost, self._most)
+            if len(rows) > 1 and (full or isinstance(error, BertforgeError)):  # so that one row spoils no other
                 for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
                     self._compute(half)
                 return
@@ -155,6 +167,8 @@ class Batcher:
                 log.error("a batch was refused by its engine: %s", error)
                 return
             raise
+        finally:
+            self._begun.pop(thread, None)
         now = time.monotonic()
         with self._changed:
             self._note(len(rows), cost, now - begun)
@@ -164,10 +178,15 @@ class Batcher:
     def _note(self, rows: int, tokens: int, seconds: float) -> None:
         self._batches, self._rows, self._tokens = self._batches + 1, self._rows + rows, self._tokens + tokens
         self._seconds += seconds
+        found = tokens / seconds
         if not self._rate:
-            self._rate = tokens / seconds
-        elif 2 * tokens >= self._batch_tokens():  # small ones say little of a GPU
-            self._rate = _KEPT * self._rate + (1 - _KEPT) * tokens / seconds
+            self._rate = found
+            return
+        # Small batches say little of a GPU, unless they are faster than was thought: the first rate is of kernels that
+        # were yet to be made. A thread that computes alone may have had the cores of the others.
+        faster = found > self._rate and len(self._begun) + 1 >= len(self._threads)
+        if faster or 2 * tokens >= self._batch_tokens():
+            self._rate = _KEPT * self._rate + (1 - _KEPT) * found
 
     def _logits(self, rows: list[Row]) -> np.ndarray:
         """`[rows, labels]` float32."""
@@ -175,7 +194,7 @@ class Batcher:
         examples = Examples(
             TokenStore(*_laid_out(rows)), np.full(len(rows), -1), lane.sep_id, lane.max_length, _columns(rows)
         )
-        return lane.engine.logits(batch_of(examples, np.arange(len(rows)), self._queue.packed, self._queue.shape))
+        return lane.engine.logits(batch_of(examples, np.arange(len(rows)), self._queue.packed, self._shape))
 
     def _refuse(self, requests: Iterable[Request], why: Reason, message: str) -> None:
         with self._changed:

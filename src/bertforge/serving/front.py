@@ -12,6 +12,7 @@ does, for then the supervisor is gone.
 from __future__ import annotations
 
 import asyncio
+import os
 import resource
 import signal
 import socket
@@ -34,7 +35,8 @@ from bertforge.serving.keys import Keys
 from bertforge.serving.models import Models
 from bertforge.serving.page import page_routes
 from bertforge.serving.requests import RequestError
-from bertforge.serving.settings import FrontOrder
+from bertforge.serving.settings import READY, FrontOrder
+from bertforge.terminal import Terminal
 
 FORMS = {"/v2": open_inference.form, "/predict": tei.form, "/info": tei.form, "/": tei.form}
 """Of errors, by the first part of the address: of those that speak another protocol than ours."""
@@ -130,11 +132,13 @@ async def serve(order: FrontOrder) -> None:
         except BertforgeError as error:
             print(f"the keys stay as they were: {error}", file=sys.stderr, flush=True)
 
-    def hung_up() -> None:
-        loop.remove_reader(0)
-        drain()
+    def told() -> None:
+        if os.read(0, 1024):
+            read_keys()
+        else:
+            loop.remove_reader(0)
+            drain()
 
-    loop.add_signal_handler(signal.SIGHUP, read_keys)
     models.start()
     # A front that is started beside others leaves connections to them until it can answer; the first ones, which wait
     # for the engine, tell that they live.
@@ -147,7 +151,7 @@ async def serve(order: FrontOrder) -> None:
     # In the place of uvicorn's, which end idle connections at once.
     for number, act in ((signal.SIGTERM, drain), (signal.SIGINT, lambda: None)):
         loop.add_signal_handler(number, act)
-    loop.add_reader(0, hung_up)
+    loop.add_reader(0, told)
     telling = asyncio.create_task(_tell(models))
     await serving
     telling.cancel()
@@ -161,16 +165,20 @@ async def _ready(models: Models) -> None:
 
 async def _tell(models: Models) -> None:
     await _ready(models)
-    print("ready", flush=True)
+    print(READY.decode(), end="", flush=True)
 
 
-def main() -> None:
-    """The process."""
+def main() -> int:
+    """The process; returns the exit code."""
     order = FrontOrder.from_json(sys.argv[1])
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each connection takes a file descriptor
-    asyncio.run(serve(order))
+    try:
+        asyncio.run(serve(order))
+    except Exception as error:
+        return Terminal(stderr=True).tell(error)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

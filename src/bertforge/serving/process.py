@@ -5,22 +5,29 @@
 It listens on its socket once all that it was told to serve has given its golden rows' logits; before that, and for a
 folder that does not, it says why in one line and ends with that error's exit code. It ends by itself
 
-- with FAILED, when an engine fails over a batch. A broken engine (a CUDA error above all) may be of no use from then
-  on, and only a new process is sure to mend it. The requests of that batch are told so; others see the connection end.
+- with FAILED, when an engine fails over a batch, or does not return from one. A broken engine (a CUDA error above all)
+  may be of no use from then on, and only a new process is sure to mend it. The requests of that batch are told so;
+  others see the connection end.
 - with 0, on SIGTERM or when its standard input ends, as it does when its supervisor is gone: what was asked by then is
   answered first.
 
-On SIGHUP it reads the folders again. One that changed is loaded beside the old one and replayed, and takes its place;
-one that cannot be served leaves the old one where it is. An old one stays as long as a front may ask it (`channel`).
+When it is told to, it reads the folders again. One that changed is loaded beside the old one and replayed, and takes
+its place; one that cannot be served leaves the old one where it is. An old one stays as long as a front may ask it
+(`channel`).
+
+Links are followed when a folder is loaded, and from then on all that is told is where they led: to fronts, and to the
+supervisor, so that what reads the folder later reads the same one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,7 +37,7 @@ from threading import Event
 import numpy as np
 
 from bertforge.artifact import hash_file
-from bertforge.errors import ArtifactError, BertforgeError, reason
+from bertforge.errors import ArtifactError, MachineError, reason
 from bertforge.inference.predictor import Predictor
 from bertforge.manifest import MANIFEST, served
 from bertforge.serving.adapters import carriers, load_beside
@@ -49,13 +56,14 @@ from bertforge.serving.channel import (
 )
 from bertforge.serving.golden import replay
 from bertforge.serving.queue import Request
-from bertforge.serving.settings import EngineOrder
+from bertforge.serving.settings import ALIVE, EngineOrder
 from bertforge.terminal import Terminal, VisibleFormatter
 
 FAILED = 70
 """The exit code after which a new process may do better."""
 _EVERY = 1.0  # seconds between loads that are told
 _FLUSH = 2.0  # seconds for what is unsent when the process ends
+_HUNG = 60.0  # seconds after which a call of an engine is not expected to return
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +75,8 @@ class Loaded:
     models: dict[tuple[str, str], Served]
     """By name and generation."""
     batcher: Batcher
+    places: Mapping[str, str]
+    """Where the folders of the model and its adapters are, by their names, links followed."""
 
 
 @dataclass(eq=False)
@@ -86,26 +96,33 @@ class EngineProcess:
         self._retired: list[tuple[int, Loaded]] = []  # by the number of the first state without it
         self._fronts: dict[Connection, _Front] = {}
         self._state = State(0)
-        self._reloading = asyncio.Lock()
+        self._reloading = asyncio.Lock()  # from the first loading on
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._given = {**order.models, **order.adapters}
+        self._paths = order.serving or self._given
 
     async def run(self) -> int:
         """Serves until it is told to end, and returns the exit code; raises BertforgeError where it cannot begin."""
         self._loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[int] = self._loop.create_future()
-        self._carriers = await asyncio.to_thread(carriers, self.order.models, self.order.adapters)
-        for name in self.order.models:
-            self._loaded[name] = await asyncio.to_thread(self._load, name)
-        self._announce()
+        async with self._reloading:
+            models, adapters = (
+                {name: self._paths[name] for name in given} for given in (self.order.models, self.order.adapters)
+            )
+            self._carriers = await asyncio.to_thread(carriers, models, adapters)
+            for name in models:
+                self._loaded[name] = await asyncio.to_thread(self._load, name)
+            self._announce()
+            self._paths = self._given
         server = await self._loop.create_unix_server(
             lambda: Connection(self._receive, self._opened, self._lost), self.order.socket
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._end, 0)
-        tasks = [self._loop.create_task(self._tell_loads())]
-        self._loop.add_signal_handler(signal.SIGHUP, lambda: tasks.append(self._loop.create_task(self.reload())))
+        telling = self._loop.create_task(self._tell_loads())
         code = await self._ended
         server.close()
-        for task in tasks:
+        for task in (telling, *self._tasks):
             task.cancel()
         if code == 0:
             for loaded in {*self._loaded.values(), *(loaded for _, loaded in self._retired)}:
@@ -138,7 +155,8 @@ class EngineProcess:
 
     def _load(self, name: str) -> Loaded:
         """Loads and replays; in a thread. Raises BertforgeError."""
-        folders, generations = self._folders(name), self._generations(name)
+        places, generations = self._places(name), self._generations(name)
+        folders = {own: served(place)[0] for own, place in places.items()}
         base = Predictor.load(folders[name], self.order.precision, prior=self.order.prior)
         beside = {
             other: load_beside(base, other, folder, self.order.prior)
@@ -176,21 +194,23 @@ class EngineProcess:
         ready.set()
         engine = base.engine
         about = [
-            Served(own, generations[own], str(folder.absolute()), engine.precision, engine.name, engine.device, of)
+            Served(
+                own, generations[own], str(folder), engine.precision, engine.name, engine.device,
+                None if own == name else name,
+            )
             for own, folder in folders.items()
-            for of in [None if own == name else name]
-        ]
-        return Loaded({(each.name, each.generation): each for each in about}, batcher)
+        ]  # fmt: skip
+        where = {own: str(place) for own, place in places.items()}
+        return Loaded({(each.name, each.generation): each for each in about}, batcher, where)
 
-    def _folders(self, name: str) -> dict[str, Path]:
-        """Of a model and of the adapters beside it, by their names; what `fit` made has another within it."""
-        adapters = [adapter for adapter, carrier in self._carriers.items() if carrier == name]
-        paths = {name: self.order.models[name], **{adapter: self.order.adapters[adapter] for adapter in adapters}}
-        return {own: served(Path(path))[0] for own, path in paths.items()}
+    def _places(self, name: str) -> dict[str, Path]:
+        """The folders of a model and of the adapters beside it, by their names, as links lead there now."""
+        own = [name, *(adapter for adapter, carrier in self._carriers.items() if carrier == name)]
+        return {each: Path(self._paths[each]).resolve() for each in own}
 
     def _generations(self, name: str) -> dict[str, str]:
-        """Of the same, as their folders are now."""
-        return {own: hash_file(folder / MANIFEST) for own, folder in self._folders(name).items()}
+        """Of the same, as they are now; what `fit` made has another folder within it."""
+        return {own: hash_file(served(place)[0] / MANIFEST) for own, place in self._places(name).items()}
 
     def _announce(self) -> None:
         """Tells all fronts what is served now."""
@@ -200,6 +220,9 @@ class EngineProcess:
             self._routes |= dict.fromkeys(loaded.models, loaded)
         for connection in self._fronts:
             connection.send(self._state)
+        print(
+            json.dumps({own: at for loaded in self._loaded.values() for own, at in loaded.places.items()}), flush=True
+        )
         self._let_go()
 
     def _let_go(self) -> None:
@@ -225,7 +248,7 @@ class EngineProcess:
         if isinstance(message, Ask):
             loaded = self._routes.get((message.model, message.generation))
             if loaded is None:
-                told = "this model is served no longer; ask again"
+                told = "this model is no longer served; send the request again"
                 connection.send(Refusal(message.number, "unknown model", told))
                 return
             request = loaded.batcher.submit(message, message.model, partial(_reply, connection, front))
@@ -240,8 +263,11 @@ class EngineProcess:
 
     async def _tell_loads(self) -> None:
         while True:
+            print(ALIVE.decode(), end="", flush=True)
             await asyncio.sleep(_EVERY)
             for name, loaded in self._loaded.items():
+                if loaded.batcher.longest() > _HUNG:
+                    self._fail(name, MachineError(f"a batch was not computed within {_HUNG:g} s"))
                 load = loaded.batcher.load(name)
                 for connection in self._fronts:
                     connection.send(load)
@@ -253,6 +279,11 @@ class EngineProcess:
     def _end(self, code: int) -> None:
         if not self._ended.done():
             self._ended.set_result(code)
+
+    def read_again(self) -> None:
+        """Loads the folders again, once those before are loaded."""
+        self._tasks.add(task := self._loop.create_task(self.reload()))
+        task.add_done_callback(self._tasks.discard)
 
     def end(self) -> None:
         """As SIGTERM does."""
@@ -286,26 +317,31 @@ def main(order: EngineOrder) -> int:
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     try:
         return asyncio.run(_with_input(EngineProcess(order)))
-    except BertforgeError as error:
-        Terminal(stderr=True).fail("error:", str(error))
-        return error.exit_code
+    except Exception as error:
+        return Terminal(stderr=True).tell(error)
 
 
 async def _with_input(process: EngineProcess) -> int:
-    """`process.run`, which ends when the standard input does."""
+    """`process.run`, which ends when the standard input does; every line of it loads the folders again."""
     loop = asyncio.get_running_loop()
 
     def read() -> None:
-        if not os.read(0, 1024):
+        if os.read(0, 1024):
+            process.read_again()
+        else:
             loop.remove_reader(0)
             process.end()
 
     running = loop.create_task(process.run())
+    await asyncio.sleep(0)  # it has begun
     loop.add_reader(0, read)
-    return await running
+    if code := await running:
+        sys.stderr.flush()
+        os._exit(code)  # the loop would wait for its threads, and those within a broken engine never end
+    return code
 
 
 if __name__ == "__main__":
     code = main(EngineOrder.from_json(sys.argv[1]))
     sys.stderr.flush()
-    os._exit(code)  # threads within a broken engine never end
+    os._exit(code)  # as above

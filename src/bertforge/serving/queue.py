@@ -3,7 +3,8 @@
 Fair by tokens, between clients: each has a clock that runs by the tokens it was given, and next comes the oldest row of
 the client whose clock is furthest behind (start-time fair queueing: Goyal, Vin and Cheng 1996, "Start-Time Fair
 Queuing"). So one with a thousand rows waits for itself, and a single row waits for no more than the pack under way. A
-client that comes, or comes back, starts where the last one served stands: nothing can be saved up.
+client that comes, or comes back, starts where the row that was served last began: nothing can be saved up, and who was
+just served comes after it.
 
 With that row goes what suits it. An engine that takes packs takes rows in turn of all clients. One that pads takes rows
 of the same padded length first, whoever waits longest, and then of those hardly shorter; rows that go along before
@@ -118,8 +119,10 @@ class Queue:
             name, client = min(self._clients.items(), key=lambda item: item[1].clock)
             firsts = [(entry[0], key) for key in list(client.rows) if (entry := self._first(client, key, now, late))]
             if firsts:
-                rows = self._fill(min(firsts)[1], most, now, late)
-                self._clock = max(self._clock, client.clock)
+                head = min(firsts)[1]
+                rows = self._fill(head, most, now, late)
+                last = [made.costs[row] for made, row in rows if made.ask.client == name][-1]
+                self._clock = max(self._clock, client.clock - (head[1] or last))  # where its last row began
                 return rows, late
             del self._clients[name]
         return [], late

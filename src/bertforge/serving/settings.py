@@ -9,6 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+READY, ALIVE = b"ready\n", b"alive\n"
+"""What a process says to its supervisor on its standard output: a front once it can answer, the engine process once a
+second. The engine process also says which folders it serves, as JSON: `EngineOrder.serving`."""
+RELOAD = b"reload\n"
+"""What a supervisor says to its processes on their standard input, which they end with."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -75,6 +81,9 @@ class EngineOrder:
     pace: Pace = field(default_factory=Pace)
     prior: dict[str, float] | None = None
     """Shares of labels in what is asked: a folder whose thresholds were chosen for others is not served."""
+    serving: dict[str, str] | None = None
+    """Folders to begin with, by the names of models and adapters, where those above may have become others: links that
+    point elsewhere now."""
 
     def command(self) -> list[str]:
         """Starts the process; it ends with its standard input, which should be a pipe."""

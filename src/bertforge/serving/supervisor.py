@@ -11,9 +11,13 @@ start at all ends the service, with its own message and exit code.
 
 SIGTERM and Ctrl-C end it in order: the socket takes no new connections, the fronts answer what they have, and then the
 engine process ends. A second signal, or the time limit, ends it at once. SIGHUP has the engine process load the folders
-again, and the fronts their keys.
+again, and the fronts their keys. They are told by a line on their standard input, which waits until they can read it,
+where a signal would end a process that has no handler yet. Every process ends with its standard input, so none outlives
+a supervisor that was killed.
 
-Every process ends with its standard input, so none outlives a supervisor that was killed.
+The engine process tells which folders it serves. One that is started again begins with these, and not with what a link
+has pointed to since: that may be a folder that was refused. It also tells that it is alive, and is killed where it does
+not, for a call that never returns may hold all of it.
 """
 
 from __future__ import annotations
@@ -21,24 +25,29 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import ipaddress
+import json
 import os
 import signal
 import socket
 import struct
 import time
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from tempfile import TemporaryDirectory
 
-from bertforge.errors import UsageError
-from bertforge.serving.settings import EngineOrder, FrontOrder, Service
+from bertforge.errors import UsageError, reason
+from bertforge.serving.settings import ALIVE, READY, RELOAD, EngineOrder, FrontOrder, Service
 
 _BACKLOG = 2048  # connections that wait to be accepted
 _PAUSES = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)  # seconds before a process is started again, the first to the sixth time
 _STEADY = 60.0  # seconds after which a process counts as one that lives
 _ATTACH_FILTER, _RETURN = 26, 0x06  # SO_ATTACH_FILTER of Linux, and BPF_RET | BPF_K
 _ENGINE_END = 10.0  # seconds for the engine process to end
+_ENGINE = "the engine process"
+_SILENT = 60.0  # seconds without a word after which it counts as hung; it says one each second
+_LINE = 1 << 20  # bytes of a line that it may say
 # A front computes in one thread; those of its libraries would only take the cores from the engine.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -83,7 +92,9 @@ class Supervisor:
         """`say` is told what becomes of the processes."""
         self._service, self._listening, self._say = service, listening, say
         self._running: dict[str, Process] = {}
-        self._starting = {f"front {number}" for number in range(1, service.fronts + 1)}  # until each can answer
+        self._fronts = [f"front {number}" for number in range(1, service.fronts + 1)]
+        self._starting = {*self._fronts}  # until each can answer
+        self._serving: dict[str, str] | None = None  # the folders that the engine process loaded last
         self._ready, self._ending = asyncio.Event(), asyncio.Event()
         self._code = 0
 
@@ -94,23 +105,29 @@ class Supervisor:
             loop.add_signal_handler(number, self._end)
         loop.add_signal_handler(signal.SIGHUP, self._swap)
         with TemporaryDirectory(prefix="bertforge-serve-") as folder:
-            engine = asyncio.create_task(self._keep("the engine process", self._engine_command(folder)))
-            names = sorted(self._starting)
+            engine = asyncio.create_task(self._keep(_ENGINE, lambda: self._engine_command(folder)))
+            shown = {**_ONE_THREAD, "PROMETHEUS_MULTIPROC_DIR": folder}
             fronts = [
-                asyncio.create_task(self._keep(name, self._front_command(folder, number), folder))
-                for number, name in enumerate(names, 1)
+                asyncio.create_task(
+                    self._keep(name, partial(self._front_command, folder, number), shown, [self._listening.fileno()])
+                )
+                for number, name in enumerate(self._fronts, 1)
             ]
             first = asyncio.create_task(self._ready.wait())
-            ending = asyncio.create_task(self._ending.wait())
-            await asyncio.wait([first, ending], return_when=asyncio.FIRST_COMPLETED)
+            # A process is kept until the service ends: one that is kept no longer is a defect, which is raised below.
+            over = [asyncio.create_task(self._ending.wait()), engine, *fronts]
+            await asyncio.wait([first, *over], return_when=asyncio.FIRST_COMPLETED)
             if self._ready.is_set():
                 ready()
-            await ending
+            await asyncio.wait(over, return_when=asyncio.FIRST_COMPLETED)
+            self._ending.set()
             first.cancel()
             deafen(self._listening)
-            await self._ended(fronts, self._service.drain, names)
+            await self._ended(fronts, self._service.drain, self._fronts)
             self._listening.close()
-            await self._ended([engine], _ENGINE_END, ["the engine process"])
+            await self._ended([engine], _ENGINE_END, [_ENGINE])
+            for task in over:
+                await task
         return self._code
 
     def _engine_command(self, folder: str) -> list[str]:
@@ -118,7 +135,8 @@ class Supervisor:
         models = {name: str(path) for name, path in service.models.items()}
         adapters = {name: str(path) for name, path in service.adapters.items()}
         prior = None if service.prior is None else dict(service.prior)
-        return EngineOrder(f"{folder}/engine", models, adapters, service.precision, service.pace, prior).command()
+        order = EngineOrder(f"{folder}/engine", models, adapters, service.precision, service.pace, prior, self._serving)
+        return order.command()
 
     def _front_command(self, folder: str, number: int) -> list[str]:
         service, keys = self._service, self._service.api_keys
@@ -131,45 +149,63 @@ class Supervisor:
             prior=service.prior,
         ).command()
 
-    async def _keep(self, name: str, command: list[str], metrics: str | None = None) -> None:
-        """Runs a process again and again until the service ends; a front where it is told a folder for `metrics`."""
-        own = {} if metrics is None else {**_ONE_THREAD, "PROMETHEUS_MULTIPROC_DIR": metrics}
+    async def _keep(
+        self, name: str, command: Callable[[], list[str]], own: dict[str, str] | None = None, files: Sequence[int] = ()
+    ) -> None:
+        """Runs a process again and again until the service ends; `own` is of its environment, `files` are passed on."""
         deaths = 0
         while not self._ending.is_set():
-            began = time.monotonic()
-            process = await asyncio.create_subprocess_exec(
-                *command, stdin=PIPE, stdout=PIPE, env={**os.environ, **own}, start_new_session=True,
-                pass_fds=[] if metrics is None else [self._listening.fileno()],
-            )  # fmt: skip
-            self._running[name] = process
-            if self._ending.is_set():
-                process.terminate()
-            assert process.stdout is not None
-            while line := await process.stdout.readline():
-                if line == b"ready\n":
-                    self._starting.discard(name)
-                    if not self._starting:
-                        self._ready.set()
-            code = await process.wait()
-            del self._running[name]
+            began, code = time.monotonic(), 1
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *command(), stdin=PIPE, stdout=PIPE, limit=_LINE, env={**os.environ, **(own or {})},
+                    start_new_session=True, pass_fds=files,
+                )  # fmt: skip
+                code = await self._attend(name, process)
+                how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
+            except OSError as error:  # too little memory, too many files: it may be better in a while
+                how = f"cannot be started ({reason(error)})"
             if self._ending.is_set():
                 return
-            if not self._ready.is_set():  # it has said why
+            if not self._ready.is_set():
+                if code <= 1:  # with another it has said why
+                    self._say(f"{name} {how}")
                 self._code = code if code > 0 else 1
                 self._ending.set()
                 return
             deaths = 0 if time.monotonic() - began > _STEADY else deaths + 1
             pause = _PAUSES[min(deaths, len(_PAUSES)) - 1] if deaths else 0.0
-            how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
             self._say(f"{name} {how}; it is started again" + (f" in {pause:g} s" if pause else ""))
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._ending.wait(), pause)
 
+    async def _attend(self, name: str, process: Process) -> int:
+        """Listens to a process until it ends; returns its exit code."""
+        self._running[name] = process
+        if self._ending.is_set():
+            self._to_all(Process.terminate, [name])
+        assert process.stdout is not None
+        patience = None  # loading may take any time
+        try:
+            while line := await asyncio.wait_for(process.stdout.readline(), patience):
+                if line == READY:
+                    self._starting.discard(name)
+                    if not self._starting:
+                        self._ready.set()
+                elif line == ALIVE:
+                    patience = _SILENT
+                elif name == _ENGINE and line.startswith(b"{"):
+                    self._serving = json.loads(line)
+        except TimeoutError:
+            self._say(f"{name} has not answered for {_SILENT:g} s and is killed")
+            self._to_all(Process.kill, [name])
+        code = await process.wait()
+        del self._running[name]
+        return code
+
     async def _ended(self, kept: list[asyncio.Task[None]], seconds: float, names: list[str]) -> None:
         """Tells processes to end, and kills them after so many seconds."""
-        for name in names:
-            if name in self._running:
-                self._running[name].terminate()
+        self._to_all(Process.terminate, names)
         _, late = await asyncio.wait(kept, timeout=seconds)
         if late:
             self._say(f"{' and '.join(name for name in names if name in self._running)} did not end in {seconds:g} s")
@@ -182,9 +218,16 @@ class Supervisor:
         self._ending.set()
 
     def _kill(self) -> None:
-        for process in self._running.values():
-            process.kill()
+        self._to_all(Process.kill, self._running)
+
+    def _to_all(self, act: Callable[[Process], None], names: Iterable[str]) -> None:
+        """To those of the processes that run."""
+        for name in names:
+            if (process := self._running.get(name)) is not None:
+                with suppress(ProcessLookupError):  # it has just ended
+                    act(process)
 
     def _swap(self) -> None:
         for process in self._running.values():
-            process.send_signal(signal.SIGHUP)
+            assert process.stdin is not None
+            process.stdin.write(RELOAD)
