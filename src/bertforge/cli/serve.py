@@ -89,7 +89,7 @@ def serve(
 
     To let other machines ask, write a file with a line for each client, its
     name and a key, such as `openssl rand -hex 32` makes. Clients send the
-    header Authorization: Bearer KEY. Put a TLS proxy in front of it.
+    header Authorization: Bearer KEY. Put a TLS proxy in front of the service.
 
         bertforge serve models/first --host 0.0.0.0 --api-keys keys.txt
     """
