@@ -62,13 +62,18 @@ def test_the_monitor_adds_up_all_fronts(live):
     def told(model):
         return Monitored.model_validate_json(live.http.get("/v1/monitor", params={"model": model}).text)
 
+    live.classify(["☃ ☃ ☃ ☃ ☃"], model="decides")
+    wait_until(lambda: told("decides").rows > 0, "a row")
     before = told("decides").rows
-    odd = rows_of(40, 9).assign(ReputationAtPostCreation="900000", Title="☃ ☃ ☃ ☃", BodyMarkdown="☃")
-    for start in range(0, 40, 4):  # connections of their own, which the fronts share
+    assert {each.drift for each in told("decides").quantities.values()} == {None}, "too few to compare"
+    assert "bertforge_drift_psi{" not in live.http.get("/metrics").text
+    many = told("decides").fewest
+    odd = rows_of(many, 9).assign(ReputationAtPostCreation="900000", Title="☃ ☃ ☃ ☃", BodyMarkdown="☃")
+    for start in range(0, many, 8):  # connections of their own, which the fronts share
         with live.connection() as http:
-            rows = odd[start : start + 4].to_dict("records")
+            rows = odd[start : start + 8].to_dict("records")
             assert http.post("/v1/classify", json={"inputs": rows, "model": "decides"}).status_code == 200
-    wait_until(lambda: told("decides").rows == before + 40, "rows of both fronts")
+    wait_until(lambda: told("decides").rows == before + many, "rows of both fronts")
     found = told("decides").quantities
     assert {"tokens", "unknown tokens", "label", "column reputation", "column tags"} <= set(found)
     assert found["unknown tokens"].drift == found["column reputation"].drift == "much"

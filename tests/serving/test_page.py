@@ -84,6 +84,13 @@ def test_a_person_sees_what_the_api_answers(opened, server):
 
 
 def test_it_tells_whether_what_comes_in_is_like_training(opened, server):
+    server.classify("one text", model="plain")
+    with opened() as page:
+        page.get_by_label("Model", exact=True).select_option("plain")
+        sync_api.expect(page.locator("#monitor-state")).to_contain_text("so far; too few to compare")
+        assert page.locator("#monitor-table").is_hidden()
+    rows = [QUESTION | {name: "" for name in server.http.get("/v1/models").json()["models"][0]["columns"]}]
+    server.classify(rows * server.http.get("/v1/monitor").json()["fewest"])
     with opened() as page:
         ask(page)
         page.wait_for_selector("#monitor-rows tr")

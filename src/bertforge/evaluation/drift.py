@@ -12,6 +12,10 @@ chance alone exceeds in one of a hundred windows of so many rows (`by_chance`), 
 shares of training; the chi-squared distribution, the limit for many rows (Yurdakul 2018), is off by half where bins are
 nearly empty. Drift is told where an index is above both.
 
+Nothing is told of the first rows (`fewest`). One text longer than any of training lies in a bin that held nothing, and
+its index is above both, though such a text comes now and then. Rows are enough once no single one can make an index
+that counts as drift, and chance hardly makes one that counts as much.
+
 An empty bin would make the index infinite. Training's counts get half a row a bin more; the served ones get as many
 rows spread as in training, so that a bin that is empty in both counts for nothing.
 """
@@ -22,6 +26,7 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
+from math import ceil, sqrt
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -199,13 +204,15 @@ class Monitor:
 def drift(reference: Reference | None, snapshots: Iterable[Mapping[str, Sequence[int]]]) -> dict[str, Any]:
     """How far served rows are from those of training, JSON-ready; of the counters of all processes together.
 
-    `rows`, and for each of `quantities` by its name: `psi`, `by_chance`, `drift` ("none", "some" or "much") and the
-    shares of `bins` in `training` and `served`. Without a reference, `missing` says why there is nothing to tell. What
-    was not served yet is None.
+    `rows`, the `fewest` that are compared, and for each of `quantities` by its name: `psi`, `by_chance`, `drift`
+    ("none", "some" or "much"; None for fewer rows) and the shares of `bins` in `training` and `served`. Without a
+    reference, `missing` says why there is nothing to tell. What was not served yet is None.
     """
     if reference is None:
-        return {"rows": 0, "missing": NO_REFERENCE, "quantities": {}}
+        return {"rows": 0, "fewest": 0, "missing": NO_REFERENCE, "quantities": {}}
     counters = list(snapshots)
+    rows = sum(snapshot["rows"][0] for snapshot in counters)
+    least = max(fewest(quantity.counts) for quantity in reference.quantities.values())
     told = {}
     for name, quantity in reference.quantities.items():
         training = np.array(quantity.counts)
@@ -216,15 +223,15 @@ def drift(reference: Reference | None, snapshots: Iterable[Mapping[str, Sequence
         told[name] = {
             "psi": index,
             "by_chance": chance,
-            "drift": _judged(index, chance),
+            "drift": None if index is None or chance is None or rows < least else _judged(index, chance),
             "bins": quantity.bins,
             "training": _shares(training),
             "served": _shares(served) if total else None,
         }
-    return {"rows": sum(snapshot["rows"][0] for snapshot in counters), "quantities": told}
+    return {"rows": rows, "fewest": least, "quantities": told}
 
 
-def stability_index(training: Ints, served: Ints) -> npt.NDArray[np.float64]:
+def stability_index(training: Ints, served: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """The population stability index of counts `[..., bins]`, `[...]`."""
     bins = training.shape[-1]
     p = (training + 0.5) / (training.sum(-1, keepdims=True) + bins / 2)
@@ -244,6 +251,23 @@ def by_chance(training: tuple[int, ...], rows: int) -> float:
 
 
 @lru_cache(maxsize=4096)
+def fewest(training: tuple[int, ...]) -> int:
+    """The rows that it takes to compare them with `training`, and never more than were counted there.
+
+    One row in the rarest bin, with all others as in training, then stays within the index that counts as drift, and
+    `by_chance` within the one that counts as much.
+    """
+    counts, most, rows = np.array(training), sum(training), 1
+    odd = np.arange(len(counts)) == counts.argmin()
+    while rows < most:
+        one = stability_index(counts, (rows - 1) * counts / most + odd)
+        if one <= _SOME and by_chance(training, rows) <= _MUCH:
+            break
+        rows = ceil(rows * sqrt(2))
+    return min(rows, most)
+
+
+@lru_cache(maxsize=4096)
 def _drawn(training: tuple[int, ...], rows: int) -> float:
     generator = np.random.default_rng(0)
     shares = np.array(training) / sum(training)
@@ -251,8 +275,8 @@ def _drawn(training: tuple[int, ...], rows: int) -> float:
     return float(np.quantile(stability_index(then, now), _RARE))
 
 
-def _judged(index: float | None, chance: float | None) -> str:
-    if index is None or chance is None or index <= max(chance, _SOME):
+def _judged(index: float, chance: float) -> str:
+    if index <= max(chance, _SOME):
         return "none"
     return "some" if index <= _MUCH else "much"
 

@@ -22,7 +22,7 @@ class Drifted(Told):
 
     psi: float | None = Field(description="Population stability index, from 0 on; null while nothing was counted.")
     by_chance: float | None = Field(description="The index that so few rows exceed by chance once in a hundred times.")
-    drift: Literal["none", "some", "much"] = Field(description="Beside both.")
+    drift: Literal["none", "some", "much"] | None = Field(description="Beside both; null while rows are too few.")
     bins: list[str]
     training: list[float] = Field(description="Share of each bin in training.")
     served: list[float] | None = Field(description="Share of each bin among the rows that were asked.")
@@ -33,6 +33,7 @@ class Monitored(Told):
 
     model: str
     rows: int = Field(description="Rows counted, the newest ones.")
+    fewest: int = Field(description="Rows from which on they are compared; fewer tell nothing.")
     missing: str | None = Field(None, description="Why there is nothing to tell; absent where there is.")
     quantities: dict[str, Drifted]
 
@@ -45,7 +46,7 @@ def told(model: Model, counted: list[Snapshots]) -> dict[str, Any]:
 
 
 class Drift(Collector):
-    """The indices of all models, for Prometheus."""
+    """The indices of all models that were asked often enough, for Prometheus."""
 
     def __init__(self, models: Models) -> None:
         """In the event loop; `collect` may be called in a thread."""
@@ -63,7 +64,7 @@ class Drift(Collector):
         counted = [self._own, *self._counters.others()]
         for model in self._models:
             for name, quantity in told(model, counted)["quantities"].items():
-                if quantity["psi"] is not None:
+                if quantity["drift"] is not None:
                     index.add_metric([model.served.name, name], quantity["psi"])
                     chance.add_metric([model.served.name, name], quantity["by_chance"])
         return [index, chance]

@@ -267,17 +267,19 @@ const CHANGES = { none: "as in training", some: "somewhat different", much: "ver
 async function drawMonitor() {
   const path = `v1/monitor?model=${encodeURIComponent(model().name)}`;
   const { signal } = running;
-  const { rows = 0, missing, quantities = {} } = await ask(path).catch(() => ({})); // the page does without
+  const { rows = 0, fewest, missing, quantities = {} } = await ask(path).catch(() => ({})); // the page does without
   if (signal.aborted) return; // who came after draws it
+  const compared = rows > 0 && rows >= fewest;
   const measures = Object.entries(quantities);
   const changed = measures.filter(([, { drift }]) => drift !== "none").map(([name]) => name);
   byId("monitor-state").textContent =
     missing ? `There is nothing to compare with: ${missing}.`
     : rows === 0 ? "This model has not been asked yet."
+    : rows < fewest ? `${rows} ${rows === 1 ? "text" : "texts"} so far; too few to compare (${fewest} are enough).`
     : changed.length ? `The last ${rows} texts differ from those of training in: ${changed.join(", ")}. Is the model still right?`
     : `The last ${rows} texts are like those of training.`;
   byId("monitor-rows").replaceChildren(
-    ...(rows ? measures : []).map(([name, { drift, bins, training, served }]) => {
+    ...(compared ? measures : []).map(([name, { drift, bins, training, served }]) => {
       const gaps = bins.map((_, place) => Math.abs(served[place] - training[place]));
       const widest = gaps.indexOf(Math.max(...gaps));
       return make(
@@ -286,7 +288,7 @@ async function drawMonitor() {
       );
     }),
   );
-  byId("monitor-table").hidden = rows === 0;
+  byId("monitor-table").hidden = !compared;
   byId("monitor").hidden = !(missing || measures.length);
 }
 
