@@ -142,7 +142,7 @@ def test_a_label_that_is_never_given_has_no_threshold():
         for_precision(chances, np.zeros(100, np.int64), THREE, {"c": 0.9})
 
 
-@pytest.mark.parametrize("person", [None, 0.4, 3.0])
+@pytest.mark.parametrize("person", [None, 0.4])
 def test_costs_choose_what_is_cheapest_on_new_rows(person):
     costs = {"closed": 5.0}
     chances, true = two_labels(100_000, 3)
@@ -153,7 +153,15 @@ def test_costs_choose_what_is_cheapest_on_new_rows(person):
             assert cheapest <= other + 0.004  # the error of a mean over 100,000 rows
     found = outcome(for_costs(TWO, costs, person), chances[:4000], true[:4000], costs, person)
     assert found.cost.low < found.cost.value < found.cost.high < found.cost_undecided.low
-    assert (found.coverage.value < 1) == (person == 0.4), "a person who costs too much is not asked"
+    assert (found.coverage.value < 1) == (person == 0.4)
+
+
+@pytest.mark.parametrize(("labels", "costs", "most"), [(TWO, {"closed": 5}, 5 / 6), (TWO, {}, 0.5), (THREE, {}, 2 / 3)])
+def test_a_person_whom_nobody_would_ask_is_refused(labels, costs, most):
+    unsure = np.full((1, len(labels)), 1 / len(labels)) if not costs else np.array([[1 / 6, 5 / 6]])
+    assert for_costs(labels, costs, most - 1e-6).decide(unsure) == [-1], "the least sure row there can be"
+    with pytest.raises(UsageError, match=rf"nobody would be asked: .* must cost less than {most:.4g}"):
+        for_costs(labels, costs, most + 1e-6)
 
 
 def outcome_cost(policy, chances, true, closed, person):

@@ -19,6 +19,7 @@ from bertforge.inference import threshold
 from bertforge.inference.evaluate import evaluate_run
 from bertforge.inference.predict import predict_table
 from bertforge.inference.predictor import Predictor
+from bertforge.inference.scoring import score
 from bertforge.inference.threshold import Wanted, choose_thresholds
 from bertforge.jobs.compile import compile_model, verify_engine
 from bertforge.jobs.merge import merge_run
@@ -125,7 +126,9 @@ def test_thresholds_for_other_shares_bring_these_shares_along(run, data):
         UsageError, match=r"other shares .*, open=0\.8, closed=0\.2, than open=0\.9, closed=0\.1; choose"
     ):
         Predictor.load(run, prior={"closed": 0.1})
-    choose_thresholds(run, data, LOW)
+    dropped, *_ = choose_thresholds(run, data, LOW).doubts
+    assert "were for shares of open=0.8, closed=0.2; these are for those of training" in dropped
+    assert dropped.endswith("--prior closed=0.2")
     pd.testing.assert_frame_equal(Predictor.load(run, "fp32").predict_proba(TEXTS), plain)
     with pytest.raises(UsageError, match=r"those of training, than open=0\.8, closed=0\.2; choose them anew"):
         Predictor.load(run, prior=prior)
@@ -164,16 +167,23 @@ def test_evaluate_shows_what_decisions_do_and_calibration_before_and_after(tmp_p
     [
         ({"precision": {"": 0.999}}, DataError, "no threshold gives answers a precision of 0.999"),
         ({"precision": {"shut": 0.9}}, UsageError, "names the label 'shut'"),
+        ({"precision": {"": 95}}, UsageError, "precision 95 must lie between 0 and 1"),
+        ({"costs": {"closed": -5}}, UsageError, "costs must be above 0"),
+        ({"costs": {"closed": 5}, "person": 9}, UsageError, "--abstain 9 is never worth it"),
+        ({"precision": {"": 0.5}, "prior": {"shut": 0.1}}, UsageError, "prior names the label 'shut'"),
         ({}, UsageError, "either --precision 0.95 or --cost LABEL=COST"),
         ({"precision": {"": 0.5}, "costs": {"open": 1}}, UsageError, "either --precision"),
         ({"precision": {"": 0.5}, "person": 1.0}, UsageError, "--abstain is what a person costs, beside --cost"),
     ],
 )
-def test_what_cannot_be_chosen_leaves_the_folder_as_it_was(run, data, wanted, error, said):
+def test_what_cannot_be_chosen_leaves_the_folder_as_it_was(run, data, wanted, error, said, monkeypatch):
+    computed = []
+    monkeypatch.setattr(threshold, "score", lambda *given: computed.append(given) or score(*given))
     before = (run / MANIFEST).read_bytes()
     with pytest.raises(error, match=said):
         choose_thresholds(run, data, Wanted(**wanted))
     assert (run / MANIFEST).read_bytes() == before
+    assert len(computed) == (error is DataError), "what is no number or label is refused at once"
 
 
 def test_other_data_and_a_label_called_abstain_are_refused(tmp_path, run, data, base):
@@ -193,6 +203,14 @@ def test_labels_that_were_numbers_are_numbers_in_decisions(runs):
     asked = replace(codec, schema=numbers, manifest=manifest, policy=Policy(("0", "1"), (0.75, 0.75)))
     chances = np.array([[0.8, 0.2], [0.5, 0.5], [0.1, 0.9]], np.float32)
     assert asked.labelled(chances, pd.RangeIndex(3))["decision"].tolist() == [0, "abstain", 1]
+
+
+def test_a_label_that_no_row_is_given_is_told(run, data):
+    chances = Predictor.load(run, "fp32").predict_proba(PreparedData.open(data).texts(np.arange(100)))["closed"]
+    middle = float(chances.median() / (1 - chances.median()))
+    for cost, never in ((1e6, ["closed"]), (middle, []), (1e-6, ["open"])):
+        doubts = choose_thresholds(run, data, Wanted(costs={"closed": cost})).doubts
+        assert [label for label in ("open", "closed") if f"is given the label {label!r}" in " ".join(doubts)] == never
 
 
 def test_the_command_says_what_the_thresholds_cost(tmp_path, run, data, capsys):

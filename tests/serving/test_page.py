@@ -89,7 +89,7 @@ def test_it_tells_whether_what_comes_in_is_like_training(opened, server):
         page.get_by_label("Model", exact=True).select_option("plain")
         sync_api.expect(page.locator("#monitor-state")).to_contain_text("so far; too few to compare")
         assert page.locator("#monitor-table").is_hidden()
-    rows = [QUESTION | {name: "" for name in server.http.get("/v1/models").json()["models"][0]["columns"]}]
+    rows = [QUESTION | dict.fromkeys(server.http.get("/v1/models").json()["models"][0]["columns"], "")]
     server.classify(rows * server.http.get("/v1/monitor").json()["fewest"])
     with opened() as page:
         ask(page)

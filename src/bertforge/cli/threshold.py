@@ -94,8 +94,8 @@ def threshold(
         chosen = choose_thresholds(artifact, data, wanted)
         console.print(f"{chosen.folder} on {chosen.source}: {chosen.outcome.rows:,} rows")
         console.print(chosen.outcome.markdown())
-        if chosen.doubt:
-            console.print(chosen.doubt)
+        for doubt in chosen.doubts:
+            console.print(doubt)
         if json_file:
             console.print(f"wrote {write_json(json_file, chosen.kept)}")
     console.print(f"wrote the thresholds into {chosen.folder / 'bertforge.json'}")

@@ -164,17 +164,10 @@ def for_precision(
     them named, the other is said wherever that one is not. Otherwise a label is said where it is the most probable one,
     and an answer below its threshold goes to a person; a label that is not named is always said.
 
-    Raises UsageError for an unknown label or a precision that is none, DataError where no threshold reaches it, with
-    the best that there is.
+    Raises UsageError as `check_precisions` does, DataError where no threshold reaches it, with the best that there is.
     """
+    check_precisions(labels, wanted)
     chances = np.asarray(probabilities, np.float64)
-    for name, precision in wanted.items():
-        if name and name not in labels:
-            raise UsageError(f"precision names the label {name!r}, but the model knows {', '.join(labels)}")
-        if not 0 < precision < 1:
-            raise UsageError(f"precision {precision:g} must lie between 0 and 1, such as 0.95")
-    if "" in wanted and len(wanted) > 1:
-        raise UsageError("give one precision for all answers, or one for each label that you name, not both")
     best = chances.argmax(axis=1)
     if "" in wanted:
         top = chances.max(axis=1)
@@ -190,6 +183,17 @@ def for_precision(
         label = list(labels).index(next(iter(wanted)))
         thresholds[1 - label] = 1 - thresholds[label]
     return Policy(tuple(labels), tuple(thresholds))
+
+
+def check_precisions(labels: Sequence[str], wanted: Mapping[str, float]) -> None:
+    """Raises UsageError for an unknown label, and for a precision that is none."""
+    for name, precision in wanted.items():
+        if name and name not in labels:
+            raise UsageError(f"precision names the label {name!r}, but the model knows {', '.join(labels)}")
+        if not 0 < precision < 1:
+            raise UsageError(f"precision {precision:g} must lie between 0 and 1, such as 0.95")
+    if "" in wanted and len(wanted) > 1:
+        raise UsageError("give one precision for all answers, or one for each label that you name, not both")
 
 
 def _smallest(scores: Floats, right: npt.NDArray[np.bool_], precision: float, what: str) -> float:
@@ -241,8 +245,8 @@ def for_costs(labels: Sequence[str], costs: Mapping[str, float], person: float |
     """The cheapest thresholds, where a wrong answer of a label costs `costs` of it (1 if it is not named) and `person`
     is what a person costs; None asks no person.
 
-    Raises UsageError for an unknown label, costs that are not above 0, and for more than two labels where the cheapest
-    decision is no matter of a threshold for each.
+    Raises UsageError for an unknown label, costs that are not above 0, a person who costs so much that nobody would be
+    asked, and for more than two labels where the cheapest decision is no matter of a threshold for each.
     """
     if unknown := [name for name in costs if name not in labels]:
         raise UsageError(f"cost names the label {unknown[0]!r}, but the model knows {', '.join(labels)}")
@@ -250,11 +254,10 @@ def for_costs(labels: Sequence[str], costs: Mapping[str, float], person: float |
         raise UsageError("costs must be above 0, such as --cost closed=5 --abstain 0.5")
     each = [costs.get(name, 1.0) for name in labels]
     if len(labels) == 2:
-        without = tuple(cost / sum(each) for cost in each)
         if person is None:
-            return Policy(tuple(labels), without)
-        asked = tuple(1 - person / cost for cost in each)
-        return Policy(tuple(labels), asked if sum(asked) > 1 else without)
+            return Policy(tuple(labels), tuple(cost / sum(each) for cost in each))
+        _check_person(person, each[0] * each[1] / sum(each))
+        return Policy(tuple(labels), tuple(1 - person / cost for cost in each))
     if person is None:
         raise UsageError(
             f"costs of {len(labels)} labels are weighed against a person's; say what asking one costs: --abstain 0.5"
@@ -264,7 +267,17 @@ def for_costs(labels: Sequence[str], costs: Mapping[str, float], person: float |
             f"where wrong answers of {len(labels)} labels cost differently, a person may cost half of the cheapest at "
             f"most, {min(each) / 2:g}; --abstain is {person:g}"
         )
-    return Policy(tuple(labels), tuple(max(0.0, 1 - person / cost) for cost in each))
+    _check_person(person, min(each) * (1 - 1 / len(labels)))
+    return Policy(tuple(labels), tuple(1 - person / cost for cost in each))
+
+
+def _check_person(cost: float, most: float) -> None:
+    """`most` is what an answer costs on average where every label is as likely to be wrong: more is never paid."""
+    if cost >= most:
+        raise UsageError(
+            f"--abstain {cost:g} is never worth it, so nobody would be asked: with these costs a person must cost less "
+            f"than {most:.4g}; give less, or leave --abstain out"
+        )
 
 
 def outcome(

@@ -9,6 +9,7 @@ the rows still tell what the thresholds do. Test rows choose nothing; `evaluate`
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,16 @@ from typing import Any
 from bertforge.data.prepared import PreparedData
 from bertforge.errors import UsageError
 from bertforge.evaluation.binomial import CONFIDENCE
-from bertforge.evaluation.decisions import ABSTAIN, Outcome, Policy, bias, for_costs, for_precision, outcome
+from bertforge.evaluation.decisions import (
+    ABSTAIN,
+    Outcome,
+    Policy,
+    bias,
+    check_precisions,
+    for_costs,
+    for_precision,
+    outcome,
+)
 from bertforge.evaluation.prior import as_text, complete_shares, train_shares
 from bertforge.evaluation.scores import softmax
 from bertforge.inference.predictor import Predictor
@@ -65,8 +75,8 @@ class Chosen:
     outcome: Outcome
     source: str
     """The rows, for people."""
-    doubt: str
-    """Why they should not be trusted; empty where nothing shows."""
+    doubts: tuple[str, ...]
+    """What may not be meant, and why they should not be trusted; empty where nothing shows."""
     kept: dict[str, Any]
     """The manifest's `decision`, JSON-ready."""
 
@@ -75,16 +85,21 @@ def choose_thresholds(artifact: Path, data: Path, wanted: Wanted) -> Chosen:
     """Writes thresholds into the manifest of a run, model, quantized model, engine or fit.
 
     `data` is the prepared folder that it was trained on. Raises DataError for other data, and where no threshold
-    reaches the wanted precision; UsageError for labels and numbers that cannot be; ArtifactError as `Predictor.load`.
+    reaches the wanted precision; UsageError, before anything is computed, for labels and numbers that cannot be;
+    ArtifactError as `Predictor.load`.
     """
     folder, manifest = served(artifact)
     with locked(folder):
         PreparedData.of(data, artifact, manifest)  # refuses what `score` would take
-        predictor = Predictor.load(folder)
-        labels = predictor.label_names
+        labels = tuple(manifest["labels"])
         if ABSTAIN in labels:
             raise UsageError(f"{ABSTAIN!r} is a label of this model, so no row could be told to go to a person")
         prior = wanted.prior and complete_shares(wanted.prior, labels, train_shares(manifest))
+        if wanted.precision:
+            check_precisions(labels, wanted.precision)
+        else:
+            policy = for_costs(labels, wanted.costs or {}, wanted.person)
+        predictor = Predictor.load(folder)
         codec = replace(predictor.codec, prior=prior or None, policy=None)
         scored = score(predictor, data, "validation")
         predictor.close()
@@ -93,8 +108,6 @@ def choose_thresholds(artifact: Path, data: Path, wanted: Wanted) -> Chosen:
         chances, true = softmax(codec.calibrated(scored.logits)), scored.labels
         if wanted.precision:
             policy = for_precision(chances, true, labels, wanted.precision)
-        else:
-            policy = for_costs(labels, wanted.costs or {}, wanted.person)
         policy = replace(policy, prior=codec.prior)
         found = outcome(policy, chances, true, wanted.costs or None, wanted.person)
         kept = {
@@ -105,4 +118,25 @@ def choose_thresholds(artifact: Path, data: Path, wanted: Wanted) -> Chosen:
             "outcome": found.to_dict(),
         }
         amend_manifest(folder, {**predictor.manifest, DECISION: kept})
-    return Chosen(folder, policy, found, scored.source, bias(chances, true, labels) if wanted.costs else "", kept)
+    doubts = [
+        _dropped(Policy.of(manifest), policy),
+        *(_never(answers.label) for answers in found.answers if not answers.rows),
+        bias(chances, true, labels) if wanted.costs else "",
+    ]
+    return Chosen(folder, policy, found, scored.source, tuple(filter(None, doubts)), kept)
+
+
+def _never(label: str) -> str:
+    return f"no validation row is given the label {label!r} by these thresholds; see whether that is what you want"
+
+
+def _dropped(before: Policy | None, now: Policy) -> str:
+    if before is None or before.prior is None or now.prior is not None:
+        return ""
+    shares = as_text(before.labels, before.prior)
+    named = zip(before.labels[1:], before.prior[1:], strict=True)  # the first one has the rest
+    again = " ".join(f"--prior {shlex.quote(f'{label}={share:.4g}')}" for label, share in named)
+    return (
+        f"the thresholds before were for shares of {shares}; these are for those of training, and probabilities are "
+        f"no longer corrected; to keep the shares, choose again with {again}"
+    )
