@@ -59,10 +59,17 @@ def engines(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def repositories(engines: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def repositories(
+    engines: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, said: list[str]
+) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("repositories")
     for name in ("text", "openvino"):
-        export_triton(engines[name], folder / name, name)
+        export_triton(engines[name], folder / name, name, said.append)
     return {path.name: path for path in folder.iterdir()}
 
 
@@ -268,6 +275,25 @@ def post(server, body):
     request = urllib.request.Request(f"{server}/v2/models/classifier/infer", body.encode())
     with urllib.request.urlopen(request, timeout=60) as response:
         return {output["name"]: output["data"] for output in json.load(response)["outputs"]}
+
+
+def test_thresholds_stay_behind_and_that_is_told(repositories, engines, said):
+    assert [line for line in said if "thresholds" in line] == [
+        f"the thresholds of {engines['openvino']} stay behind: Triton answers with label and probabilities, and sends "
+        "no row to a person"
+    ]
+
+
+@pytest.mark.parametrize("address", ["localhost:1", "http://127.0.0.1:1", "http://127.0.0.1:x", "ftp://127.0.0.1:1"])
+def test_a_server_that_does_not_answer_is_one_clear_line(repositories, address):
+    program = [sys.executable, repositories["text"] / "check.py"]
+    found = subprocess.run([*program, address], capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    (line,) = found.stderr.splitlines()
+    assert f"{address} does not answer the golden rows: " in line
+    if address.endswith(".1:1") and address.startswith("http"):
+        assert "Connection refused; start the server, or name its address" in line
+    assert "usage: check.py" in subprocess.run([*program, "--help"], capture_output=True, text=True, check=True).stdout
 
 
 @needs_triton

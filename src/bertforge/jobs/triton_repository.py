@@ -91,7 +91,13 @@ def export_triton(artifact: Path, out: Path, name: str = "classifier", say: Say 
                     f"{folder} reads a column named {taken.pop()}, as an output of the ensemble is named; "
                     "rename it in the table and train again"
                 )
-            return _write(made, repository)
+            fields = _write(made, repository)
+        if predictor.codec.policy is not None:
+            say(
+                f"the thresholds of {artifact} stay behind: Triton answers with label and probabilities, and sends no "
+                "row to a person"
+            )
+        return fields
 
 
 def _backend(engine: Path, manifest: dict[str, Any]) -> TritonBackend:

@@ -6,10 +6,12 @@ bertforge gave. It needs Python alone, and ends with 1 where the server differs.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +33,20 @@ def check(golden: dict[str, Any], server: str) -> tuple[float, int]:
 def main() -> int:
     """Says how the answers differ; returns the exit code."""
     golden = json.loads(Path(__file__).with_name("golden.json").read_text())
-    server = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
+    parser = argparse.ArgumentParser(description="Ask a Triton server for the golden rows beside this file.")
+    parser.add_argument("server", nargs="?", default="http://127.0.0.1:8000", help="address of its HTTP port")
+    server: str = parser.parse_args().server
+    server = server if "://" in server else f"http://{server}"
     try:
         largest, wrong = check(golden, server)
-    except OSError as error:
-        said = error.read().decode() if isinstance(error, urllib.error.HTTPError) else ""
-        print(f"{server} does not answer the golden rows: {error} {said}", file=sys.stderr)
+    except (OSError, HTTPException, ValueError, KeyError) as error:
+        told = repr(error)
+        if isinstance(error, urllib.error.HTTPError):
+            told = f"{error} {error.read().decode(errors='replace')}"
+        elif isinstance(error, urllib.error.URLError):
+            why = getattr(error.reason, "strerror", None) or error.reason
+            told = f"{why}; start the server, or name its address: python check.py http://HOST:PORT"
+        print(f"{server} does not answer the golden rows: {' '.join(told.split())}", file=sys.stderr)
         return 1
     told = f"{len(golden['rows'])} golden rows: probabilities differ by {largest:.2g} at most"
     print(f"{told} ({golden['tolerance']:g} may be rounding), and {wrong} labels are wrong")
