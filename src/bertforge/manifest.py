@@ -23,6 +23,7 @@ import shlex
 import time
 from collections.abc import Collection, Iterator
 from contextlib import suppress
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ WHILE_TRAINING = (CHECKPOINT, BEST, START, RUNNING)  # RUNNING goes last
 _CHECKED = ".checked.json"
 _WEIGHTS = "model.safetensors"
 _STAMPED = ("data", "tokens")  # kinds that are not read whole each time
+_NAMED = 4  # folders in a message
 _SETTLED = 1.0  # seconds: a file that changes twice within a tick of the clock keeps its stamp
 DECISION = "decision"
 _READING = ("recipe", "labels", "schema", "tabular", "data", "base", "inputs")  # how rows are put to a model
@@ -163,7 +165,7 @@ def peek_manifest(directory: Path, *kinds: str) -> dict[str, Any]:
             )
         what = "does not exist" if not directory.exists() else f"holds no {MANIFEST}"
         again = f"it should be a folder made by {hint}" if hint else f"{_TOKENS}: {removal(directory)}"
-        raise ArtifactError(f"{directory} {what}; {again}")
+        raise ArtifactError(f"{directory} {what}{_meant(directory, kinds)}; {again}")
     try:
         manifest = read_sealed(path)
         kind = str(manifest["kind"])
@@ -178,6 +180,20 @@ def peek_manifest(directory: Path, *kinds: str) -> dict[str, Any]:
     if missing := [name for name in (*_FIELDS.get(kind, ()), "files") if name not in manifest]:
         raise ArtifactError(f"{path} is damaged (it lacks {missing[0]!r}); make the folder again with {hint}")
     return manifest
+
+
+def _meant(directory: Path, kinds: Collection[str]) -> str:
+    """Names folders of one of `kinds` in `directory`, or beside it where it does not exist, the most alike first."""
+    inside = directory.is_dir()
+    found = []
+    for path in sorted((directory if inside else directory.parent).glob(f"*/{MANIFEST}")):
+        with suppress(OSError, ValueError, KeyError):
+            if read_sealed(path)["kind"] in kinds:
+                found.append(path.parent)
+    if not inside:
+        found.sort(key=lambda folder: SequenceMatcher(None, folder.name, directory.name).ratio(), reverse=True)
+    there = ", ".join(map(str, found[:_NAMED])) + (" and others" if len(found) > _NAMED else "")
+    return f" ({'in' if inside else 'beside'} it: {there})" if found else ""
 
 
 def check_folder(directory: Path) -> tuple[str, list[str]]:

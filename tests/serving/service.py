@@ -44,6 +44,13 @@ class Service:
 
     def lines(self) -> list[dict[str, Any]]:
         """Its log of requests."""
+        return [line for line in self._log_lines() if "path" in line]
+
+    def events(self) -> list[str]:
+        """What else the log tells of, by name."""
+        return [line["event"] for line in self._log_lines() if "event" in line]
+
+    def _log_lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.said().splitlines() if line.startswith("{")]
 
     def classify(self, inputs: Any = "How do I sort a list?", **fields: Any) -> httpx.Response:

@@ -19,7 +19,7 @@ from bertforge.inference.predictor import Predictor
 from bertforge.manifest import MANIFEST
 from bertforge.serving.channel import EngineClient, RefusedError
 from bertforge.serving.process import FAILED, EngineProcess, main
-from bertforge.serving.settings import EngineOrder, Pace
+from bertforge.serving.settings import OURS, EngineOrder, Pace
 from tests.runs import made_up, reseal
 
 CLOSE = 1e-4  # float32, summed in other orders
@@ -184,7 +184,7 @@ def test_a_front_that_has_not_adopted_holds_the_old_one_for_itself(model, socket
     asyncio.run(scene())
 
 
-def test_a_folder_that_cannot_be_served_leaves_the_old_one_serving(model, runs, socket, caplog):
+def test_a_folder_that_cannot_be_served_leaves_the_old_one_serving(model, runs, socket, capsys):
     async def scene():
         async with serving(socket, a=model, b=runs["lora"]) as (process, front):
             weights = model / "model.safetensors"
@@ -192,11 +192,12 @@ def test_a_folder_that_cannot_be_served_leaves_the_old_one_serving(model, runs, 
             found["classifier.bias"] += 1
             save_file(found, weights)
             reseal(model)  # whole, but not the model it was
-            with caplog.at_level(logging.INFO):
-                await process.reload()
-            assert "b is up to date" in caplog.text
-            assert "a was not swapped" in caplog.text
-            assert "does not compute what it did" in caplog.text
+            await process.reload()
+            failed, same = map(json.loads, capsys.readouterr().err.splitlines())
+            assert (failed["event"], failed["model"]) == ("swap_failed", "a")
+            assert "a was not swapped, the one before it goes on: " in failed["message"]
+            assert "does not compute what it did" in failed["message"]
+            assert (same["event"], same["message"]) == ("up_to_date", "b is up to date")
             assert {number.name: number.generation for number in front.states[-1].models} == {
                 name: generation for name, (generation, _) in front.models.items()
             }
@@ -289,7 +290,9 @@ def test_loads_are_told(runs, socket, monkeypatch):
     asyncio.run(scene())
 
 
-def test_the_process_itself_begins_swaps_and_ends(model, socket):
+def test_the_process_itself_begins_swaps_and_ends(model, tmp_path):
+    socket = tmp_path / f"{OURS}1" / "engine"
+    socket.parent.mkdir()
     process = subprocess.Popen(
         EngineOrder(str(socket), {"a": str(model)}, precision="fp32", pace=Pace(latency=0.01)).command(),
         stdin=subprocess.PIPE,
@@ -315,7 +318,10 @@ def test_the_process_itself_begins_swaps_and_ends(model, socket):
     finally:
         told, said = process.communicate(timeout=60)  # closes its standard input
     assert process.returncode == 0
-    assert said == "a was swapped\n"
+    assert not socket.parent.exists(), "its supervisor is gone, who would have removed it"
+    (line,) = map(json.loads, said.splitlines())
+    assert (line["event"], line["message"], line["model"]) == ("swapped", "a was swapped", "a")
+    assert line["time"].endswith("Z")
     lines = told.splitlines()
     assert [json.loads(line) for line in lines if line != "alive"] == [{"a": str(model.resolve())}] * 2
     assert "alive" in lines
@@ -331,9 +337,10 @@ def test_it_is_told_to_load_again_before_it_has_loaded(model, socket):
     )
     process.stdin.write("reload\n")
     process.stdin.flush()
-    assert process.stderr.readline() == "a is up to date\n"
+    assert json.loads(process.stderr.readline())["message"] == "a is up to date"
     process.communicate(timeout=60)
     assert process.returncode == 0
+    assert socket.parent.exists(), "which is no service's own"
 
 
 def test_a_link_that_points_elsewhere_changes_nothing_until_it_is_loaded(model, runs, socket, tmp_path, capsys):

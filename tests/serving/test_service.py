@@ -175,10 +175,13 @@ def test_a_front_that_is_killed_is_replaced_and_the_other_goes_on(live):
     killed, other = live.processes("serving.front")
     os.kill(killed, signal.SIGKILL)
     wait_until(lambda: len(live.processes("serving.front")) == 2, "another front")
-    wait_until(lambda: "is started again" in live.said(), "said")
+    wait_until(lambda: "process_restarted" in live.events(), "said")
     assert other in live.processes("serving.front")
     wait_until(lambda: all(live.is_ready() for _ in range(20)), "both are ready")
     assert live.classify("a").status_code == 200
+    counted = 'bertforge_restarts_total{process="front"} 1.0'
+    wait_until(lambda: counted in live.http.get("/metrics").text, "it counts itself once it has begun")
+    assert 'bertforge_swaps_total{result="failed"} 0.0' in live.http.get("/metrics").text, "or it would not increase"
 
 
 def test_an_engine_that_is_killed_answers_503_and_comes_back(live):
@@ -313,7 +316,13 @@ def test_a_folder_is_swapped_under_load_and_what_is_accepted_is_answered(kept, r
     wait_until(lambda: "tokenizer.json is damaged" in live.said(), "the broken folder is refused")
     wait_until(lambda: "the keys stay as they were: line 1" in live.said(), "so are the keys")
     assert len(seen()) == 2, "those before go on"
+    metrics = httpx.get(f"{live.address}/metrics", headers={"authorization": f"Bearer {KEY}"}).text
+    for result in ("done", "failed"):
+        assert f'bertforge_swaps_total{{result="{result}"}} 1.0' in metrics
+    assert {"swapped", "swap_failed", "keys_kept"} <= set(live.events())
     assert live.end() == 0
+    assert live.events()[-1] == "ended"
+    assert "ending" in live.events()
     for client in asking:
         client.join(PATIENCE)
         assert (client.lost, client.wrong) == ([], [])

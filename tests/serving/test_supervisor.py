@@ -28,7 +28,7 @@ class Watched:
         monkeypatch.setattr(supervisor, "_PAUSES", (0.0,))
         listening = supervisor.listen("127.0.0.1", 0)
         service = Service({"a": folder}, fronts=fronts)
-        self.supervisor = supervisor.Supervisor(service, listening, self.said.append)
+        self.supervisor = supervisor.Supervisor(service, listening, lambda event, message: self.said.append(message))
 
     def _command(self, name, order):
         self.orders.append((name, order))
@@ -97,11 +97,8 @@ def test_a_process_that_cannot_be_started_for_a_while_is_tried_again(watched):
     full = OSError(12, "Cannot allocate memory")
     service = watched(engine=[ENDS_WHEN_TOLD, full, full, ENGINE])
     asyncio.run(service.run(scene))
-    assert (
-        service.said[1:]
-        == ["the engine process cannot be started (OSError: [Errno 12] Cannot allocate memory); it is started again"]
-        * 2
-    )
+    why = "the engine process cannot be started (OSError: [Errno 12] Cannot allocate memory); it is started again"
+    assert service.said[1:3] == [why] * 2
 
 
 def test_a_service_that_cannot_begin_says_why_and_ends(watched):

@@ -37,8 +37,9 @@ def check(
     if not checked:
         raise ArtifactError(f"{folder} holds nothing that bertforge wrote; name a folder made by one of its commands")
     if damaged:
-        raise ArtifactError(f"{damaged} of {checked} folders in {folder} are damaged; the lines above say what to type")
-    console.print(f"{checked} folders checked: every file is as it was written")
+        raise ArtifactError(f"damaged folders in {folder}: {damaged} of {checked}; the lines above say what to type")
+    folders = "1 folder" if checked == 1 else f"{checked} folders"
+    console.print(f"{folders} checked: every file is as it was written")
 
 
 def examine(folder: Path) -> Iterator[tuple[Path, str, list[str]]]:

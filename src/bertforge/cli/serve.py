@@ -101,6 +101,7 @@ def serve(
     from bertforge.errors import MachineError, UsageError
     from bertforge.manifest import served
     from bertforge.serving import installed
+    from bertforge.serving.events import tell
     from bertforge.serving.settings import Limits, Pace, Service
     from bertforge.threads import usable_cores
 
@@ -144,17 +145,18 @@ def serve(
         precision=precision,
         prior=by_label("--prior", prior),
     )
-    console = Terminal()
+    console, names = Terminal(), [*models, *adapters]
 
     def ready() -> None:
         address, taken = listening.getsockname()[:2]
         shown = "127.0.0.1" if address in ("0.0.0.0", "::") else f"[{address}]" if ":" in address else address
-        console.print(f"serving {', '.join(models)} at http://{shown}:{taken}; try it:")
+        console.print(f"serving {', '.join(names)} at http://{shown}:{taken}; try it:")
         key = "" if api_keys is None else ' -H "Authorization: Bearer $KEY"'
         body = shlex.quote(json.dumps({"inputs": _example(manifests[0])}))
         console.print(f"curl http://{shown}:{taken}/v1/classify{key} -H 'Content-Type: application/json' -d {body}")
 
-    code = asyncio.run(Supervisor(service, listening, Terminal(stderr=True).print).run(ready))
+    console.print(f"loading {', '.join(names)}")
+    code = asyncio.run(Supervisor(service, listening, tell).run(ready))
     if code:
         raise typer.Exit(code)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,8 @@ class Counters:
 
     def _write(self) -> None:
         self._due = False
-        write_atomic(self._file, json.dumps(self.snapshots()))
+        with suppress(FileNotFoundError):  # the folder is gone with the service
+            write_atomic(self._file, json.dumps(self.snapshots()))
 
 
 class _Counted:

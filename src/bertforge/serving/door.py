@@ -14,7 +14,6 @@ which the next is refused while small ones go on. How much may wait in it, `prep
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import sys
 import time
@@ -29,7 +28,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bertforge.serving import metrics, page
+from bertforge.serving import events, metrics, page
 from bertforge.serving.keys import Keys
 from bertforge.serving.requests import Form, RequestError
 from bertforge.serving.settings import Limits
@@ -212,7 +211,7 @@ class Door:
         )  # fmt: skip
 
     def _log(self, **fields: Any) -> None:
-        self.log(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **fields}))
+        self.log(events.line(**fields))
 
 
 def _is_open(scope: Scope) -> bool:

@@ -28,7 +28,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from bertforge import __version__
 from bertforge.errors import BertforgeError
-from bertforge.serving import classify, describe, explain, metrics, monitor, open_inference, tei
+from bertforge.serving import classify, describe, events, explain, metrics, monitor, open_inference, tei
 from bertforge.serving.connection import Connection
 from bertforge.serving.door import Door, call_of
 from bertforge.serving.keys import Keys
@@ -108,7 +108,7 @@ async def serve(order: FrontOrder) -> None:
     models = Models(
         Path(order.engine),
         order.limits,
-        lambda line: print(line, file=sys.stderr, flush=True),
+        lambda message: events.tell("folder_unreadable", message),
         counters=Path(order.counters),
         prior=order.prior,
     )
@@ -124,13 +124,15 @@ async def serve(order: FrontOrder) -> None:
     def drain() -> None:
         """The supervisor has stopped new connections; those that are open are told that they end."""
         door.draining = True
+        if under_way := len(server.server_state.tasks):
+            events.tell("draining", f"requests still to answer: {under_way}", requests=under_way)
         loop.call_later(_LAST, setattr, server, "should_exit", True)
 
     def read_keys() -> None:
         try:
             door.keys = None if order.api_keys is None else Keys.read(Path(order.api_keys))
         except BertforgeError as error:
-            print(f"the keys stay as they were: {error}", file=sys.stderr, flush=True)
+            events.tell("keys_kept", f"the keys stay as they were: {error}")
 
     def told() -> None:
         if os.read(0, 1024):
@@ -139,6 +141,8 @@ async def serve(order: FrontOrder) -> None:
             loop.remove_reader(0)
             drain()
 
+    if order.again:
+        metrics.restarted("front")
     models.start()
     # A front that is started beside others leaves connections to them until it can answer; the first ones, which wait
     # for the engine, tell that they live.
@@ -170,6 +174,7 @@ async def _tell(models: Models) -> None:
 
 def main() -> int:
     """The process; returns the exit code."""
+    events.take_logging()
     order = FrontOrder.from_json(sys.argv[1])
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each connection takes a file descriptor

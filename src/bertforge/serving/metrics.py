@@ -1,7 +1,7 @@
 """What Prometheus reads at `/metrics`, whole over all processes of the service.
 
-Each front counts in files of its own in the folder that PROMETHEUS_MULTIPROC_DIR names (prometheus-client's
-multiprocess mode), and any front adds them up when it is asked. So counts outlive the front that made them. What
+Each process counts in files of its own in the folder that PROMETHEUS_MULTIPROC_DIR names (prometheus-client's
+multiprocess mode), and any front adds them up when it is asked. So counts outlive the process that made them. What
 engines do, the engine process tells every front once a second, so any of them knows it. The variable is read when this
 file is imported, for then the first metric is made.
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -33,6 +34,11 @@ _stage = Histogram(
     "bertforge_stage_seconds", f"Seconds that a request spent in a stage: {', '.join(STAGES)}.", ["stage"],
     buckets=_SECONDS,
 )  # fmt: skip
+_swaps = Counter("bertforge_swaps", "Changed folders that were to be loaded on SIGHUP.", ["result"])
+_restarts = Counter("bertforge_restarts", "Processes that died and were started again.", ["process"])
+for counter, values in ((_swaps, ("done", "failed")), (_restarts, ("engine", "front"))):
+    for value in values:
+        counter.labels(value)  # at 0, for a counter that appears at 1 has not increased
 _stages = {name: _stage.labels(name) for name in STAGES}
 
 
@@ -46,6 +52,16 @@ def request(path: str, status: int) -> None:
 def rows(model: str, count: int) -> None:
     """Counts rows of an answer."""
     _rows.labels(model).inc(count)
+
+
+def swapped(result: Literal["done", "failed"]) -> None:
+    """Counts a folder that was to take another's place."""
+    _swaps.labels(result).inc()
+
+
+def restarted(process: Literal["engine", "front"]) -> None:
+    """Counts a process, which calls this itself."""
+    _restarts.labels(process).inc()
 
 
 def stage(name: str, seconds: float) -> None:

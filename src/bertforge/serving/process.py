@@ -9,7 +9,7 @@ folder that does not, it says why in one line and ends with that error's exit co
   may be of no use from then on, and only a new process is sure to mend it. The requests of that batch are told so;
   others see the connection end.
 - with 0, on SIGTERM or when its standard input ends, as it does when its supervisor is gone: what was asked by then is
-  answered first.
+  answered first. In the second case it removes the service's folder, which nobody else would.
 
 When it is told to, it reads the folders again. One that changed is loaded beside the old one and replayed, and takes
 its place; one that cannot be served leaves the old one where it is. An old one stays as long as a front may ask it
@@ -23,8 +23,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Mapping
@@ -40,6 +40,7 @@ from bertforge.artifact import hash_file
 from bertforge.errors import ArtifactError, MachineError, reason
 from bertforge.inference.predictor import Predictor
 from bertforge.manifest import DECISION, MANIFEST, identity, served
+from bertforge.serving import metrics
 from bertforge.serving.adapters import carriers, load_beside
 from bertforge.serving.batcher import Batcher, Lane, Sent
 from bertforge.serving.channel import (
@@ -54,18 +55,17 @@ from bertforge.serving.channel import (
     Served,
     State,
 )
+from bertforge.serving.events import take_logging, tell
 from bertforge.serving.golden import replay
 from bertforge.serving.queue import Request
-from bertforge.serving.settings import ALIVE, EngineOrder
-from bertforge.terminal import Terminal, VisibleFormatter
+from bertforge.serving.settings import ALIVE, OURS, EngineOrder
+from bertforge.terminal import Terminal
 
 FAILED = 70
 """The exit code after which a new process may do better."""
 _EVERY = 1.0  # seconds between loads that are told
 _FLUSH = 2.0  # seconds for what is unsent when the process ends
 _HUNG = 60.0  # seconds after which a call of an engine is not expected to return
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,15 +142,18 @@ class EngineProcess:
             for name, old in [*self._loaded.items()]:
                 try:
                     if dict(old.models.keys()) == await asyncio.to_thread(self._generations, name):
-                        log.info("%s is up to date", name)
+                        tell("up_to_date", f"{name} is up to date", model=name)
                         continue
                     new = await asyncio.to_thread(self._load, name)
                 except Exception as error:  # a folder may be anything
-                    log.error("%s was not swapped, the one before it goes on: %s", name, reason(error))
+                    why = f"{name} was not swapped, the one before it goes on: {reason(error)}"
+                    tell("swap_failed", why, model=name)
+                    metrics.swapped("failed")
                     continue
                 self._loaded[name] = new
                 self._retired.append((self._state.number + 1, old))
-                log.info("%s was swapped", name)
+                tell("swapped", f"{name} was swapped", model=name)
+                metrics.swapped("done")
             self._announce()
 
     def _load(self, name: str) -> Loaded:
@@ -273,7 +276,8 @@ class EngineProcess:
                     connection.send(load)
 
     def _fail(self, name: str, error: Exception) -> None:
-        log.error("the engine of %s failed, so its process ends: %s", name, reason(error))
+        why = f"the engine of {name} failed, so its process ends: {reason(error)}"
+        tell("engine_failed", why, model=name)
         self._end(FAILED)
 
     def _end(self, code: int) -> None:
@@ -312,9 +316,9 @@ def _asked(batcher: Batcher, lane: str, ask: Ask) -> np.ndarray:
 
 def main(order: EngineOrder) -> int:
     """Runs the process until it ends; returns the exit code."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(VisibleFormatter("%(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    take_logging()
+    if order.serving is not None:
+        metrics.restarted("engine")
     try:
         return asyncio.run(_with_input(EngineProcess(order)))
     except Exception as error:
@@ -323,19 +327,25 @@ def main(order: EngineOrder) -> int:
 
 async def _with_input(process: EngineProcess) -> int:
     """`process.run`, which ends when the standard input does; every line of it loads the folders again."""
-    loop = asyncio.get_running_loop()
+    loop, alone = asyncio.get_running_loop(), False
 
     def read() -> None:
+        nonlocal alone
         if os.read(0, 1024):
             process.read_again()
         else:
+            alone = True
             loop.remove_reader(0)
             process.end()
 
     running = loop.create_task(process.run())
     await asyncio.sleep(0)  # it has begun
     loop.add_reader(0, read)
-    if code := await running:
+    code = await running
+    folder = Path(process.order.socket).parent
+    if alone and folder.name.startswith(OURS):  # nobody else removes it
+        shutil.rmtree(folder, ignore_errors=True)
+    if code:
         sys.stderr.flush()
         os._exit(code)  # the loop would wait for its threads, and those within a broken engine never end
     return code

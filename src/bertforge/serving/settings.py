@@ -12,6 +12,8 @@ from typing import Any, Self
 READY, ALIVE = b"ready\n", b"alive\n"
 """What a process says to its supervisor on its standard output: a front once it can answer, the engine process once a
 second. The engine process also says which folders it serves, as JSON: `EngineOrder.serving`."""
+OURS = "bertforge-serve-"
+"""What the name of the folder begins with that a service keeps its socket and counters in."""
 RELOAD = b"reload\n"
 """What a supervisor says to its processes on their standard input, which they end with."""
 
@@ -82,8 +84,8 @@ class EngineOrder:
     prior: dict[str, float] | None = None
     """Shares of labels in what is asked: a folder whose thresholds were chosen for others is not served."""
     serving: dict[str, str] | None = None
-    """Folders to begin with, by the names of models and adapters, where those above may have become others: links that
-    point elsewhere now."""
+    """Of a process that is started again: folders to begin with, by the names of models and adapters, where those above
+    may have become others: links that point elsewhere now."""
 
     def command(self) -> list[str]:
         """Starts the process; it ends with its standard input, which should be a pipe."""
@@ -109,6 +111,8 @@ class FrontOrder:
     """File of its own for the counters of `monitor`."""
     api_keys: str | None
     prior: Mapping[str, float] | None
+    again: bool = False
+    """Whether one before it has died."""
 
     def command(self) -> list[str]:
         """Starts the process; it ends with its standard input, which should be a pipe."""

@@ -38,7 +38,7 @@ from functools import partial
 from tempfile import TemporaryDirectory
 
 from bertforge.errors import UsageError, reason
-from bertforge.serving.settings import ALIVE, READY, RELOAD, EngineOrder, FrontOrder, Service
+from bertforge.serving.settings import ALIVE, OURS, READY, RELOAD, EngineOrder, FrontOrder, Service
 
 _BACKLOG = 2048  # connections that wait to be accepted
 _PAUSES = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)  # seconds before a process is started again, the first to the sixth time
@@ -88,8 +88,8 @@ def deafen(listening: socket.socket) -> None:
 class Supervisor:
     """The processes of one service."""
 
-    def __init__(self, service: Service, listening: socket.socket, say: Callable[[str], object]) -> None:
-        """`say` is told what becomes of the processes."""
+    def __init__(self, service: Service, listening: socket.socket, say: Callable[[str, str], object]) -> None:
+        """`say` is told what becomes of the processes: an event's name, and the same in words."""
         self._service, self._listening, self._say = service, listening, say
         self._running: dict[str, Process] = {}
         self._fronts = [f"front {number}" for number in range(1, service.fronts + 1)]
@@ -104,9 +104,10 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end)
         loop.add_signal_handler(signal.SIGHUP, self._swap)
-        with TemporaryDirectory(prefix="bertforge-serve-") as folder:
-            engine = asyncio.create_task(self._keep(_ENGINE, lambda: self._engine_command(folder)))
-            shown = {**_ONE_THREAD, "PROMETHEUS_MULTIPROC_DIR": folder}
+        with TemporaryDirectory(prefix=OURS) as folder:
+            counts = {"PROMETHEUS_MULTIPROC_DIR": folder}
+            engine = asyncio.create_task(self._keep(_ENGINE, lambda: self._engine_command(folder), counts))
+            shown = {**_ONE_THREAD, **counts}
             fronts = [
                 asyncio.create_task(
                     self._keep(name, partial(self._front_command, folder, number), shown, [self._listening.fileno()])
@@ -128,6 +129,8 @@ class Supervisor:
             await self._ended([engine], _ENGINE_END, [_ENGINE])
             for task in over:
                 await task
+        if not self._code:
+            self._say("ended", "ended")
         return self._code
 
     def _engine_command(self, folder: str) -> list[str]:
@@ -147,6 +150,7 @@ class Supervisor:
             counters=f"{folder}/served-{number}.json",
             api_keys=None if keys is None else str(keys.absolute()),
             prior=service.prior,
+            again=self._ready.is_set(),
         ).command()
 
     async def _keep(
@@ -169,13 +173,13 @@ class Supervisor:
                 return
             if not self._ready.is_set():
                 if code <= 1:  # with another it has said why
-                    self._say(f"{name} {how}")
+                    self._say("process_ended", f"{name} {how}")
                 self._code = code if code > 0 else 1
                 self._ending.set()
                 return
             deaths = 0 if time.monotonic() - began > _STEADY else deaths + 1
             pause = _PAUSES[min(deaths, len(_PAUSES)) - 1] if deaths else 0.0
-            self._say(f"{name} {how}; it is started again" + (f" in {pause:g} s" if pause else ""))
+            self._say("process_restarted", f"{name} {how}; it is started again" + (f" in {pause:g} s" if pause else ""))
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._ending.wait(), pause)
 
@@ -197,7 +201,7 @@ class Supervisor:
                 elif name == _ENGINE and line.startswith(b"{"):
                     self._serving = json.loads(line)
         except TimeoutError:
-            self._say(f"{name} has not answered for {_SILENT:g} s and is killed")
+            self._say("process_hung", f"{name} has not answered for {_SILENT:g} s and is killed")
             self._to_all(Process.kill, [name])
         code = await process.wait()
         del self._running[name]
@@ -208,13 +212,17 @@ class Supervisor:
         self._to_all(Process.terminate, names)
         _, late = await asyncio.wait(kept, timeout=seconds)
         if late:
-            self._say(f"{' and '.join(name for name in names if name in self._running)} did not end in {seconds:g} s")
+            those = " and ".join(name for name in names if name in self._running)
+            self._say("process_killed", f"{those} did not end in {seconds:g} s")
             self._kill()
             await asyncio.wait(late)
 
     def _end(self) -> None:
         if self._ending.is_set():
+            self._say("ended_at_once", "ended at once: what was not answered is cut")
             self._kill()
+        else:
+            self._say("ending", "ending once accepted requests are answered; a second signal ends at once")
         self._ending.set()
 
     def _kill(self) -> None:
