@@ -121,7 +121,7 @@ def test_check_says_what_is_whole_what_is_not_and_what_to_type(folders, tmp_path
     shutil.copytree(folders, root)
     assert run_command("check", root) == 0
     said = capsys.readouterr().out
-    assert "folders checked: every file is as it was written" in said
+    assert " folders checked: every file is as it was written" in said
     for kind in ("data", "tokens", "run", "model", "engine"):
         assert f"({kind})" in said
     graph = root / "model" / "engines" / "openvino-fp32" / "model.bin"

@@ -52,6 +52,20 @@ def test_a_manifest_comes_back_with_its_kind_versions_and_digests(folder):
     assert read_manifest(folder, "data", "model")["labels"] == 3
 
 
+def test_a_folder_that_is_none_is_refused_with_those_that_may_be_meant(folder):
+    place = folder.parent
+    (place / "data").mkdir()
+    write_manifest(place / "data", "data", **DATA)
+    with pytest.raises(ArtifactError, match=rf"mdoel does not exist \(beside it: {folder}\); it should be"):
+        read_manifest(place / "mdoel", "model", "engine")
+    for number in range(5):
+        shutil.copytree(folder, place / f"model{number}")
+    with pytest.raises(ArtifactError, match=rf"holds no bertforge.json \(in it: {folder}, .*/model2 and others\); it"):
+        read_manifest(place, "model")
+    with pytest.raises(ArtifactError, match=r"nothing does not exist; it should be"):
+        read_manifest(place / "far" / "nothing", "model")
+
+
 def swap(path, other):
     """The contents of two files."""
     content = path.read_bytes()
