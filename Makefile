@@ -29,11 +29,11 @@ test: $(VENV)/.installed-dev $(VENV)/triton
 	@command -v chromium >/dev/null || echo "note: no chromium, so the tests of the page are skipped; make browser"
 	$(BIN)/python -m pytest $(PROCESSES)
 
-# The page is tested in a real browser.
+# The page is tested in a real browser, and the document's commands by curl.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
 browser:
 	$(AS_ROOT) apt-get update -qq
-	$(AS_ROOT) env DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends chromium
+	$(AS_ROOT) env DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends chromium curl
 
 # A Triton server, and the NumPy of its Python. Where there is none for this machine, the test of it is skipped.
 $(VENV)/triton: $(VENV)/.installed-dev

@@ -44,8 +44,6 @@ def test_they_are_found_beside_the_report_of_the_folder_and_of_the_model_that_it
     write_mistakes(tmp_path / "model" / "report-test.html", "the test part", MADE)
     assert Mistakes.find(tmp_path / "model").rows == MADE
     assert Mistakes.find(tmp_path / "model" / "engines" / "openvino-int8").rows == MADE
-    write_mistakes(tmp_path / "model" / "report.html", "the same rows, judged by `fit`", MADE)
-    assert Mistakes.find(tmp_path / "model").rows == MADE, "each once"
     write_mistakes(tmp_path / "model" / "engines" / "openvino-int8" / "report-test.html", "the test part", MADE[:1])
     assert Mistakes.find(tmp_path / "model" / "engines" / "openvino-int8").rows == MADE[:1]
     shutil.move(tmp_path / "model" / MANIFEST, tmp_path / "gone")  # a folder of anybody's
@@ -84,10 +82,3 @@ def test_an_evaluation_keeps_the_surer_half_of_its_mistakes_with_their_texts(tmp
     for row in rows:
         assert row.text == " ".join(texts[int(row.row)].split())  # whole: made-up questions are short
         assert row in Mistakes((*rows, replace(row, text="nothing alike"))).like(row.text, row.predicted)
-
-
-def test_mistakes_on_a_table_that_the_model_was_not_trained_on_are_not_kept(tmp_path, data, runs):
-    found = evaluate_run(runs["full"], data, "test")
-    other = replace(found, scored=replace(found.scored, fingerprint=""))  # as a raw table has it
-    assert other.write_mistakes(tmp_path / "report.html") is None
-    assert list(tmp_path.iterdir()) == []

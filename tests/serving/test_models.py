@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import httpx
@@ -11,7 +12,8 @@ import pytest
 
 from bertforge.artifact import hash_file
 from bertforge.errors import ArtifactError
-from bertforge.manifest import MANIFEST
+from bertforge.evaluation.decisions import Policy
+from bertforge.manifest import DECISION, MANIFEST, amend_manifest, identity, read_manifest
 from bertforge.serving import models as model_files
 from bertforge.serving.channel import Answer, RefusedError, Served, State
 from bertforge.serving.describe import Refused
@@ -19,10 +21,13 @@ from bertforge.serving.door import Door
 from bertforge.serving.front import FORMS, make_app
 from bertforge.serving.models import Model, Models
 from bertforge.serving.settings import Limits
+from tests.runs import reseal
 
 
 def served(folder, name="text"):
-    return Served(name, hash_file(folder / MANIFEST), str(folder), "fp32", "pytorch", "a CPU")
+    return Served(
+        name, hash_file(folder / MANIFEST), str(folder), "fp32", "pytorch", "a CPU", identity=identity(folder)
+    )
 
 
 class Engine:
@@ -224,6 +229,18 @@ def test_a_folder_that_nobody_can_read_is_said_and_tried_again(front, monkeypatc
 
 
 def test_a_folder_that_was_changed_since_is_not_read(runs):
-    changed = replace(served(runs["full"]), generation="sha256:another")
+    changed = replace(served(runs["full"]), identity="sha256:another")
     with pytest.raises(ArtifactError, match="was changed since its engine was loaded"):
         Model.load(changed, None)
+
+
+def test_thresholds_that_are_chosen_anew_are_taken_when_the_folder_is_loaded_again_and_no_earlier(runs, tmp_path):
+    folder = shutil.copytree(runs["full"], tmp_path / "model")
+    told, chosen = served(folder), Policy(("open", "closed"), (0.9, 0.9)).to_dict()
+    amend_manifest(folder, {**read_manifest(folder, "run"), DECISION: chosen})
+    assert Model.load(told, None).codec.policy is None, "as in the fronts that read the folder before"
+    loaded = replace(told, decision=Policy(("open", "closed"), (0.7, 0.3)).to_dict())
+    assert Model.load(loaded, None).codec.policy.thresholds == (0.7, 0.3)
+    reseal(folder, temperature=3.0)
+    with pytest.raises(ArtifactError, match="was changed since its engine was loaded"):
+        Model.load(told, None)

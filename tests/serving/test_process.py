@@ -390,6 +390,7 @@ def test_an_engine_that_does_not_return_ends_the_process(runs, socket, monkeypat
         assert refused.value.reason == "away"
         assert await running == FAILED
         released.set()
+        await asyncio.to_thread(process._loaded["a"].batcher.close)
         await front.client.close()
 
     asyncio.run(scene())

@@ -92,8 +92,8 @@ def evaluate(
             console.print(found.comparison.verdict)
         if json_file:
             console.print(f"wrote {write_json(json_file, found.to_dict())}")
-        if (kept := found.write_mistakes(written)) is not None:
-            console.print(f"wrote {kept}")
+        if mistakes:
+            console.print(f"wrote {found.write_mistakes(written)}")
         try:
             console.print(f"wrote {found.write_report(written)}")
         except MachineError as error:

@@ -133,14 +133,8 @@ class Evaluation:
         )
         return write_report(path, report)
 
-    def write_mistakes(self, report: Path) -> Path | None:
-        """The surer half of the mistakes, KEPT at most, in a file beside `report`: what `serve` shows of them.
-
-        None, and no file, for other rows than those of the table that the model was trained on: who asks the model may
-        be shown that table, but not what others wrote.
-        """
-        if self.scored.fingerprint != self.manifest["data"]["fingerprint"]:
-            return None
+    def write_mistakes(self, report: Path) -> Path:
+        """The surer half of the mistakes, KEPT at most, in a file beside `report`: what `serve` shows of them."""
         wrong = int((self.scored.logits.argmax(axis=1) != self.scored.labels).sum())
         found = confident_mistakes(
             self.scored.logits,

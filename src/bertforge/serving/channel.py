@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -113,6 +113,10 @@ class Served:
     device: str
     adapter_of: str | None = None
     """The name of the model on whose base this adapter runs."""
+    identity: str = ""
+    """The folder's, which thresholds leave as it is: `bertforge.manifest.identity`."""
+    decision: Mapping[str, Any] | None = None
+    """The thresholds that the folder had when it was loaded, which all fronts take, whatever it has since."""
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from bertforge.artifact import hash_file
 from bertforge.errors import ArtifactError, DataError, reason
 from bertforge.inference.codec import Codec, is_blank
-from bertforge.manifest import MANIFEST, served
+from bertforge.manifest import DECISION, identity, served
 from bertforge.serving import metrics
 from bertforge.serving.channel import AWAY, EngineClient, RefusedError, Served, State
 from bertforge.serving.counters import Counters
@@ -49,9 +48,9 @@ class Model:
     def load(cls, model: Served, prior: Mapping[str, float] | None) -> Model:
         """Reads its folder; raises ArtifactError where that is damaged, or is no longer the one that was loaded."""
         folder, manifest = served(Path(model.folder))
-        if hash_file(folder / MANIFEST) != model.generation:
+        if identity(folder) != model.identity:
             raise ArtifactError(f"{folder} was changed since its engine was loaded; have it loaded: kill -HUP PID")
-        codec = Codec.load(folder, manifest, prior)
+        codec = Codec.load(folder, {**manifest, DECISION: model.decision}, prior)
         return cls(model, codec, Columns.of(codec), Preparation(codec))
 
     @property

@@ -39,7 +39,7 @@ import numpy as np
 from bertforge.artifact import hash_file
 from bertforge.errors import ArtifactError, MachineError, reason
 from bertforge.inference.predictor import Predictor
-from bertforge.manifest import MANIFEST, served
+from bertforge.manifest import DECISION, MANIFEST, identity, served
 from bertforge.serving.adapters import carriers, load_beside
 from bertforge.serving.batcher import Batcher, Lane, Sent
 from bertforge.serving.channel import (
@@ -196,7 +196,7 @@ class EngineProcess:
         about = [
             Served(
                 own, generations[own], str(folder), engine.precision, engine.name, engine.device,
-                None if own == name else name,
+                None if own == name else name, identity(folder), predictors[own].manifest.get(DECISION),
             )
             for own, folder in folders.items()
         ]  # fmt: skip
