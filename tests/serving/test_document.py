@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import urllib.error
 from contextlib import suppress
 from inspect import signature
 
@@ -94,6 +96,44 @@ def test_the_client_is_ten_lines():
     (code,) = [text for language, text in BLOCKS if language == "python" and "def classify" in text]
     client = code.split("\nfor ")[0]
     assert len([line for line in client.splitlines() if line]) == 10
+
+
+def test_the_client_asks_again_where_it_was_cut_off_and_gives_up_in_the_end(monkeypatch):
+    (code,) = [text for language, text in BLOCKS if language == "python" and "def classify" in text]
+    cut, full, answer = b"", b"429 Full\r\nRetry-After: 7", b"200 OK"
+    bodies = {answer: b'{"results": ["a result"]}'}
+    waited, client = [], {}
+    monkeypatch.setattr("time.sleep", waited.append)
+    exec(code.split("\nfor ")[0], client)
+
+    def asked(*heads):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+
+            def serve():
+                for head in heads:
+                    connection, _ = server.accept()
+                    with connection, connection.makefile("rb") as sent:
+                        length = next(int(line.split()[1]) for line in sent if line.startswith(b"Content-Length"))
+                        while sent.readline().strip():
+                            pass
+                        sent.read(length)
+                        if head:
+                            connection.sendall(b"HTTP/1.1 %s\r\n\r\n%s" % (head, bodies.get(head, b"")))
+
+            serving = threading.Thread(target=serve)
+            serving.start()
+            try:
+                return client["classify"](["a"], f"http://127.0.0.1:{server.getsockname()[1]}")
+            finally:
+                serving.join(PATIENCE)
+
+    assert asked(cut, full, answer) == ["a result"]
+    assert waited == [1, 7]
+    with pytest.raises(urllib.error.HTTPError, match="422"):
+        asked(b"422 Field")
+    with pytest.raises(ConnectionError):
+        asked(*[cut] * 10)
+    assert len(waited) == 2 + 9
 
 
 def test_the_metrics_that_are_named_exist(session):

@@ -76,7 +76,7 @@ def test_who_has_too_much_waiting_is_refused_before_the_body_is_read(door):
         return await asyncio.wait_for(asked(door, [unread]), 30), await asked(door, [b""], "GET", "/healthz")
 
     refused, health = asyncio.run(run())
-    assert (refused[0], message(refused)) == (429, "too many requests are waiting; try again later")
+    assert (refused[0], message(refused)) == (429, "too many requests are waiting; try again in 1 s")
     assert health == (200, b"0")
 
 
@@ -93,7 +93,7 @@ def test_large_bodies_have_a_size_together_and_small_ones_go_on(door, monkeypatc
         return during, await asyncio.gather(*slow), await asked(door, [b"x", b"x" * (MIB - 10)])
 
     (refused, small), slow, later = asyncio.run(run())
-    assert (refused[0], message(refused)) == (429, "too many large requests are under way; try again later")
+    assert (refused[0], message(refused)) == (429, "too many large requests are under way; try again in 1 s")
     assert small == (200, b"1000")
     assert [*slow, later] == [(200, str(MIB - 9).encode())] * 3
     assert door.held == 0

@@ -90,7 +90,7 @@ def test_what_the_engine_refuses_is_told_with_its_status(front, error, status, a
     response = ask(front(refuse)[1])
     told = Refused.model_validate_json(response.text)
     assert (response.status_code, response.headers.get("retry-after")) == (status, after)
-    assert (told.error.message, told.error.field) == (str(error), None)
+    assert (told.error.message, told.error.field) == (f"{error}; try again in {after} s" if after else str(error), None)
 
 
 TENSOR = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a secret text"]}
@@ -100,11 +100,11 @@ OPEN_INFERENCE, TEI = ("/v2/models/text/infer", [TENSOR]), ("/predict", "a secre
 @pytest.mark.parametrize(
     ("asked", "error", "status", "told"),
     [
-        (OPEN_INFERENCE, RefusedError("full", "said", 3), 429, {"error": "said"}),
-        (OPEN_INFERENCE, RefusedError("failed", "said"), 503, {"error": "said"}),
+        (OPEN_INFERENCE, RefusedError("full", "said", 3), 429, {"error": "said; try again in 3 s"}),
+        (OPEN_INFERENCE, RefusedError("failed", "said"), 503, {"error": "said; try again in 2 s"}),
         (OPEN_INFERENCE, KeyError("a secret text"), 500, {"error": "the service failed over this request"}),
-        (TEI, RefusedError("full", "said", 3), 429, {"error": "said", "error_type": "Overloaded"}),
-        (TEI, RefusedError("away", "said"), 503, {"error": "said", "error_type": "Unhealthy"}),
+        (TEI, RefusedError("full", "said", 3), 429, {"error": "said; try again in 3 s", "error_type": "Overloaded"}),
+        (TEI, RefusedError("away", "said"), 503, {"error": "said; try again in 2 s", "error_type": "Unhealthy"}),
         (
             TEI,
             KeyError("a secret text"),

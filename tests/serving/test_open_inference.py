@@ -140,9 +140,8 @@ def test_refusals_have_the_protocols_form(protocols, client):
         protocols.http.post(path, content=body.ljust(1 << 17), headers=kind), 413
     )
     assert "the limit is 64" in message(infer(protocols, texts(*["a"] * 65)), 413)
-    assert "the body is text/plain" in message(
-        protocols.http.post(path, content=body, headers={"content-type": "text/plain"}), 415
-    )
+    strange = {"content-type": "text/plain", "origin": "http://a.strange.page"}
+    assert "the body is text/plain" in message(protocols.http.post(path, content=body, headers=strange), 415)
     message(protocols.http.get("/v2/nowhere"), 404)
     message(protocols.http.get(path), 405)
     message(protocols.http.post(path, content=b"{", headers=kind), 400)
@@ -199,6 +198,12 @@ def test_what_clients_of_other_servers_send_beside_is_taken(protocols):
     assert InferResponse.model_validate_json(natural.text).outputs[2].shape == [2, 2]
 
 
+def test_any_type_of_body_is_taken_as_triton_does(protocols):
+    body = json.dumps({"inputs": [texts("a")]}).encode()
+    for kind in ({}, {"content-type": "application/x-www-form-urlencoded"}, {"content-type": "text/plain"}):
+        assert protocols.http.post("/v2/models/text/infer", content=body, headers=kind).status_code == 200
+
+
 def behind(*blobs, size=None, shape=(1,), datatype="BYTES", header=None):
     """A body with bytes behind its JSON, and its headers."""
     blob = b"".join(blobs)
@@ -220,7 +225,7 @@ def behind(*blobs, size=None, shape=(1,), datatype="BYTES", header=None):
         (behind(b"\1\0\0\0a", b"b", size=5), 400, "1 bytes belong to no tensor"),
         (behind(b"\xff\xff\xff\xffa"), 400, "text[0] is longer than the bytes"),
         (behind(b"\1\0"), 400, "text[0] is longer than the bytes"),
-        (behind(b"\1\0\0\0\xff"), 400, "text[0] is not UTF-8: byte 0"),
+        (behind(b"\1\0\0\0\xff"), 400, "text[0] is not UTF-8: byte 1 is wrong"),
         (behind(b"\1\0\0\0a\1\0\0\0b"), 400, "another number of texts than the 1"),
         (behind(b"\1\0\0\0a", shape=(2,)), 400, "another number of texts than the 2"),
         (behind(shape=(1 << 60,)), 400, "another number of texts"),

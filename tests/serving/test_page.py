@@ -33,7 +33,8 @@ def opened(browser, server):
         page.on("console", lambda message: said.append(f"{message.location['url']} {message.text}"))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.goto(server.address)
-        sync_api.expect(page.get_by_role("alert")).to_contain_text("API key")  # nobody has typed one yet
+        sync_api.expect(page.get_by_role("alert")).to_contain_text("needs an API key")  # nobody has typed one yet
+        assert page.inner_text("header") == "Ask the model"
         said.clear()
         if key:
             page.get_by_label("Key", exact=True).fill(key)
@@ -73,7 +74,8 @@ def test_a_person_sees_what_the_api_answers(opened, server):
         )
         assert page.locator("#labels li").count() == 2
         reasons = server.http.post("/v1/explain", json={"inputs": every | row}).json()
-        assert "send to a person" in page.inner_text("#decision")
+        why = f"By your thresholds, “{answer['label']}” never counts."
+        assert page.inner_text("#decision") == f"Decision: send to a person. {why}"
         strongest = max(reasons["words"], key=lambda word: abs(word["push"]))
         assert f"“{strongest['text']}”" in page.inner_text("#pushes")
         marked = page.locator("#read :is(.for, .against)").all_inner_texts()
@@ -101,6 +103,30 @@ def test_it_tells_whether_what_comes_in_is_like_training(opened, server):
         rows = dict(zip(shown, page.locator("#monitor-rows tr").all_inner_texts(), strict=True))
         for name, quantity in told["quantities"].items():
             assert ("as in training" in rows[name]) == (quantity["drift"] == "none")
+
+
+def test_it_says_why_the_decision_is_another_label(opened, server):
+    """A threshold of one label that is out of reach leaves the row to the other one, as `Policy` has it."""
+
+    def changed(route):
+        told = route.fetch().json()
+        if "models" in told:
+            told["models"][0]["thresholds"] = {"open": 0.834, "closed": 0.834}
+        else:
+            (result,) = told["results"]
+            result["decision"] = {"open": "closed", "closed": "open"}[result["label"]]
+        route.fulfill(json=told)
+
+    with opened(key=None) as page:
+        page.route("**/v1/models", changed)
+        page.route("**/v1/classify", changed)
+        page.get_by_label("Key", exact=True).fill(server.key)
+        page.keyboard.press("Tab")
+        ask(page)
+        label = page.inner_text("#verdict").partition(",")[0]
+        other = {"open": "closed", "closed": "open"}[label]
+        expected = f"Decision: {other}. By your thresholds, “{label}” counts from 83.4%."
+        assert page.inner_text("#decision") == expected
 
 
 def test_it_works_by_keyboard_alone_and_focus_goes_to_what_is_new(opened, server):
@@ -191,7 +217,7 @@ def test_a_text_that_is_too_long_and_a_wrong_key_are_told_from_one_another(opene
         assert page.get_by_label("BodyMarkdown", exact=True).get_attribute("aria-invalid") == "true"
         page.get_by_label("Key", exact=True).fill("wrong")
         ask(page)
-        assert "none that it knows" in page.get_by_role("alert").inner_text()
+        assert "does not know this API key" in page.get_by_role("alert").inner_text()
         assert page.evaluate("document.activeElement.id") == "key"
 
 

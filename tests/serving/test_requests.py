@@ -18,9 +18,9 @@ def refusal(call, *arguments) -> RequestError:
     ("body", "said"),
     [
         (b"", "the body is empty"),
-        (b"{", "at character 1"),
-        (b'{"a": 1} x', "Extra data at character 9"),
-        (b"\xff{}", "byte 0 is wrong"),
+        (b"{", "at character 2"),
+        (b'{"a": 1} x', "Extra data at character 10"),
+        (b"\xff{}", "byte 1 is wrong"),
         ('{"a": 1}'.encode("utf-16"), "not UTF-8"),
         (b"\xef\xbb\xbf{}", "not valid JSON"),
         (b'{"a": NaN}', "holds NaN"),

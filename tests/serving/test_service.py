@@ -114,8 +114,10 @@ def test_what_is_wrong_is_said_by_its_field(live):
     refused(live.classify("a", timeout_ms=0), 422, "timeout_ms")
     refused(live.classify("a", model=3), 422, "model")
     assert "choose one of text, columns" in refused(live.classify("a", model="other"), 404, "model")
-    refused(live.http.get("/v1/classify"), 405)
-    refused(live.http.get("/v1/nowhere"), 404)
+    assert refused(live.http.get("/v1/classify"), 405) == "this address takes POST"
+    assert refused(live.http.post("/page/page.js"), 405) == "this address takes GET, HEAD"
+    for path in ("/v1/nowhere", "/v1/classify/"):
+        refused(live.http.post(path, json={"inputs": "a"}), 404)
 
 
 def test_a_request_keeps_its_id_and_gets_one_where_it_has_none(live):
@@ -153,6 +155,8 @@ def test_the_metrics_are_those_of_all_fronts(live):
         httpx.post(f"{live.address}/v1/classify", json={"inputs": ["a", "b"]}, timeout=PATIENCE)
     after = count('bertforge_requests_total{path="/v1/classify",status="200"}'), count("bertforge_rows_total")
     assert (after[0] - before[0], after[1] - before[1]) == (20, 40)
+    assert live.http.post("/v1/explain", json={"inputs": "how do I sort a list"}).status_code == 200
+    assert count("bertforge_rows_total") == after[1] + 1, "what it asked itself"
     refused(live.classify([]), 422, "inputs")
     assert count('bertforge_refusals_total{reason="invalid_field"}') >= 1
     for stage in ("read", "tokenize", "queue", "compute", "write"):

@@ -81,7 +81,7 @@ class Batcher:
             rate = self._rate * len(self._threads)
             if rate and self._queue.full(ask.client, self.pace.queue * rate):
                 after = self._queue.tokens / rate
-                refusal = Refusal(ask.number, "full", "too many requests are waiting; try again later", after)
+                refusal = Refusal(ask.number, "full", "too many requests are waiting", after)
             else:
                 self._queue.put(request)
                 self._changed.notify(len(costs))  # each may be a batch

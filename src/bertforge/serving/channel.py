@@ -302,7 +302,8 @@ class RefusedError(Exception):
         self.reason, self.retry_after = reason, retry_after
 
 
-_AWAY = "the engine is restarting; try again in a few seconds"
+AWAY = "the engine is starting"
+"""Said to who asks while it is away."""
 
 
 class EngineClient:
@@ -354,7 +355,7 @@ class EngineClient:
         """
         connection, loop = self.connection, asyncio.get_running_loop()
         if connection is None:
-            raise RefusedError("away", _AWAY)
+            raise RefusedError("away", AWAY)
         number = next(self._numbers)
         answer: asyncio.Future[Answer] = loop.create_future()
         self._asks[number] = answer
@@ -396,7 +397,7 @@ class EngineClient:
         self.connection = None
         waiting, self._asks = self._asks, {}
         for answer in waiting.values():
-            _fail(answer, RefusedError("away", _AWAY))
+            _fail(answer, RefusedError("away", AWAY))
         self._over.set()
         self.changed(None)
 

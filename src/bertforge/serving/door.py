@@ -117,7 +117,7 @@ class Door:
         try:
             call.client = self._client(scope, headers) or address
             if not _is_open(scope) and self.full(call.client):
-                raise RequestError(429, "too many requests are waiting; try again later", retry_after=1)
+                raise RequestError(429, "too many requests are waiting", retry_after=1)
             body = await self._body(call, scope["method"], headers, receive)
             metrics.stage("read", time.monotonic() - call.arrived)
             await self._while_connected(call, scope, body, receive, answer)
@@ -169,7 +169,7 @@ class Door:
 
     def _hold(self, call: Call, size: int) -> None:
         if self.held + size > _BODIES * self.limits.body:
-            raise RequestError(429, "too many large requests are under way; try again later", retry_after=1)
+            raise RequestError(429, "too many large requests are under way", retry_after=1)
         self.held += size
         call.held += size
 

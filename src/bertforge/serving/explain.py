@@ -21,6 +21,7 @@ from bertforge.errors import ArtifactError
 from bertforge.evaluation.groups import excerpt
 from bertforge.evaluation.mistakes import Mistakes
 from bertforge.inference.codec import is_blank
+from bertforge.serving import metrics
 from bertforge.serving.describe import Input, ModelTold, PlainRoute, Told, json_body, refused
 from bertforge.serving.door import Call, call_of
 from bertforge.serving.inputs import Row, read_inputs
@@ -101,6 +102,7 @@ def router(models: Models) -> APIRouter:
             except _ReplacedError:  # by a new one, which answers from the beginning
                 continue
         call.rows = asking.rows
+        metrics.rows(told["model"]["name"], 1)
         return Response(json.dumps({"id": call.id, **told}), media_type="application/json")
 
     return found

@@ -53,6 +53,7 @@ def make_app(models: Models) -> FastAPI:
         description="Labels for texts, from a fine-tuned BERT. With keys: `Authorization: Bearer KEY`.",
         docs_url=None,  # pages that load from other servers
         redoc_url=None,
+        redirect_slashes=False,
     )
     for api in (classify, explain, monitor, open_inference, tei):
         app.include_router(api.router(models))
@@ -81,9 +82,10 @@ def make_app(models: Models) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def refuse_http(request: Request, error: HTTPException) -> Response:
+        methods = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
         message = {
             404: "there is no such address; GET /openapi.json lists all",
-            405: "this address takes another method",
+            405: f"this address takes {methods}",
         }
         refusal = RequestError(error.status_code, message.get(error.status_code, error.detail))
         response = call_of(request).refuse(refusal)

@@ -90,9 +90,18 @@ def _row(value: Any, columns: Columns, limits: Limits, name: str) -> Row:
         raise RequestError(422, f"{name} is {kind_of(value)}; send a text, or an object with {columns}", name)
     for column in (*columns.texts, *columns.needed):
         if column not in value:
-            raise RequestError(422, f"{name} lacks {column}; send null where there is none", f"{name}.{column}")
+            raise RequestError(422, f"{name} lacks {column}; {_instead(column, value, columns)}", f"{name}.{column}")
     cells = {column: _cell(cell, column, columns, limits, name) for column, cell in value.items()}
     return {column: cells[column] for column in (*columns.texts, *columns.needed)}
+
+
+def _instead(column: str, sent: dict[str, Any], columns: Columns) -> str:
+    """What to do about a column that is not there: most often it has another name, title for Title."""
+    strangers = (name for name in sent if name not in columns.known)
+    found = min(strangers, key=lambda name: name.casefold() != column.casefold(), default=None)
+    if found is None:
+        return "send null where there is none"
+    return f"{found:.60} was sent, which is no column of the model's table; it reads {columns}"
 
 
 def _cell(value: Any, column: str, columns: Columns, limits: Limits, name: str) -> str:
@@ -118,6 +127,6 @@ def _text(text: str, limits: Limits, name: str) -> str:
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(
-                422, f"{name} holds half a character at {error.start:,}; send it whole, or U+FFFD for it", name
+                422, f"{name} holds half a character at {error.start + 1:,}; send it whole, or U+FFFD for it", name
             ) from error
     return text

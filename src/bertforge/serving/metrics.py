@@ -29,7 +29,7 @@ _SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 
 _requests = Counter("bertforge_requests", "Requests answered, refused ones among them.", ["path", "status"])
 _refusals = Counter("bertforge_refusals", "Requests that were refused, by the code of the error.", ["reason"])
-_rows = Counter("bertforge_rows", "Rows that a model answered.", ["model"])
+_rows = Counter("bertforge_rows", "Rows answered to clients.", ["model"])
 _stage = Histogram(
     "bertforge_stage_seconds", f"Seconds that a request spent in a stage: {', '.join(STAGES)}.", ["stage"],
     buckets=_SECONDS,

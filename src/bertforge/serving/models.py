@@ -22,7 +22,7 @@ from bertforge.errors import ArtifactError, DataError, reason
 from bertforge.inference.codec import Codec, is_blank
 from bertforge.manifest import DECISION, identity, served
 from bertforge.serving import metrics
-from bertforge.serving.channel import EngineClient, RefusedError, Served, State
+from bertforge.serving.channel import AWAY, EngineClient, RefusedError, Served, State
 from bertforge.serving.counters import Counters
 from bertforge.serving.door import Call
 from bertforge.serving.inputs import Columns, read_inputs
@@ -125,7 +125,7 @@ class Models:
     def get(self, name: str | None) -> Model:
         """A model by its name, or the first; raises RequestError."""
         if not self.ready:
-            raise RequestError(503, "the engine is starting; try again in a few seconds", retry_after=_SOON)
+            raise RequestError(503, AWAY, retry_after=_SOON)
         if name is None:
             return next(iter(self.models.values()))
         if name not in self.models:
@@ -148,8 +148,8 @@ class Models:
     ) -> Answers:
         """What a model says of `inputs`, one input or a list, the value of the field `name` of a request.
 
-        `deadline` is by `time.monotonic()`. What is not `watched` leaves no trace in `/v1/monitor`: rows that nobody
-        wrote. Raises RequestError.
+        `deadline` is by `time.monotonic()`. Rows that nobody wrote are not `watched`: they count neither as answered
+        nor in `/v1/monitor`. Raises RequestError.
         """
         while True:
             asked, began = self.get(model), time.monotonic()
@@ -173,8 +173,8 @@ class Models:
             raise RequestError(status, str(error), retry_after=None if status == 504 else after) from error
         metrics.stage("queue", answer.queued)
         metrics.stage("compute", answer.computed)
-        metrics.rows(asked.served.name, len(rows))
         if watched:
+            metrics.rows(asked.served.name, len(rows))
             self.counters.add(asked.served.name, asked.served.generation, asked.codec, prepared, answer.logits)
         return Answers(asked, prepared, asked.codec.probabilities(prepared.texts, answer.logits), answer.logits)
 

@@ -53,7 +53,9 @@ class RequestError(Exception):
     """A request that is refused. Raised anywhere below a route, it becomes the response."""
 
     def __init__(self, status: int, message: str, field: str | None = None, retry_after: float | None = None) -> None:
-        """`field` is a path such as `inputs[3].Title`; `retry_after` counts seconds."""
+        """`field` is a path such as `inputs[3].Title`; `retry_after` counts seconds, which the message then tells."""
+        if retry_after is not None:
+            message = f"{message}; try again in {math.ceil(retry_after)} s"
         super().__init__(message)
         self.status, self.message, self.field, self.retry_after = status, message, field, retry_after
 
@@ -105,9 +107,11 @@ def parse(body: bytes, limits: Limits) -> dict[str, Any]:
     try:
         parsed = json.loads(body.decode(), object_pairs_hook=_object, parse_constant=_no_constant)
     except UnicodeDecodeError as error:
-        raise RequestError(400, f"the body is not UTF-8: byte {error.start:,} is wrong; encode it as UTF-8") from error
+        raise RequestError(
+            400, f"the body is not UTF-8: byte {error.start + 1:,} is wrong; encode it as UTF-8"
+        ) from error
     except json.JSONDecodeError as error:
-        raise RequestError(400, f"the body is not valid JSON: {error.msg} at character {error.pos:,}") from error
+        raise RequestError(400, f"the body is not valid JSON: {error.msg} at character {error.pos + 1:,}") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets that never close
         raise RequestError(
             400, "the body is not valid JSON: a number is too long, or the nesting is too deep"

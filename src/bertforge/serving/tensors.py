@@ -144,7 +144,7 @@ def _texts(name: str, blob: bytes, rows: int) -> list[str]:
             found.append(blob[start + 4 : end].decode())
         except UnicodeDecodeError as error:
             raise RequestError(
-                400, f"{where} is not UTF-8: byte {error.start:,} is wrong; encode it as UTF-8"
+                400, f"{where} is not UTF-8: byte {error.start + 1:,} is wrong; encode it as UTF-8"
             ) from error
         start = end
     if start < len(blob) or len(found) < rows:

@@ -69,7 +69,9 @@ function inWords(response, error) {
   const said = error.message ? ` The server says: ${error.message}` : "";
   const wait = response.headers.get("Retry-After");
   switch (response.status) {
-    case 401: return "This server asks for an API key, and this is none that it knows. Type it above.";
+    case 401: return byId("key").value
+      ? "This server does not know this API key. Check it and type it again."
+      : "This server needs an API key. Type it into the field “Key”.";
     case 404: return `This model is not served any more. Load the page again.${said}`;
     case 413: return `The text is longer than the server takes. Shorten it.${said}`;
     case 422: return `The server cannot read what was typed.${said}`;
@@ -95,9 +97,11 @@ function field(name, input) {
 function drawFields() {
   const { text_columns: texts, columns, precision, max_length: longest, labels } = model();
   const typed = Object.fromEntries(inputs().map((input) => [input.dataset.column, input.value]));
-  byId("about").textContent =
+  show(
+    "about",
     `${model().name} (${precision}) reads up to ${longest} tokens and answers with one of ${labels.length} labels: ` +
-    labels.slice(0, 8).join(", ") + (labels.length > 8 ? " …" : "");
+    labels.slice(0, 8).join(", ") + (labels.length > 8 ? " …" : ""),
+  );
   byId("texts").replaceChildren(
     ...texts.map((name, place) =>
       field(name, make("textarea", { rows: place === texts.length - 1 ? 8 : 2, required: "", "aria-describedby": "error" })),
@@ -167,14 +171,8 @@ function drawVerdict({ id, model: served, results: [result] }) {
     sure === 100
       ? `Of 100 texts that get this number, nearly all are “${label}”.`
       : `Of 100 texts that get this number, about ${sure} are “${label}”.`;
-  const unsure = decision === "abstain";
-  show(
-    "decision",
-    decision === undefined || decision === null
-      ? ""
-      : unsure ? "Decision: send to a person. The model is not sure enough." : `Decision: ${decision}`,
-  );
   const ranked = Object.entries(result.probabilities).sort((one, other) => other[1] - one[1]);
+  show("decision", decision === undefined ? "" : `Decision: ${decided(decision, label, ranked[0][0], served)}`);
   byId("labels").replaceChildren(
     ...ranked.slice(0, SHOWN_LABELS).map(([name, share]) => {
       const bar = make("i", { "aria-hidden": "true" });
@@ -189,10 +187,19 @@ function drawVerdict({ id, model: served, results: [result] }) {
   }
   if (result.problem) remarks.push(`Beware: ${result.problem}.`);
   show("remark", remarks.join(" "));
-  byId("origin").textContent = `Model ${served.name} (${served.precision}, ${served.id}). Request ${id}.`;
+  byId("origin").textContent = `Model ${served.name} (${served.precision}). Request ${id}. Digest of the model: ${served.id}`;
   byId("why").hidden = byId("mistakes").hidden = true;
   byId("answer").hidden = false;
   byId("verdict").focus();
+}
+
+/** The decision, and why it is not the likeliest label; `name` is that label's among the thresholds. */
+function decided(decision, label, name, served) {
+  if (decision === label) return `${label}`;
+  const least = model().id === served.id ? model().thresholds[name] : undefined; // swapped since the page was loaded
+  const counts = least > 1 ? "never counts" : least ? `counts from ${Number((100 * least).toFixed(1))}%` : "does not count";
+  const said = decision === "abstain" ? "send to a person" : decision;
+  return `${said}. By your thresholds, “${label}” ${counts}.`;
 }
 
 function drawReasons(row, found, isCut) {
@@ -206,7 +213,7 @@ function drawReasons(row, found, isCut) {
   byId("why-method").textContent =
     `The model was asked again without each word${columns.length ? " and each column" : ""}. ` +
     `The number tells how far that lowers or raises the ${percent(probability)} of “${label}”.` +
-    (most < DECIDING ? " No word decides alone: without any of them, the others still say the same." : "") +
+    (most < DECIDING ? " Leave out any one word and the answer stays." : "") +
     (found.note ? ` Note: ${found.note}.` : "");
   byId("pushes").replaceChildren(
     list(`For “${label}”`, pushes.filter(({ push }) => push > 0).sort((a, b) => b.push - a.push)),
@@ -298,7 +305,7 @@ async function start() {
   try {
     models = (await ask("v1/models")).models;
   } catch (problem) {
-    byId("about").textContent = "The server did not tell which models it serves.";
+    show("about", problem.field === "key" ? "" : "The server did not tell which models it serves.");
     complain(problem);
     return;
   }
