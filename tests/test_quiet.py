@@ -17,7 +17,9 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -52,11 +54,15 @@ check fitted
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Holds `named`, which the commands work in, and `home` and `temporary`, which are to stay empty."""
-    for name in ("named", "home", "temporary"):
-        (tmp_path / name).mkdir()
-    return tmp_path
+def folder() -> Iterator[Path]:
+    """Holds `named`, which the commands work in, and `home` and `temporary`, which are to stay empty.
+
+    Its own name is short, for `serve` makes a socket in `temporary`.
+    """
+    with TemporaryDirectory() as made:
+        for name in ("named", "home", "temporary"):
+            Path(made, name).mkdir()
+        yield Path(made)
 
 
 def run(folder: Path, program: str, *arguments: object, **environment: str) -> Seen:

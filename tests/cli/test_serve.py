@@ -2,6 +2,7 @@
 
 import shutil
 import socket
+import tempfile
 
 import pytest
 
@@ -48,6 +49,14 @@ def test_an_address_that_is_taken_or_wrong_is_named(said, runs):
     assert (code, line) == (2, f"error: --host 127.0.0.1 --port {port}: address already in use; name another")
     code, line = said(runs["full"], "--host", "256.0.0.1")
     assert (code, "error: --host 256.0.0.1 --port 8080: " in line) == (2, True)
+
+
+def test_a_folder_of_temporary_files_may_be_too_deep_for_a_socket(said, runs, tmp_path, monkeypatch):
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    code, line = said(runs["full"], "--port", 0)
+    assert (code, f"{deep}, the folder of temporary files, has too long a name for a socket" in line) == (5, True)
 
 
 def test_an_address_that_others_reach_wants_keys(said, runs, tmp_path):

@@ -37,9 +37,10 @@ from contextlib import suppress
 from functools import partial
 from tempfile import TemporaryDirectory
 
-from bertforge.errors import UsageError, reason
+from bertforge.errors import MachineError, UsageError, reason
 from bertforge.serving.settings import ALIVE, OURS, READY, RELOAD, EngineOrder, FrontOrder, Service
 
+_LONGEST = 103  # bytes of a socket's path: 107 on Linux, and 103 on macOS
 _BACKLOG = 2048  # connections that wait to be accepted
 _PAUSES = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)  # seconds before a process is started again, the first to the sixth time
 _STEADY = 60.0  # seconds after which a process counts as one that lives
@@ -85,6 +86,11 @@ def deafen(listening: socket.socket) -> None:
         )  # https://docs.kernel.org/networking/filter.html
 
 
+def _socket_in(folder: str) -> str:
+    """The engine process's, within the service's folder."""
+    return f"{folder}/engine"
+
+
 class Supervisor:
     """The processes of one service."""
 
@@ -99,12 +105,20 @@ class Supervisor:
         self._code = 0
 
     async def run(self, ready: Callable[[], object]) -> int:
-        """Until the service has ended; `ready` is called when it answers. Returns the exit code."""
+        """Until the service has ended; `ready` is called when it answers. Returns the exit code.
+
+        Raises MachineError where the folder of temporary files has too long a name for a socket in it.
+        """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end)
         loop.add_signal_handler(signal.SIGHUP, self._swap)
         with TemporaryDirectory(prefix=OURS) as folder:
+            if len(os.fsencode(_socket_in(folder))) > _LONGEST:
+                raise MachineError(
+                    f"{os.path.dirname(folder)}, the folder of temporary files, has too long a name for a socket in "
+                    "it; name another: TMPDIR=/tmp bertforge serve ..."
+                )
             counts = {"PROMETHEUS_MULTIPROC_DIR": folder}
             engine = asyncio.create_task(self._keep(_ENGINE, lambda: self._engine_command(folder), counts))
             shown = {**_ONE_THREAD, **counts}
@@ -138,14 +152,14 @@ class Supervisor:
         models = {name: str(path) for name, path in service.models.items()}
         adapters = {name: str(path) for name, path in service.adapters.items()}
         prior = None if service.prior is None else dict(service.prior)
-        order = EngineOrder(f"{folder}/engine", models, adapters, service.precision, service.pace, prior, self._serving)
+        order = EngineOrder(_socket_in(folder), models, adapters, service.precision, service.pace, prior, self._serving)
         return order.command()
 
     def _front_command(self, folder: str, number: int) -> list[str]:
         service, keys = self._service, self._service.api_keys
         return FrontOrder(
             listening=self._listening.fileno(),
-            engine=f"{folder}/engine",
+            engine=_socket_in(folder),
             limits=service.limits,
             counters=f"{folder}/served-{number}.json",
             api_keys=None if keys is None else str(keys.absolute()),
