@@ -13,7 +13,7 @@ from bertforge.serving import metrics
 from bertforge.serving.describe import Input, ModelTold, PlainRoute, Told, json_body, refused
 from bertforge.serving.door import call_of
 from bertforge.serving.models import Model, Models
-from bertforge.serving.requests import check_fields, read_json, seconds_of, text_of
+from bertforge.serving.requests import read_question
 
 
 class Question(Told):
@@ -88,10 +88,8 @@ def router(models: Models) -> APIRouter:
     async def classify(request: Request) -> Response:
         """Label one text or many, with calibrated probabilities."""
         call = call_of(request)
-        given = await read_json(request, models.limits)
-        check_fields(given, "inputs", "model", "timeout_ms")
-        name, deadline = text_of(given, "model"), call.arrived + seconds_of(given, "timeout_ms")
-        answers = await models.answer(call, given.get("inputs"), name, deadline=deadline)
+        inputs, name, deadline = await read_question(request, models.limits, call.arrived)
+        answers = await models.answer(call, inputs, name, deadline=deadline)
         began = time.monotonic()
         content = json.dumps({"id": call.id, "model": answers.model.told, "results": answers.results()})
         metrics.stage("write", time.monotonic() - began)

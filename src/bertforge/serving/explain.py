@@ -27,7 +27,7 @@ from bertforge.serving.door import Call, call_of
 from bertforge.serving.inputs import Row, read_inputs
 from bertforge.serving.leave_one_out import Pushes, leave_one_out
 from bertforge.serving.models import Model, Models
-from bertforge.serving.requests import RequestError, check_fields, read_json, seconds_of, text_of
+from bertforge.serving.requests import RequestError, read_question
 
 
 class Subject(Told):
@@ -91,13 +91,11 @@ def router(models: Models) -> APIRouter:
     async def explain(request: Request) -> Response:
         """Tell which words and columns of one input speak for the label, and which against it."""
         call = call_of(request)
-        given = await read_json(request, models.limits)
-        check_fields(given, "inputs", "model", "timeout_ms")
-        name, deadline = text_of(given, "model"), call.arrived + seconds_of(given, "timeout_ms")
+        inputs, name, deadline = await read_question(request, models.limits, call.arrived)
         asking = replace(call, client=f"{call.client} (explain)")
         while True:
             try:
-                told = await _explained(models, asking, given.get("inputs"), models.get(name), deadline)
+                told = await _explained(models, asking, inputs, models.get(name), deadline)
                 break
             except _ReplacedError:  # by a new one, which answers from the beginning
                 continue

@@ -159,6 +159,15 @@ def seconds_of(given: Mapping[str, Any], name: str, unit: float = 1e-3) -> float
     return value * unit
 
 
+async def read_question(request: Request, limits: Limits, arrived: float) -> tuple[Any, str | None, float]:
+    """What the routes of `/v1` are asked: `inputs` as they came, the model's name, and the deadline of a request that
+    `arrived` then, by `time.monotonic()`. Raises RequestError.
+    """
+    given = await read_json(request, limits)
+    check_fields(given, "inputs", "model", "timeout_ms")
+    return given.get("inputs"), text_of(given, "model"), arrived + seconds_of(given, "timeout_ms")
+
+
 def kind_of(value: Any) -> str:
     """What a value of JSON is, for a message."""
     kinds = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
