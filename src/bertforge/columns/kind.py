@@ -37,6 +37,16 @@ VALUES: Final = "values"
 axis, of which `engines.tensorrt_build` says how wide it may be."""
 
 
+def stacked(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """`[rows, width]` of all, arrays of one kind of column: the fullest row sets the width, and 0 fills the others."""
+    joined = np.zeros((sum(map(len, arrays)), max(array.shape[1] for array in arrays)), arrays[0].dtype)
+    start = 0
+    for array in arrays:
+        joined[start : start + len(array), : array.shape[1]] = array
+        start += len(array)
+    return joined
+
+
 class Kind(ABC, Generic[S, L, H]):
     """A kind of column, without state: what differs from run to run is in the records."""
 

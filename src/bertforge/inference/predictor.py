@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 
 from bertforge.artifact import hash_file
+from bertforge.columns.kind import stacked
 from bertforge.columns.transform import TabularTransform
 from bertforge.data.loader import Examples
 from bertforge.data.prepared import PreparedData
@@ -307,9 +308,8 @@ def _parts(rows: int) -> Iterator[slice]:
 
 def _equal(first: np.ndarray, second: np.ndarray) -> bool:
     """Whether `[rows, width]` arrays are the same but for zeros on the right: a table's longest row sets the width."""
-    width = max(first.shape[1], second.shape[1])
-    one, two = (np.pad(array, ((0, 0), (0, width - array.shape[1]))) for array in (first, second))
-    return bool(np.array_equal(one, two, equal_nan=first.dtype.kind == "f"))
+    both = stacked([first, second])
+    return bool(np.array_equal(both[: len(first)], both[len(first) :], equal_nan=first.dtype.kind == "f"))
 
 
 def _among(array: np.ndarray, rows: np.ndarray, total: int) -> np.ndarray:

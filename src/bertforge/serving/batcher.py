@@ -19,6 +19,7 @@ from threading import Condition, Thread, current_thread
 
 import numpy as np
 
+from bertforge.columns.kind import stacked
 from bertforge.data.loader import Examples
 from bertforge.data.tokens import TokenStore
 from bertforge.engines.base import Engine
@@ -234,15 +235,8 @@ def _laid_out(rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _columns(rows: list[Row]) -> dict[str, np.ndarray] | None:
-    """The columns of rows, [rows, width] for each kind; the widest request sets the width, and the rest is zeros."""
-    first = rows[0][0].ask.columns
-    if first is None:
+    """The columns of rows, [rows, width] for each kind."""
+    given = [(request.ask.columns, row) for request, row in rows if request.ask.columns is not None]
+    if not given:
         return None
-    found = {}
-    for name, like in first.items():
-        parts = [request.ask.columns[name][row] for request, row in rows if request.ask.columns is not None]
-        joined = np.zeros((len(rows), max(map(len, parts))), like.dtype)  # [rows, width]
-        for place, part in enumerate(parts):
-            joined[place, : len(part)] = part
-        found[name] = joined
-    return found
+    return {name: stacked([columns[name][row : row + 1] for columns, row in given]) for name in given[0][0]}

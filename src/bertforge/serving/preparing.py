@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
+from bertforge.columns.kind import stacked
 from bertforge.data.tokens import MAX_TOKENS
 from bertforge.inference.codec import Codec
 from bertforge.serving.inputs import Row
@@ -198,7 +199,7 @@ def joined(parts: list[Prepared]) -> Prepared:
         return parts[0]
     columns = None
     if parts[0].columns is not None:
-        columns = {name: _stacked([part.columns[name] for part in parts if part.columns]) for name in parts[0].columns}
+        columns = {name: stacked([part.columns[name] for part in parts if part.columns]) for name in parts[0].columns}
     return Prepared(
         [text for part in parts for text in part.texts],
         np.concatenate([part.ids for part in parts]),
@@ -207,12 +208,6 @@ def joined(parts: list[Prepared]) -> Prepared:
         columns,
         [problem for part in parts for problem in part.problems],
     )
-
-
-def _stacked(arrays: list[np.ndarray]) -> np.ndarray:
-    """`[rows, width]` of all; a kind whose fullest row sets the width has zeros on the right."""
-    width = max(array.shape[1] for array in arrays)
-    return np.concatenate([np.pad(array, ((0, 0), (0, width - array.shape[1]))) for array in arrays])
 
 
 def _characters(row: Row) -> int:

@@ -62,8 +62,8 @@ def listen(host: str, port: int) -> socket.socket:
         listening.bind(address)
         listening.listen(_BACKLOG)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UsageError(f"--host {host} --port {port}: {reason.lower()}; name another") from error
+        why = getattr(error, "strerror", None) or str(error)
+        raise UsageError(f"--host {host} --port {port}: {why.lower()}; name another") from error
     return listening
 
 
